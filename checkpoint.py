@@ -1,0 +1,167 @@
+"""Files that survive: everything is written under a temporary name, flushed to disk, and renamed.
+
+    out/state/         what --resume needs: trained weights, Adam's moments, step, random state (safetensors + json, with a checksum)
+    out/state.prev/    the one before, used with a notice if state/ turns out damaged
+
+Nothing is pickled. The sampler has no state: what step s sees follows from (seed, s) alone (data.Mixture).
+"""
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+def read_json(path, absent):
+    """The parsed file; FileNotFoundError(absent) if there is none, ValueError if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(absent) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it or restore it") from None
+
+
+def write_json(path, value):
+    """Write atomically."""
+    temporary = Path(f"{path}.tmp")
+    with temporary.open("w") as f:
+        f.write(json.dumps(value, indent=1))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def _flush(folder):
+    """Force every file of a folder to disk, so that a rename never points at unwritten data."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _crc(path):
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _swap(new, folder, keep=None):
+    """Put `new` in the place of `folder`; the old one becomes `keep` or goes."""
+    old = keep or folder.with_name(folder.name + ".old")
+    if folder.exists():
+        _remove(old)
+        os.replace(folder, old)
+    os.replace(new, folder)
+    if not keep:
+        _remove(old)
+
+
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _room(out, error, need):
+    """The sentence for a write that failed."""
+    free = shutil.disk_usage(out).free
+    return OSError(f"could not save to {out}: {error.strerror or error}; about {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
+                   f"The earlier checkpoint is untouched: make room, then continue with --resume")
+
+
+def save_model(model, out):
+    """StableMTL.save into out/, part by part without a moment in which a part is half-written."""
+    out, temporary = Path(out), Path(out) / "model.tmp"
+    try:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        model.save(temporary)
+        _flush(temporary)
+    except (OSError, SafetensorError) as error:
+        need = sum(p.numel() * p.element_size() for p in model.parameters())
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _room(out, error, need) from None
+    parts = sorted(temporary.iterdir(), key=lambda p: p.name == "model.json")    # model.json last: it says what is there
+    for part in parts:
+        _swap(part, out / part.name)
+    temporary.rmdir()
+
+
+def save_state(out, stage, step, parts, optimizer):
+    """Trained weights, optimizer and random state of a run -> out/state, the earlier one -> out/state.prev."""
+    out, temporary = Path(out), Path(out) / "state.tmp"
+    tensors = {f"weight/{n}/{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
+    names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam/{names[i]}/{k}": torch.as_tensor(v) for k, v in moments.items()}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    try:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
+        write_json(temporary / "state.json", {"stage": stage, "step": step, "crc32": _crc(temporary / "state.safetensors")})
+        _flush(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _room(out, error, sum(t.numel() * t.element_size() for t in tensors.values())) from None
+    _swap(temporary, out / "state", keep=out / "state.prev")
+
+
+def load_state(out, stage, parts, optimizer):
+    """Restore the newest undamaged state of this stage in place and return its step. FileNotFoundError or ValueError if there is none."""
+    damaged = []
+    for name in ("state", "state.tmp", "state.prev"):   # .tmp: complete, but killed before its renaming
+        folder = Path(out) / name
+        if not folder.is_dir():
+            continue
+        try:
+            about = json.loads((folder / "state.json").read_text())
+            if _crc(folder / "state.safetensors") != about["crc32"]:
+                raise ValueError("checksum differs")
+            tensors = load_file(folder / "state.safetensors")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            damaged.append(f"{folder} ({error})")
+            continue
+        if about["stage"] != stage:
+            raise ValueError(f"{folder} belongs to stage {about['stage']}, not {stage}: resume without --stage")
+        if damaged:
+            print(f"notice: {'; '.join(damaged)} is damaged; continuing from {folder}, step {about['step']}", file=sys.stderr)
+        break
+    else:
+        raise FileNotFoundError(f"nothing to resume in {out}" + (f": damaged {'; '.join(damaged)}" if damaged else
+                                f": start with python train.py --stage {stage} --out {out}"))
+    for part, module in parts.items():
+        prefix = f"weight/{part}/"
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    index = {f"{n}/{k}": i for i, (n, k) in enumerate((n, k) for n, m in parts.items() for k, _ in m.named_parameters())}
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("adam/"):
+            name, moment = key.removeprefix("adam/").rsplit("/", 1)
+            state.setdefault(index[name], {})[moment] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    return about["step"]
+
+
+# ---- what a user sees of an error ----
+
+def run(main):
+    """Call main(); a user's mistake ends in one sentence on stderr and exit code 2, without a traceback."""
+    try:
+        return main() or 0
+    except (ValueError, FileNotFoundError, FloatingPointError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"{Path(sys.argv[0]).name}: out of GPU memory: lower --micro, add --checkpointing, or use smaller images ({error})", file=sys.stderr)
+    return 2

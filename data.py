@@ -1,0 +1,329 @@
+"""From readers to batches: transforms, the mixture of partial labels, the latent cache.
+
+A reader (toyworld.py, datasets.py) lists the samples of one dataset and loads them at native resolution; this file does the rest.
+
+    reader.load(i, tasks) -> codes in [-1,1] (tasks.py) -> crop, resize nearest-exact, jitter, flips -> micro-batches of one step
+
+Everything drawn for step s depends on (seed, s) alone: the stream of batches is the same for any number of workers and ranks,
+and a resumed run continues it exactly.
+
+    python data.py --data <root> --check              what is found, what is missing, the first unreadable file
+    python data.py --data <root> --show hypersim:0    a picture of one sample with all its labels (toy worlds: --show streets:3)
+"""
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tasks import TASKS
+from toyworld import WORLDS, ToyWorld
+
+TOY_TRAIN, TOY_TEST = ("rooms", "streets", "things"), ("rooms", "streets", "things", "real")
+
+
+# ---- which datasets ----
+
+def parse_drop(text, known):
+    """"streets:depth,things:*" -> {"streets": {"depth"}, ...}: labels that training does not see (paper Table 3)."""
+    drop = {}
+    for part in filter(None, text.split(",")):
+        world, _, task = part.partition(":")
+        if world not in known or task not in TASKS:
+            raise ValueError(f"--drop {part}: expected dataset:task with a dataset of {', '.join(known)} and a task of {', '.join(TASKS)}")
+        drop.setdefault(world, set()).add(task)
+    return drop
+
+
+def train_readers(root="", size=(64, 96), scenes=800):
+    """The training datasets: the toy worlds, or those found under `root` (FileNotFoundError if none)."""
+    if not root:
+        return [ToyWorld(w, "train", scenes, size) for w in TOY_TRAIN]
+    from datasets import found
+    return found(root, "train")
+
+
+def test_readers(root="", size=(64, 96), scenes=64, split="test"):
+    """The held-out datasets: the same worlds' test split and the unseen world, or those found under `root`."""
+    if not root:
+        return [ToyWorld(w, split, scenes, size) for w in TOY_TEST]
+    from datasets import found
+    return found(root, split)
+
+
+# ---- one sample ----
+
+def tensor_image(array):
+    """(H,W,3) uint8 -> (3,H,W) float in [-1,1]."""
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def resize(x, size):
+    """(C,H,W) -> (C,*size), nearest-exact; values (flow, depth) are never rescaled."""
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x[None].float(), size=tuple(size), mode="nearest-exact")[0].to(x.dtype)
+
+
+def label_tensors(sample, task):
+    """A sample's label of one task as tensors: (C,H,W) float, (1,H,W) bool."""
+    label = torch.from_numpy(np.ascontiguousarray(sample["labels"][task])).permute(2, 0, 1).float()
+    return label, torch.from_numpy(np.ascontiguousarray(sample["valid"][task]))[None]
+
+
+def jitter(images, strength, rng):
+    """Brightness, contrast, saturation (factors 1 +- s) and hue (+- s of the colour circle), the same for all frames of a sample."""
+    brightness, contrast, saturation = (rng.uniform(1 - s, 1 + s) for s in strength[:3])
+    hue = int(round(rng.uniform(-strength[3], strength[3]) * 255))
+    out = []
+    for array in images:
+        image = Image.fromarray(array)
+        for enhance, factor in ((ImageEnhance.Brightness, brightness), (ImageEnhance.Contrast, contrast), (ImageEnhance.Color, saturation)):
+            image = enhance(image).enhance(factor)
+        hsv = np.array(image.convert("HSV"))
+        hsv[..., 0] = (hsv[..., 0].astype(int) + hue) % 256
+        out.append(np.array(Image.fromarray(hsv, "HSV").convert("RGB")))
+    return out
+
+
+def prepare(reader, index, tasks, codecs, flips=(False, False), rng=None):
+    """Load and transform one training sample.
+
+    flips: (horizontal, vertical). rng: draws the random crop and the colour jitter; None = centre crop, no jitter (the latent cache).
+    Returns {"frames": [frame i, frame j] (3,H,W) each, "labels": {task: code (3,H,W)}, "valid": {task: (1,H,W) bool}}; without a
+    second frame j = i. A reader's train_crop and jitter belong to one task: they act when that task is the only one asked for.
+    """
+    sample = reader.load(index, tasks, with_next=True)
+    images = [sample["image"], sample.get("next", sample["image"])]
+    only = tasks[0] if len(tasks) == 1 else None
+    height, width = images[0].shape[:2]
+    top, left, ch, cw = 0, 0, height, width
+    if only in reader.train_crop:
+        ch, cw = (min(a, b) for a, b in zip(reader.train_crop[only], (height, width)))
+        top, left = ((height - ch) // 2, (width - cw) // 2) if rng is None else (rng.integers(height - ch + 1), rng.integers(width - cw + 1))
+    crop = lambda x: x[..., top:top + ch, left:left + cw]
+    if only in reader.jitter and rng is not None:
+        images = jitter(images, reader.jitter[only], rng)
+    frames = [resize(crop(tensor_image(a)), reader.size) for a in images]
+    labels, valid = {}, {}
+    for t in tasks:
+        label, mask = (crop(x) for x in label_tensors(sample, t))
+        labels[t] = resize(codecs[t].encode(label[None], mask[None])[0], reader.size)
+        valid[t] = resize(mask, reader.size)
+    for axis, flip in ((-1, flips[0]), (-2, flips[1])):
+        if flip:
+            signs = {t: torch.tensor(codecs[t].hflip if axis == -1 else codecs[t].vflip).view(3, 1, 1) for t in tasks}
+            frames = [f.flip(axis) for f in frames]
+            labels = {t: x.flip(axis) * signs[t] for t, x in labels.items()}
+            valid = {t: m.flip(axis) for t, m in valid.items()}
+    return {"frames": frames, "labels": labels, "valid": valid}
+
+
+def whole_cells(valid, factor):
+    """(B,1,H,W) bool -> (B,1,H//f,W//f) bool: a latent cell counts only if all pixels of its block are valid."""
+    return F.max_pool2d((~valid).float(), factor) == 0
+
+
+# ---- the mixture: what step s trains on ----
+
+class Mixture(Dataset):
+    """Element s is optimizer step s: a list of micro-batches (dicts), each of one task and one dataset.
+
+    Isolation (the default): all samples of a step belong to one task; the tasks come in a fresh random order per cycle.
+    Within a task, a sample's dataset is drawn with the readers' `mix` weights, renormalised over those that label the task, so that
+    leaving out tasks never shifts them. The draws do not depend on `micro`, nor on the number of ranks (rank r takes every world-th).
+
+    Micro-batch: task(s) in "tasks", "dataset", "names", "frames" [i, j], "labels" and "valid" {task: tensor}; as images in [-1,1] with
+    pixel masks, or with a `cache` as latents with masks of latent cells.
+    """
+
+    def __init__(self, readers, tasks, codecs, batch=16, micro=16, seed=0, drop=None, isolation=True, joint=False, cache=None,
+                 skip_bad=False, rank=0, world=1):
+        drop = drop or {}
+        self.readers, self.codecs, self.cache, self.skip_bad = readers, codecs, cache, skip_bad
+        self.batch, self.micro, self.seed, self.isolation, self.joint = batch, micro, seed, isolation, joint
+        self.rank, self.world = rank, world
+        self.sources = {t: [(r, list(r.indices(t))) for r in readers if t in r.tasks and t not in drop.get(r.name, ())] for t in tasks}
+        self.sources = {t: [(r, i) for r, i in s if i] for t, s in self.sources.items()}
+        self.drop, self.tasks = drop, [t for t in tasks if self.sources[t]]
+        missing = [t for t in tasks if not self.sources[t]]
+        if missing:
+            raise ValueError(f"no training labels for {', '.join(missing)}: choose other --tasks, drop fewer labels, or add a dataset that has them")
+
+    def task_of(self, step):
+        cycle, place = divmod(step, len(self.tasks))
+        return self.tasks[np.random.default_rng([self.seed, 1, cycle]).permutation(len(self.tasks))[place]]
+
+    def plan(self, step):
+        """The samples of a step: [(tasks, reader, index, flips, sample seed)], grouped by task and dataset."""
+        rng, out = np.random.default_rng([self.seed, 2, step]), []
+        for _ in range(self.batch):
+            task = self.tasks[rng.integers(len(self.tasks))] if not self.isolation else self.task_of(step)
+            weights = np.array([r.mix.get(task, 1.0) for r, _ in self.sources[task]])
+            reader, indices = self.sources[task][rng.choice(len(weights), p=weights / weights.sum())]
+            index, flips, seed = indices[rng.integers(len(indices))], rng.random(2) < 0.5, int(rng.integers(2 ** 31))
+            tasks = (task,)
+            if self.joint:      # N-to-N: every available label of the image at once
+                tasks = tuple(t for t in self.tasks if t in reader.tasks and t not in self.drop.get(reader.name, ()))
+            out.append((tasks, reader, index, (bool(flips[0]), bool(flips[1]) and reader.vflip), seed))
+        out = out[self.rank::self.world]
+        return sorted(out, key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
+
+    def _one(self, tasks, reader, index, flips, seed):
+        if self.cache is not None:
+            return self.cache.get(reader, index, tasks, flips[0])
+        return prepare(reader, index, tasks, self.codecs, flips, np.random.default_rng(seed))
+
+    def __getitem__(self, step):
+        groups, skipped = {}, []
+        for tasks, reader, index, flips, seed in self.plan(step):
+            try:
+                item = self._one(tasks, reader, index, flips, seed)
+            except (OSError, ValueError) as error:
+                if not self.skip_bad:
+                    raise ValueError(f"step {step}, {reader.name} sample {index}: {error} (--skip-bad skips and counts such files)") from error
+                skipped.append(f"{reader.name}:{index}")
+                continue
+            groups.setdefault((tasks, reader.name), []).append((f"{reader.name}:{index}", item))
+        batches = []
+        for (tasks, name), items in groups.items():
+            for i in range(0, len(items), self.micro):
+                names, part = zip(*items[i:i + self.micro])
+                stack = lambda pick: torch.stack([pick(p) for p in part])
+                batches.append({"tasks": tasks, "dataset": name, "names": names,
+                                "frames": [stack(lambda p: p["frames"][0]), stack(lambda p: p["frames"][1])],
+                                "labels": {t: stack(lambda p: p["labels"][t]) for t in tasks},
+                                "valid": {t: stack(lambda p: p["valid"][t]) for t in tasks}})
+        return {"batches": batches, "skipped": skipped}
+
+
+def loader(mixture, start, stop, workers):
+    """Steps start..stop-1 in order, loaded ahead by `workers` processes (0 = in this one)."""
+    return DataLoader(mixture, batch_size=None, sampler=range(start, stop), num_workers=workers,
+                      prefetch_factor=2 if workers else None, persistent_workers=False)
+
+
+# ---- the latent cache ----
+
+class LatentCache:
+    """Latents of images and labels of all training sets, both horizontal flips, as memory-mapped float16 .npy files:
+
+        <folder>/<dataset>/<array>.npy   (samples, 2 flips, 4, h, w); masks (samples, 2, 1, h, w) bool; done.npy (samples,) bool
+
+    arrays: frame0, frame1, then <task> and <task>_valid; a task with its own crop has frames of its own (<task>_frame0, ...).
+    Training from it opens no image file and runs no VAE. It draws no vertical flip, colour jitter or random crop. An interrupted
+    `build` continues where it stopped; a folder made with another VAE, size, palette or dataset is refused (ValueError).
+    """
+
+    def __init__(self, folder, readers, vae_hash, palette):
+        self.folder, self.arrays = Path(folder), {}
+        about = {"vae": vae_hash, "palette": palette,
+                 "datasets": {r.name: {"samples": len(r), "size": list(r.size), "tasks": list(r.tasks), "version": r.version} for r in readers}}
+        meta = self.folder / "cache.json"
+        if meta.is_file():
+            old = json.loads(meta.read_text())
+            differs = [k for k in about if old.get(k) != about[k]]
+            if differs:
+                raise ValueError(f"--cache {folder} was made with another {' and '.join(differs)}: name another folder or delete this one")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            meta.write_text(json.dumps(about, indent=1))
+
+    @staticmethod
+    def views(reader):
+        """[(prefix of the frame arrays, tasks)]: tasks without a crop of their own share the frames."""
+        shared = tuple(t for t in reader.tasks if t not in reader.train_crop)
+        return ([("", shared)] if shared else []) + [(f"{t}_", (t,)) for t in reader.tasks if t in reader.train_crop]
+
+    def array(self, reader, name, item=None):
+        """The memory-mapped array, created with the shape of `item` if it does not exist yet."""
+        key = (reader.name, name)
+        if key not in self.arrays:
+            path = self.folder / reader.name / f"{name}.npy"
+            if item is not None and not path.is_file():
+                path.parent.mkdir(exist_ok=True)
+                np.lib.format.open_memmap(path, "w+", item.dtype, (len(reader), *item.shape))
+            self.arrays[key] = np.lib.format.open_memmap(path, "r+" if item is not None else "r")
+        return self.arrays[key]
+
+    def get(self, reader, index, tasks, flip):
+        """The cached counterpart of `prepare`, as float32 latents."""
+        prefix = f"{tasks[0]}_" if tasks[0] in reader.train_crop else ""
+        take = lambda name: torch.from_numpy(np.array(self.array(reader, name)[index, int(flip)]))
+        return {"frames": [take(f"{prefix}frame0").float(), take(f"{prefix}frame1").float()],
+                "labels": {t: take(t).float() for t in tasks}, "valid": {t: take(f"{t}_valid") for t in tasks}}
+
+    def build(self, readers, model, codecs, workers=2, batch=8, skip_bad=False):
+        """Encode whatever is not cached yet. Returns the names of skipped samples."""
+        skipped = []
+        for reader in readers:
+            done = self.array(reader, "done", np.zeros((), bool))
+            todo = [int(i) for i in np.flatnonzero(~done)]
+            wanted = {t: set(reader.indices(t)) for t in reader.tasks}
+            jobs = DataLoader(_CacheJobs(reader, todo, wanted, codecs, self.views(reader), skip_bad), batch_size=batch,
+                              num_workers=workers if len(todo) > batch else 0, collate_fn=list)
+            for group in tqdm(jobs, desc=f"caching latents of {reader.name}", disable=not todo, leave=False):
+                images = {}
+                for index, items, bad in group:
+                    skipped += bad
+                    for key, x in items:
+                        images.setdefault(tuple(x.shape), []).append((index, key, x))
+                for entries in images.values():
+                    z = encode_many(model, [x for _, key, x in entries if not key[0].endswith("_valid")])
+                    for index, (name, flip), x in entries:
+                        value = whole_cells(x[None], model.factor)[0].numpy() if name.endswith("_valid") else next(z)
+                        self.array(reader, name, np.zeros((2, *value.shape), value.dtype))[index, flip] = value
+                for index, _, _ in group:
+                    done[index] = True
+            for (name, _), a in self.arrays.items():
+                if name == reader.name:
+                    a.flush()
+        self.arrays.clear()   # reopened read-only, also by the workers
+        return skipped
+
+
+def encode_many(model, images, batch=32):
+    """Yield the float16 latent of each image, a batch at a time."""
+    device = next(model.vae.parameters()).device
+    for i in range(0, len(images), batch):
+        with torch.no_grad():
+            yield from model.encode(torch.stack(images[i:i + batch]).to(device)).cpu().half().numpy()
+
+
+class _CacheJobs(Dataset):
+    """Element k: (sample index, [((array name, flip), image or mask)], names of skipped samples)."""
+
+    def __init__(self, reader, todo, wanted, codecs, views, skip_bad):
+        self.reader, self.todo, self.wanted, self.codecs, self.views, self.skip_bad = reader, todo, wanted, codecs, views, skip_bad
+
+    def __len__(self):
+        return len(self.todo)
+
+    def __getitem__(self, k):
+        index, items = self.todo[k], []
+        try:
+            for prefix, tasks in self.views:
+                tasks = tuple(t for t in tasks if index in self.wanted[t])
+                for flip in (0, 1) if tasks else ():
+                    s = prepare(self.reader, index, tasks, self.codecs, (bool(flip), False))
+                    items += [((f"{prefix}frame{n}", flip), x) for n, x in enumerate(s["frames"])]
+                    items += [((t, flip), x) for t, x in s["labels"].items()] + [((f"{t}_valid", flip), m) for t, m in s["valid"].items()]
+        except (OSError, ValueError):
+            if not self.skip_bad:
+                raise
+            return index, [], [f"{self.reader.name}:{index}"]
+        return index, items, []
+
+
+def fingerprint(module):
+    """Short hash of a module's weights: which VAE made a cache."""
+    digest = hashlib.sha256()
+    for name, p in sorted(module.state_dict().items()):
+        digest.update(name.encode() + p.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]

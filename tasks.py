@@ -1,0 +1,235 @@
+"""The seven dense tasks: how each label becomes an image a VAE can encode, how it comes back, and how it is shown.
+
+A Task holds everything that differs from one task to the next; every other file loops over the registry. All codecs map labels
+to a 3-channel code in [-1, 1] and back, on batches and on any device (StableMTL, arXiv 2506.08013, section 3.1 and appendix B.4).
+Axes are OpenCV camera axes throughout: x right, y down, z forward.
+
+An eighth task is one entry in `registry` below, one metric in evaluate.py, and a reader that delivers its labels.
+"""
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+CLASSES = ("road", "building", "pole", "light", "sign", "vegetation", "sky", "vehicle")
+IGNORE = 255
+
+# Colours (RGB, 0..255) that stand for the class ids 0..7.
+CITYSCAPES = ((128, 64, 128), (70, 70, 70), (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (70, 130, 180), (0, 0, 142))
+# The corners of the colour cube: no class lies between two others, so a blurred edge between two classes never shows a third.
+CORNERS = tuple((r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255))
+PALETTES = {"cityscapes": CITYSCAPES, "corners": CORNERS}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dense prediction task. B batch, C native channels, H x W pixels.
+
+    encode(label, valid): (B,C,H,W) native label, (B,1,H,W) bool -> (B,3,H,W) code in [-1,1]; invalid pixels get a finite filler
+    decode(code): (B,3,H,W), any values -> (B,C,H,W) native prediction, up to what the encoding's normalisation destroyed
+    colour(label, valid): (C,H,W), (H,W) bool -> (H,W,3) uint8 picture; invalid pixels black
+    """
+    name: str            # key in files, folders and state dicts
+    prompt: str          # what the text encoder reads: the task token
+    frames: int          # 2 if the task is about motion to the second frame
+    channels: int        # native channels C
+    unit: str            # of decoded arrays, as stated in sample.py --help
+    metric: str          # key of evaluate.METRICS
+    encode: Callable
+    decode: Callable
+    colour: Callable
+    hflip: tuple = (1, 1, 1)   # signs of the code's channels under a horizontal flip
+    vflip: tuple = (1, 1, 1)   # and under a vertical flip
+    categorical: bool = False
+    dense_loss: str = "l1"     # the task's own usual loss on the decoded map (train.py --loss task): l1, cosine, cross-entropy, scale-shift
+
+
+# ---- helpers ----
+
+def _filled(label, valid, value=0.0):
+    """Invalid or non-finite pixels replaced, so that no NaN ever reaches the VAE."""
+    return torch.where(valid & torch.isfinite(label), label, torch.as_tensor(value, dtype=label.dtype, device=label.device))
+
+
+def _grey(x):
+    return x.expand(-1, 3, -1, -1)
+
+
+def _signed_max(label):
+    """Each channel over its largest absolute value in the image (all pixels): sign and zero survive, constant zero stays zero."""
+    label = torch.nan_to_num(label.float(), 0.0, 0.0, 0.0)
+    peak = label.abs().amax((2, 3), keepdim=True)
+    return label / torch.where(peak > 0, peak, torch.ones_like(peak))
+
+
+def _percentiles(depth, valid, low=0.02, high=0.98):
+    """2nd and 98th percentile over the valid pixels of each image -> two (B,1,1,1) tensors."""
+    out = []
+    for d, v in zip(depth, valid):
+        d = d[v & torch.isfinite(d)].float()
+        # kthvalue-style interpolation by hand: torch.quantile refuses more than 16M elements, and float64 keeps it exact
+        if d.numel() == 0:
+            out.append((0.0, 1.0))
+            continue
+        d = d.sort().values
+        pair = []
+        for q in (low, high):
+            at = q * (d.numel() - 1)
+            i = int(at)
+            j = min(i + 1, d.numel() - 1)
+            pair.append((d[i] + (d[j] - d[i]) * (at - i)).item())
+        out.append(tuple(pair))
+    t = torch.tensor(out, device=depth.device, dtype=torch.float32)
+    return t[:, 0].view(-1, 1, 1, 1), t[:, 1].view(-1, 1, 1, 1)
+
+
+# ---- codecs ----
+
+def _semantic_codec(palette):
+    colours = torch.tensor(PALETTES[palette], dtype=torch.float32) / 127.5 - 1
+
+    def encode(label, valid):
+        ids = torch.where(valid & (label < len(CLASSES)), label, torch.zeros_like(label)).long()[:, 0]
+        code = colours.to(label.device)[ids].permute(0, 3, 1, 2)
+        return torch.where(valid, code, torch.zeros_like(code))
+
+    def decode(code):
+        c = colours.to(code.device)
+        distance = sum((code[:, i, None].float() - c[:, i].view(1, -1, 1, 1)) ** 2 for i in range(3))
+        return distance.argmin(1, keepdim=True)
+
+    return encode, decode
+
+
+def _encode_normal(label, valid):
+    return _filled(label.float(), valid).clamp(-1, 1)
+
+
+def _decode_normal(code):
+    return F.normalize(code.float().clamp(-1, 1), dim=1, eps=1e-6)
+
+
+def _encode_depth(label, valid):
+    lo, hi = _percentiles(label, valid)
+    span = torch.where(hi > lo, hi - lo, torch.ones_like(hi))   # flat depth encodes as -1 everywhere
+    code = (_filled(label.float(), valid, float("inf")) - lo) / span * 2 - 1   # what has no depth (sky) is coded as far
+    return _grey(code.clamp(-1, 1))
+
+
+def _decode_unit(code):
+    """Mean of the three channels, clipped, in [0,1]."""
+    return code.float().mean(1, keepdim=True).clamp(-1, 1) / 2 + 0.5
+
+
+def _encode_flow(label, valid):
+    code = _signed_max(label)
+    return torch.cat([code, code[:, :1]], 1)
+
+
+def _encode_scene_flow(label, valid):
+    return _signed_max(label)
+
+
+def _encode_intensity(label, valid):
+    code = _filled(label.float(), valid).clamp(0, 1) * 2 - 1
+    return _grey(code) if label.shape[1] == 1 else code
+
+
+# ---- pictures (paper appendix B.5) ----
+
+# ColorBrewer's Spectral, near = red, far = blue
+SPECTRAL = torch.tensor([[158, 1, 66], [213, 62, 79], [244, 109, 67], [253, 174, 97], [254, 224, 139], [255, 255, 191],
+                         [230, 245, 152], [171, 221, 164], [102, 194, 165], [50, 136, 189], [94, 79, 162]], dtype=torch.float32) / 255
+
+
+def _picture(rgb, valid):
+    """(3,H,W) in [0,1] -> (H,W,3) uint8, invalid pixels black."""
+    rgb = torch.nan_to_num(rgb.float()).clamp(0, 1)
+    return (torch.where(valid, rgb, torch.zeros_like(rgb)) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def _colour_semantic(label, valid):
+    colours = torch.tensor(CITYSCAPES, dtype=torch.float32) / 255
+    return _picture(colours[label[0].long().cpu().clamp(0, len(CLASSES) - 1)].permute(2, 0, 1), (valid & (label[0] < len(CLASSES))).cpu())
+
+
+def _colour_normal(label, valid):
+    return _picture(label / 2 + 0.5, valid)
+
+
+def _colour_depth(label, valid):
+    lo, hi = _percentiles(label[None], valid[None, None])
+    x = _filled(label, valid[None]).sub(lo[0]).div((hi - lo)[0].clamp(min=1e-9)).clamp(0, 1)[0] * (len(SPECTRAL) - 1)
+    i = x.long().clamp(max=len(SPECTRAL) - 2)
+    table, t = SPECTRAL.to(x.device), (x - i)[..., None]
+    return _picture((table[i] * (1 - t) + table[i + 1] * t).permute(2, 0, 1), valid)
+
+
+def _hsv(h, s, v):
+    """HSV in [0,1] -> (3,H,W) RGB."""
+    k = (torch.tensor([5.0, 3.0, 1.0], device=h.device).view(3, 1, 1) + h * 6) % 6
+    return v * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def _colour_flow(label, valid):
+    """Hue = direction atan2(-vy, -vx), saturation = magnitude; scene flow also value = inverse of v_z. Scaled per image."""
+    x = _filled(label.float(), valid[None])
+    magnitude = x[:2].norm(dim=0)
+    s = magnitude / magnitude.max().clamp(min=1e-9)
+    h = (torch.atan2(-x[1], -x[0]) / (2 * torch.pi)) % 1
+    v = torch.ones_like(s)
+    if len(x) == 3:
+        z = x[2][valid] if valid.any() else x[2].flatten()
+        v = 1 - 0.7 * ((x[2] - z.min()) / (z.max() - z.min()).clamp(min=1e-9)).clamp(0, 1)
+    return _picture(_hsv(h, s, v), valid)
+
+
+def _colour_intensity(label, valid):
+    return _picture(label.expand(3, -1, -1), valid)
+
+
+# ---- the registry ----
+
+def registry(palette="cityscapes"):
+    """All tasks by name. `palette` sets the colours that code the classes: "cityscapes" (the released weights) or "corners"."""
+    if palette not in PALETTES:
+        raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
+    encode_semantic, decode_semantic = _semantic_codec(palette)
+    tasks = [
+        # class ids 0..7 as in CLASSES; 255 = ignore
+        Task("semantic", "semantic", 1, 1, "class id 0..7", "semantic", encode_semantic, decode_semantic, _colour_semantic,
+             categorical=True, dense_loss="cross-entropy"),
+        # unit vectors pointing away from the camera: a wall seen frontally is (0,0,+1)
+        Task("normal", "normal", 1, 3, "unit vector, OpenCV axes, pointing away from the camera", "normal",
+             _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine"),
+        # metres along the optical axis; the percentiles' scale and shift are lost
+        Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth", _encode_depth, _decode_unit, _colour_depth,
+             dense_loss="scale-shift"),
+        # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
+        Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
+             _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1)),
+        # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
+        Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
+             _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1)),
+        # grey irradiance
+        Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading", _encode_intensity, _decode_unit, _colour_intensity),
+        # linear RGB reflectance, not gamma-coded
+        Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
+             lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity),
+    ]
+    return {t.name: t for t in tasks}
+
+
+TASKS = registry()
+
+
+def parse_tasks(names):
+    """"depth,normal" -> ("normal", "depth") in registry order; "all" -> every task. ValueError on an unknown name."""
+    if names == "all":
+        return tuple(TASKS)
+    wanted = [n.strip() for n in names.split(",") if n.strip()]
+    unknown = [n for n in wanted if n not in TASKS]
+    if unknown or not wanted:
+        raise ValueError(f"unknown task {', '.join(unknown) or repr(names)}: choose from {', '.join(TASKS)}")
+    return tuple(t for t in TASKS if t in wanted)

@@ -1,0 +1,174 @@
+"""The toy worlds: labels agree with one another and with the images, motion and classes are learnable, the reader keeps its protocol."""
+from functools import lru_cache
+
+import numpy as np
+import pytest
+
+import toyworld
+from toyworld import CLASSES, IGNORE, WORLDS, ToyWorld
+
+EVERY = pytest.mark.parametrize("world", WORLDS)
+scene = lru_cache(toyworld.render)  # renders each scene once for all tests
+
+
+@lru_cache
+def survey(world, n=32):
+    """The training samples 0..n-1 at low cost: one ray per pixel."""
+    return [toyworld.render(world, "train", i, supersample=1) for i in range(n)]
+
+
+def points(depth, intrinsics, u, v):
+    f, cx, cy = intrinsics
+    return np.stack([(u - cx) / f, (v - cy) / f, np.ones_like(u)], -1) * depth
+
+
+def grid(shape):
+    v, u = np.mgrid[:shape[0], :shape[1]].astype(float)
+    return u, v
+
+
+def warp(image, u, v):
+    """Bilinear samples of image (H,W,3) at pixel positions inside it."""
+    h, w = image.shape[:2]
+    x, y = np.clip(np.floor(u), 0, w - 2).astype(int), np.clip(np.floor(v), 0, h - 2).astype(int)
+    a, b = (u - x)[..., None], (v - y)[..., None]
+    return (image[y, x] * (1 - a) + image[y, x + 1] * a) * (1 - b) + (image[y + 1, x] * (1 - a) + image[y + 1, x + 1] * a) * b
+
+
+def test_world_table():
+    """Rooms, streets and things carry only their own labels, and `real`, the test world, is no training world."""
+    assert {len(t) for t in WORLDS.values()} == {4, 5, 2, 7} and set(WORLDS["real"]) == set(toyworld.ALL)
+    assert "real" not in toyworld.TRAIN_WORLDS and set(toyworld.TRAIN_WORLDS) | {"real"} == set(WORLDS)
+
+
+@EVERY
+def test_deterministic(world):
+    """The same (world, split, index) gives the same bits; another index, split or seed gives another scene."""
+    a, b = scene(world, "train", 3), toyworld.render(world, "train", 3)
+    assert np.array_equal(a["image"], b["image"]) and np.array_equal(a["next"], b["next"])
+    assert all(np.array_equal(a["labels"][t], b["labels"][t]) for t in a["labels"])
+    others = [toyworld.render(world, *key, second=False) for key in (("train", 7), ("val", 3), ("test", 3), ("train", 3, (64, 96), 2, 1))]
+    assert all((a["image"] != o["image"]).mean() > 0.5 for o in others)
+
+
+@EVERY
+def test_geometry_of_flows(world):
+    """A pixel back-projected by depth, moved by the scene flow and projected lands where the optical flow says, within 1e-3 px."""
+    for i in (0, 3):
+        s = scene(world, "train", i)
+        u, v = grid(s["image"].shape)
+        moved = points(s["labels"]["depth"], s["intrinsics"], u, v) + s["labels"]["scene_flow"]
+        f, cx, cy = s["intrinsics"]
+        there = f * moved[..., :2] / np.maximum(moved[..., 2:], 0.1) + (cx, cy)
+        error = abs(there - np.stack([u, v], -1) - s["labels"]["optical_flow"])
+        assert error[s["valid"]["optical_flow"]].max() < 1e-3
+
+
+@EVERY
+def test_normals_match_depth(world):
+    """Normals are unit, point away from the camera and are perpendicular to the surface that the depth map spans."""
+    for i in (1, 3):
+        s = scene(world, "train", i)
+        n, ok = s["labels"]["normal"], s["valid"]["normal"]
+        u, v = grid(ok.shape)
+        p = points(s["labels"]["depth"], s["intrinsics"], u, v)
+        assert np.allclose(np.linalg.norm(n[ok], axis=-1), 1, atol=1e-4) and ((n * p).sum(-1)[ok] > 0).mean() > 0.999
+        right, down = p[1:-1, 2:] - p[1:-1, :-2], p[2:, 1:-1] - p[:-2, 1:-1]
+        flat = np.cross(right, down)
+        flat /= np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-12)
+        m, z = n[1:-1, 1:-1], p[..., 2]
+        smooth = ok[1:-1, 2:] & ok[1:-1, :-2] & ok[2:, 1:-1] & ok[:-2, 1:-1] & (abs(z[1:-1, 2:] + z[1:-1, :-2] - 2 * z[1:-1, 1:-1]) < 0.05)
+        angle = np.degrees(np.arccos(np.clip((flat * m).sum(-1), -1, 1)))[smooth]
+        assert np.median(angle) < 2 and smooth.mean() > 0.3
+
+
+@EVERY
+def test_warping_reproduces_the_first_frame(world):
+    """Where visible, the second frame warped by the flow is the first one; unwarped it is not."""
+    warped, still = [], []
+    for i in range(4):
+        s = scene(world, "train", i)
+        u, v = grid(s["visible"].shape)
+        a, b, flow = s["image"].astype(float), s["next"].astype(float), s["labels"]["optical_flow"]
+        warped.append(abs(warp(b, u + flow[..., 0], v + flow[..., 1]) - a)[s["visible"]].mean())
+        still.append(abs(b - a)[s["visible"]].mean())
+    assert np.mean(warped) < 9 and np.mean(warped) < 0.6 * np.mean(still)
+
+
+@pytest.mark.parametrize("world", toyworld.TRAIN_WORLDS)
+def test_image_is_albedo_times_shading(world):
+    """At one ray per pixel the image is tonemap(albedo * shading), up to 8-bit rounding."""
+    for s in survey(world)[:3]:
+        linear = s["labels"]["albedo"] * s["labels"]["shading"]
+        assert abs(255 * linear.clip(0, 1) ** (1 / 2.2) - s["image"]).max() <= 0.51
+
+
+@pytest.mark.parametrize("world", ["streets", "real"])
+def test_every_class_is_frequent(world):
+    """Each of the eight classes covers at least 0.5% of all pixels, and poles, lights and signs each stand in half of the street scenes."""
+    labels = np.stack([s["labels"]["semantic"] for s in survey(world)])
+    share = np.bincount(labels.ravel(), minlength=256)[:8] / labels.size
+    assert share.min() > 0.005, dict(zip(CLASSES, share))
+    outdoors = labels[[(x != IGNORE).any() for x in labels]]
+    for c in ("pole", "light", "sign"):
+        assert ((outdoors == CLASSES.index(c)).sum((1, 2, 3)) >= 10).mean() >= 0.5
+
+
+@EVERY
+def test_motion_is_learnable(world):
+    """Typical flow is about one latent cell, rarely more than three, and its direction varies from scene to scene."""
+    flows = [s["labels"]["optical_flow"][s["valid"]["optical_flow"]] for s in survey(world)]
+    size = np.linalg.norm(np.concatenate(flows), axis=-1)
+    assert 2.5 < np.median(size) < 4.5 and np.percentile(size, 95) < 12
+    assert np.linalg.norm(np.mean([f.mean(0) / np.linalg.norm(f.mean(0)) for f in flows], 0)) < 0.5
+
+
+@EVERY
+def test_label_ranges(world):
+    """Labels are finite, within their ranges where valid, and the sky has no depth, normal or motion but a colour."""
+    low, high = {"rooms": (0.3, 12), "streets": (1, 80), "things": (1, 20), "real": (0.3, 80)}[world]
+    for s in survey(world):
+        labels, valid = s["labels"], s["valid"]
+        assert all(np.isfinite(x).all() for x in labels.values())
+        depth = labels["depth"][..., 0][valid["depth"]]
+        assert low < depth.min() and depth.max() < high
+        assert all(0 <= labels[t].min() and labels[t].max() <= 1 and valid[t].all() for t in ("shading", "albedo"))
+        assert np.array_equal(valid["semantic"], labels["semantic"][..., 0] != IGNORE)
+        sky = labels["semantic"][..., 0] == CLASSES.index("sky")
+        assert not any(valid[t][sky].any() for t in ("depth", "normal", "optical_flow", "scene_flow")) and (labels["shading"][sky] == 1).all()
+        assert valid["optical_flow"][~sky].mean() > 0.99
+
+
+@EVERY
+def test_reader_protocol(world):
+    """The reader yields exactly the tasks asked for, with the promised types, and a second frame only for flows or on request."""
+    data = ToyWorld(world, "val", n=5)
+    assert (data.name, data.split, data.size, len(data), data.tasks) == (world, "val", (64, 96), 5, WORLDS[world])
+    for task in data.tasks:
+        i = data.indices(task)[-1]
+        s = data.load(i, [task])
+        assert s["name"] == f"{world}/val/{i}" and set(s["labels"]) == set(s["valid"]) == {task}
+        assert s["image"].shape == (64, 96, 3) and s["image"].dtype == np.uint8 and ("next" in s) == ("flow" in task)
+        assert s["valid"][task].shape == (64, 96) and s["valid"][task].dtype == bool and s["valid"][task].any()
+        assert s["labels"][task].dtype == (np.uint8 if task == "semantic" else np.float32) and s["labels"][task].ndim == 3
+    assert "next" in data.load(0, [], with_next=True) and "next" not in data.load(0, [])
+    assert set(ToyWorld(world, "val", n=5, all_labels=True).load(0, toyworld.ALL)["labels"]) == set(toyworld.ALL)
+
+
+def test_size_changes_only_resolution():
+    """Another image size shows the same scene, with flow in proportion."""
+    a, b = scene("streets", "val", 1), toyworld.render("streets", "val", 1, size=(128, 192))
+    shrunk = b["image"].reshape(64, 2, 96, 2, 3).mean((1, 3))
+    assert abs(shrunk - a["image"]).mean() < 6
+    both = a["valid"]["optical_flow"] & b["valid"]["optical_flow"][::2, ::2]
+    assert np.median(abs(b["labels"]["optical_flow"][::2, ::2] / 2 - a["labels"]["optical_flow"])[both]) < 0.1
+
+
+def test_mistakes_are_named():
+    """Unknown worlds, splits and tasks raise ValueError with the possible ones."""
+    with pytest.raises(ValueError, match="streets"):
+        ToyWorld("moon", "train")
+    with pytest.raises(ValueError, match="val"):
+        ToyWorld("rooms", "dev")
+    with pytest.raises(ValueError, match="albedo"):
+        ToyWorld("rooms", "train").load(0, ["semantic"])

@@ -1,0 +1,225 @@
+"""The toy base: a genuine diffusers folder of Stable Diffusion's classes, small enough to train on a laptop and to keep in the repository.
+
+    vae/           AutoencoderKL, 4 latent channels, f = 4; trained on images and label images of the three training worlds
+    unet/          UNet2DConditionModel, four levels and 16 transformer blocks like SD2's; pre-trained on images alone
+    text_encoder/  CLIPTextModel with random weights: a fixed, distinct token per prompt is all that is asked of it
+    tokenizer/     CLIPTokenizer that knows the words of the seven prompts
+
+`python train.py --stage 0` makes it. The VAE never sees the `real` world; the UNet sees neither that world nor any label.
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from data import TOY_TRAIN, label_tensors, tensor_image
+from model import TIMESTEP, encode_prompts
+from tasks import CLASSES, PALETTES, TASKS, registry
+from toyworld import ToyWorld
+
+FOLDER = Path(__file__).parent / "toybase"
+THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
+
+
+# ---- the four parts, untrained ----
+
+def new_vae(widths=(16, 32, 64)):
+    """AutoencoderKL with f = 2^(levels-1); no attention in its middle, so that it may be trained on crops."""
+    n = len(widths)
+    return AutoencoderKL(block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
+                         layers_per_block=1, latent_channels=4, norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
+                         scaling_factor=1.0)
+
+
+def new_unet(widths=(32, 32, 48, 64), tokens=32, in_channels=12, groups=8):
+    """SD2's layout (three levels with cross-attention, one without; 16 transformer blocks), one head per layer."""
+    return UNet2DConditionModel(
+        in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=groups,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        cross_attention_dim=tokens, attention_head_dim=(1,) * len(widths), use_linear_projection=True, sample_size=24)
+
+
+def new_text(width=32):
+    """(tokenizer, text encoder): every word of the task prompts is one token, anything else is spelt out."""
+    letters = [chr(c) for c in range(33, 127)]
+    vocab, merges = letters + [c + "</w>" for c in letters], []
+    for word in sorted({w for t in TASKS.values() for w in t.prompt.split()}):
+        left = word[0]
+        for piece in [*word[1:-1], word[-1] + "</w>"]:
+            if (left, piece) not in merges:
+                merges.append((left, piece))
+                vocab.append(left + piece)
+            left += piece
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges)
+    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+                            max_position_embeddings=77, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=len(vocab) - 1)
+    return tokenizer, CLIPTextModel(config)
+
+
+# ---- training material ----
+
+class _Scenes(Dataset):
+    """Both frames of a training scene and, for the VAE, the codes of all its labels, as float16 images in [-1,1]."""
+
+    def __init__(self, scenes, size, labels):
+        self.worlds = [ToyWorld(w, "train", scenes, size, all_labels=True) for w in TOY_TRAIN]
+        self.scenes, self.labels = scenes, labels
+
+    def __len__(self):
+        return len(self.worlds) * self.scenes
+
+    def __getitem__(self, k):
+        world = self.worlds[k % len(self.worlds)]
+        sample = world.load(k // len(self.worlds), world.tasks if self.labels else (), with_next=True)
+        out = [("frame0", tensor_image(sample["image"])), ("frame1", tensor_image(sample["next"]))]
+        for t in world.tasks if self.labels else ():
+            label, valid = label_tensors(sample, t)
+            if TASKS[t].categorical:    # several colour codes of one map: keep the ids and colour them when a batch is drawn
+                if valid.any():
+                    out.append((t, torch.where(valid, label, torch.full_like(label, 255))))
+            elif valid.any():
+                out.append((t, TASKS[t].encode(label[None], valid[None])[0]))
+        return [(name, x.half()) for name, x in out]
+
+
+def _material(scenes, size, labels, workers):
+    """{"frame0": (n,3,H,W), ..., task: (n,C,H,W)}; the frames of one scene share their index."""
+    out = {}
+    jobs = DataLoader(_Scenes(scenes, size, labels), batch_size=8, num_workers=workers, collate_fn=list)
+    for group in tqdm(jobs, desc="rendering scenes"):
+        for items in group:
+            for name, x in items:
+                out.setdefault(name, []).append(x)
+    return {name: torch.stack(x) for name, x in out.items()}
+
+
+def _optimise(model, loss, steps, lr, generator, desc):
+    """AdamW with a short warm-up and cosine decay; `loss(generator)` draws its own batch."""
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * s / steps)))
+    bar, smooth = tqdm(range(steps), desc=desc, mininterval=5), None
+    for _ in bar:
+        value = loss(generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        smooth = value.item() if smooth is None else 0.98 * smooth + 0.02 * value.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+
+
+# ---- the VAE ----
+
+def train_vae(vae, material, steps, generator, batch=24, crop=32, lr=2e-3):
+    """Reconstruction of crops: a third images, a third semantic maps (half of them in each palette), a third the other labels.
+
+    Semantic maps add a cross-entropy over the palette colours, thin classes counting threefold. The decoder sees latents with a
+    little noise, as a UNet's predictions will be. At the end a per-channel normalisation is folded into the 1x1 convolutions
+    around the latent: unit variance, scaling_factor 1.
+    """
+    codecs = {p: registry(p)["semantic"] for p in PALETTES}
+    colours = {p: torch.tensor(PALETTES[p], dtype=torch.float32) / 127.5 - 1 for p in PALETTES}
+    weight = torch.ones(len(CLASSES))
+    weight[THIN] = 3.0
+    others = [n for n in material if n not in ("frame0", "frame1", "semantic")]
+
+    def draw(name, n, g):
+        pool = material[name]
+        rows = torch.randint(len(pool), (n,), generator=g)
+        top, left = (int(torch.randint(s - crop + 1, (1,), generator=g)) for s in pool.shape[-2:])
+        x = pool[rows, :, top:top + crop, left:left + crop].float()
+        return x.flip(-1) if torch.rand((), generator=g) < 0.5 else x
+
+    def loss(g):
+        third = batch // 3
+        images = [draw(f"frame{i}", third // 2, g) for i in (0, 1)]
+        picked = [others[i] for i in torch.randperm(len(others), generator=g)[:4]]
+        maps = [draw(n, third // 4, g) for n in picked]
+        ids = draw("semantic", third, g)
+        palettes = [list(PALETTES)[i % 2] for i in range(third)]
+        semantic = torch.cat([codecs[p].encode(i[None], i[None] != 255) for p, i in zip(palettes, ids)])
+        x = torch.cat([semantic, *images, *maps])
+        z = vae.encode(x).latent_dist.mean
+        spread = z.std((0, 2, 3))
+        y = vae.decode(z + 0.05 * spread.detach().view(1, -1, 1, 1) * torch.randn(z.shape, generator=g)).sample
+        reconstruction = (y - x).abs().mean() + 2 * (y - x).square().mean()
+        entropy = 0.0
+        for i, p in enumerate(palettes):
+            logits = -8 * (y[i, :, None] - colours[p].T[:, :, None, None]).square().sum(0)    # (classes, H, W)
+            target = ids[i, 0].long()
+            if (target != 255).any():
+                entropy = entropy + F.cross_entropy(logits[None], target[None], weight, ignore_index=255) / third
+        scale = z.mean((0, 2, 3)).square().mean() + (spread - 1).square().mean()
+        return reconstruction + 0.3 * entropy + 0.01 * scale
+
+    _optimise(vae, loss, steps, lr, generator, "training the VAE")
+    fold_normalisation(vae, material)
+
+
+@torch.no_grad()
+def fold_normalisation(vae, material, n=256):
+    """Rescale the latent channels to mean 0, variance 1 over images and labels, exactly undone before the decoder."""
+    names = [m for m in material if m != "semantic"]
+    x = torch.cat([material[m][:n // len(names)] for m in names]).float()
+    z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    c = len(mean)
+    vae.quant_conv.weight[:c] /= std.view(-1, 1, 1, 1)
+    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - mean) / std
+    vae.quant_conv.weight[c:] = 0.0     # the posterior's log-variance is not used: a constant, as good as deterministic
+    vae.quant_conv.bias[c:] = -20.0
+    vae.post_quant_conv.bias += (vae.post_quant_conv.weight[:, :, 0, 0] @ mean)
+    vae.post_quant_conv.weight *= std.view(1, -1, 1, 1)
+
+
+# ---- the UNet: what it knows before it sees a label ----
+
+def train_unet(unet, token, latents, steps, generator, batch=16, lr=2e-3):
+    """Generative pre-training on image pairs: rebuild a masked, noised frame while the other frame is visible.
+
+    latents: (n, 2, flips, 4, h, w). Half to nearly all cells of frame i are replaced by noise, the rest get a little; frame j is clean, so that
+    finding what moved where pays off from the first step on. Same input layout and timestep as stage 1.
+    """
+    n = len(latents)
+
+    def loss(g):
+        rows, flip = torch.randint(n, (batch,), generator=g), torch.randint(2, (batch,), generator=g)
+        i = torch.randint(2, (batch,), generator=g)
+        z_i, z_j = latents[rows, i, flip].float(), latents[rows, 1 - i, flip].float()
+        hidden = torch.rand((batch, 1, *z_i.shape[2:]), generator=g) < 0.5 + 0.45 * torch.rand((batch, 1, 1, 1), generator=g)
+        noise = torch.randn(z_i.shape, generator=g)
+        shown = torch.where(hidden, noise, z_i + 0.2 * noise)
+        x = torch.cat([shown, z_j, torch.zeros_like(z_j)], 1)
+        return F.mse_loss(unet(x, TIMESTEP, token.expand(batch, -1, -1)).sample, z_i)
+
+    _optimise(unet, loss, steps, lr, generator, "pre-training the UNet")
+
+
+def make(folder, scenes=500, size=(64, 96), vae_steps=3000, unet_steps=3000, seed=0, workers=2):
+    """Train all of it and write the folder in half precision. An existing vae/ in the folder is kept: delete it to train it anew."""
+    folder, generator = Path(folder), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    tokenizer, text_encoder = new_text()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    text_encoder.half().save_pretrained(folder / "text_encoder")
+    if not (folder / "vae").is_dir():
+        vae = new_vae()
+        train_vae(vae, _material(scenes, size, True, workers), vae_steps, generator)
+        vae.half().save_pretrained(folder / "vae")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    frames = _material(scenes * 2, size, False, workers)
+    with torch.no_grad():
+        encode = lambda x: torch.cat([vae.encode(p.float()).latent_dist.mean.half() for p in x.split(32)])
+        latents = torch.stack([torch.stack([encode(frames[f]), encode(frames[f].flip(-1))], 1) for f in ("frame0", "frame1")], 1)
+    unet = new_unet()
+    token = encode_prompts(tokenizer, text_encoder.float(), {"": ""})[""]
+    train_unet(unet, token, latents, unet_steps, generator)
+    unet.half().save_pretrained(folder / "unet")
