@@ -13,7 +13,6 @@ and a resumed run continues it exactly.
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from checkpoint import run
 from tasks import TASKS
 from toyworld import WORLDS, ToyWorld
 
@@ -43,7 +43,7 @@ def parse_drop(text, known):
     return drop
 
 
-def train_readers(root="", size=(64, 96), scenes=800):
+def train_readers(root="", size=(32, 48), scenes=800):
     """The training datasets: the toy worlds, or those found under `root` (FileNotFoundError if none)."""
     if not root:
         return [ToyWorld(w, "train", scenes, size) for w in TOY_TRAIN]
@@ -51,7 +51,7 @@ def train_readers(root="", size=(64, 96), scenes=800):
     return found(root, "train")
 
 
-def test_readers(root="", size=(64, 96), scenes=64, split="test"):
+def test_readers(root="", size=(32, 48), scenes=64, split="test"):
     """The held-out datasets: the same worlds' test split and the unseen world, or those found under `root`."""
     if not root:
         return [ToyWorld(w, split, scenes, size) for w in TOY_TEST]
@@ -327,3 +327,56 @@ def fingerprint(module):
     for name, p in sorted(module.state_dict().items()):
         digest.update(name.encode() + p.detach().cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# ---- the command ----
+
+def show(reader, index):
+    """A Pillow image of one sample at the size training sees: the frames and every label, its invalid pixels black."""
+    from sample import cell, draw_panel
+    tasks = tuple(t for t in reader.tasks if index in reader.indices(t))
+    sample = reader.load(index, tasks, with_next=True)
+    picture = lambda x: ((resize(tensor_image(x), reader.size) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    cells = [(name, cell(picture(sample[key]))) for key, name in (("image", "image"), ("next", "second frame")) if key in sample]
+    for t in tasks:
+        label, valid = (resize(x, reader.size) for x in label_tensors(sample, t))
+        cells.append((f"{t}, {100 * valid.float().mean():.0f}% valid", cell(TASKS[t].colour(label, valid[0]))))
+    return draw_panel(cells, 3)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data", default="", help="root folder of the real datasets; empty = the toy worlds")
+    parser.add_argument("--check", action="store_true", help="report every dataset under --data: found, samples per task, first unreadable file")
+    parser.add_argument("--full", action="store_true", help="with --check: load every sample, not only the first, middle and last of each task")
+    parser.add_argument("--show", metavar="NAME:INDEX", help="write a picture of one sample with all its labels")
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="which part --show takes the sample from")
+    parser.add_argument("--output", default="", help="file that --show writes (default: NAME_INDEX.png)")
+    args = parser.parse_args(argv)
+    if args.check:
+        if not args.data:
+            raise ValueError("--check looks at real datasets: add --data <root> (the toy worlds are always there)")
+        from datasets import check
+        print("\n".join(check(args.data, args.full)))
+    if args.show:
+        name, _, index = args.show.partition(":")
+        if args.data:
+            from datasets import READERS
+            if name not in READERS or args.split not in READERS[name].use:
+                use = ", ".join(f"{r.name} ({', '.join(r.use)})" for r in READERS.values())
+                raise ValueError(f"--show {args.show} --split {args.split}: expected NAME:INDEX with one of {use}")
+            reader = READERS[name](args.data, READERS[name].use[args.split])
+        else:
+            reader = ToyWorld(name, args.split, all_labels=True)
+        if not index.isdigit() or int(index) >= len(reader):
+            raise ValueError(f"--show {args.show}: {name} {args.split} has samples 0 to {len(reader) - 1}")
+        path = args.output or f"{name}_{index}.png"
+        show(reader, int(index)).save(path)
+        print(f"{reader.load(int(index), ())['name']} -> {path}")
+    if not (args.check or args.show):
+        parser.error("nothing to do: add --check or --show NAME:INDEX")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

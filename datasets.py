@@ -24,7 +24,7 @@ import os
 import re
 import struct
 from contextlib import contextmanager
-from functools import cached_property, partialmethod
+from functools import cached_property, partialmethod, reduce
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +75,13 @@ def read_image(path):
 
 
 def read_png(path, dtypes, *channels):
-    """The stored numbers of a PNG: (H,W), or (H,W,3) in RGB order. ValueError unless it has one of these dtypes ("uint8 uint16") and channels."""
+    """The stored numbers of a PNG: (H,W), or (H,W,3) in RGB order. dtypes: "uint8", "uint16" or "uint8 uint16"; others raise ValueError."""
     cv2 = opencv()
     image = decode(path, cv2.IMREAD_UNCHANGED)
     has = 1 if image.ndim == 2 else image.shape[2]
     if str(image.dtype) not in dtypes.split() or has not in channels:
-        raise ValueError(f"{path} has {has} channels of {image.dtype}: expected {' or '.join(map(str, channels))} of {' or '.join(dtypes.split())}")
+        want = " or ".join(map(str, channels))
+        raise ValueError(f"{path} has {has} channels of {image.dtype}: expected {want} of {dtypes.replace(' ', ' or ')}")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if has == 3 else image
 
 
@@ -115,17 +116,16 @@ def read_npy(path, channels):
     """Array of numbers -> (H,W,channels) in its stored dtype, (H,W) alone counts as one channel. Pickled objects are refused."""
     with reading(path, "NPY file"):
         x = np.load(path, allow_pickle=False)
-        x = x[..., None] if x.ndim == 2 else x
-        if x.ndim != 3 or x.shape[2] != channels or x.dtype.kind not in "fiu":
-            raise ValueError(f"holds {x.shape} of {x.dtype}, expected (H, W, {channels}) numbers")
-        return x
+    if x.shape[2:] != (channels,) and (x.ndim, channels) != (2, 1) or x.dtype.kind not in "fiu":
+        raise ValueError(f"{path} holds {x.dtype} of shape {x.shape}: expected numbers of shape (H, W, {channels})")
+    return x.reshape(*x.shape[:2], channels)
 
 
 def read_exr(path):
     """OpenEXR picture -> (H,W,3) float32 linear RGB, unbounded."""
     cv2 = opencv()
     if re.search(r"OpenEXR:\s+NO", cv2.getBuildInformation()):
-        raise ValueError(f"{path} cannot be read by OpenCV {cv2.__version__}, built without OpenEXR: pip install 'opencv-python-headless<5'")
+        raise ValueError(f"{path} needs OpenEXR, which OpenCV {cv2.__version__} is built without: pip install 'opencv-python-headless<5'")
     with reading(path, "EXR file"):
         open(path, "rb").close()  # cv2 does not tell a missing file from a broken one
         try:
@@ -138,6 +138,16 @@ def read_exr(path):
 
 
 # ---- geometry, light, classes ----
+
+
+def every(mask):
+    """(H,W,C) bool -> (H,W): true in all channels. Channel by channel, as numpy is slow at reducing short axes."""
+    return reduce(np.logical_and, np.moveaxis(mask, -1, 0))
+
+
+def length(n):
+    """(H,W,C) -> (H,W) Euclidean norm."""
+    return np.sqrt(np.einsum("...c,...c", n, n))
 
 
 def backproject(u, v, z, f, cx, cy):
@@ -154,9 +164,9 @@ def scene_flow(flow, z0, z1, f, cx, cy):
 def normals_from_depth(z, f, cx, cy, r=3):
     """Outward unit normals (H,W,3) float32 of a plane-depth map z (H,W), pixels counted from 0.
 
-    On a plane the inverse depth is linear in the pixel, w = a u + b v + e, and the normal is (f a, f b, e + a cx + b cy) up to a positive
-    factor. The fit runs over windows of 2r+1 pixels, wide enough to average out centimetre steps; a pixel takes the best-fitting of the nine
-    windows that hold it in the middle, on an edge or in a corner, so that windows do not reach across depth edges.
+    On a plane the inverse depth is linear in the pixel, w = a u + b v + e, and the normal is (f a, f b, e + a cx + b cy) up to a
+    positive factor. The fit runs over windows of 2r+1 pixels, wide enough to average out centimetre steps; a pixel takes the best of the
+    nine windows that hold it in the middle, on an edge or in a corner, so that windows do not reach across depth edges.
     """
     cv2 = opencv()
     w = 1 / np.maximum(z, 1e-3).astype(np.float64)  # float32 cannot resolve the residual of a good fit
@@ -169,26 +179,26 @@ def normals_from_depth(z, f, cx, cy, r=3):
     rows, cols = z.shape
     v, u = np.mgrid[:rows, :cols]
     n = np.stack([f * a, f * b, m - a * (u - cx) - b * (v - cy)], -1)
-    n = (n / np.linalg.norm(n, axis=-1, keepdims=True)).astype(np.float32)
-    best, cost = n.copy(), residual / 16  # another window must fit clearly better: where the surface curves, it is biased
-    n, residual = np.pad(n, ((r, r), (r, r), (0, 0))), np.pad(residual, r, constant_values=np.inf)
-    for y in (0, r, 2 * r):
-        for x in (0, r, 2 * r):
-            there = residual[y:y + rows, x:x + cols]
+    n = (n / length(n)[..., None]).astype(np.float32)
+    padded, cost, move = np.pad(residual, r, constant_values=np.inf), residual / 16, np.zeros((rows, cols), int)
+    for y in (-r, 0, r):  # a moved window must fit clearly better: where the surface curves, it is biased
+        for x in (-r, 0, r):
+            there = padded[r + y:r + y + rows, r + x:r + x + cols]
             better = there < cost
-            cost[better], best[better] = there[better], n[y:y + rows, x:x + cols][better]
-    return best
+            np.copyto(cost, there, where=better)
+            np.copyto(move, y * cols + x, where=better)
+    return n.reshape(-1, 3)[v * cols + u + move]
 
 
 def unit_vectors(n):
     """(H,W,3) -> (unit vectors, valid (H,W)): a length outside 0.5..1.5, or NaN, marks a pixel without a normal."""
-    norm = np.linalg.norm(n, axis=-1)
+    norm = length(n)
     return n / np.maximum(norm, 0.5)[..., None], (norm > 0.5) & (norm < 1.5)
 
 
 def linear(raw):
-    """Stored linear RGB (H,W,3) -> float32 without NaN (becomes 0) and infinity (becomes the largest float16)."""
-    return np.nan_to_num(raw.astype(np.float32), nan=0, posinf=65504, neginf=-65504)
+    """Stored linear RGB (H,W,3) -> float32 in 0..65504 (the largest float16): NaN and less than 0 become 0."""
+    return np.fmin(np.fmax(raw.astype(np.float32), 0), 65504)
 
 
 def grey(rgb):
@@ -204,7 +214,7 @@ def exposure(rgb, where):
 
 def tonemap(rgb):
     """Linear float32 -> uint8: clip, gamma 2.2, truncate."""
-    return (np.clip(rgb, 0, 1) ** np.float32(1 / 2.2) * 255).astype(np.uint8)
+    return (opencv().pow(np.clip(rgb, 0, 1), 1 / 2.2) * 255).astype(np.uint8)
 
 
 def ids_from_colours(rgb, table, path):
@@ -226,14 +236,9 @@ def stars(template):
     return re.sub(r"{\d?}", "*", template)
 
 
-def unpacked(folder, pattern):
-    """Where an archive was extracted: `folder`, or the one of its subfolders that holds the glob `pattern`."""
-    inside = sorted(p for p in folder.glob("*") if p.is_dir())
-    return next((top for top in (folder, *inside) if any(top.glob(pattern))), folder)
-
-
 class Frame:
-    """One sample being loaded: image(0), image(1) where there is a second frame, and a method per labelled task -> (label, valid (H,W))."""
+    """One sample being loaded: image(0), image(1) where there is a second frame, and a method per labelled task -> (label, valid (H,W)).
+    Files that several of these need are cached properties, so that each is read once."""
 
     def __init__(self, reader, key):
         self.reader, self.key = reader, key
@@ -241,7 +246,7 @@ class Frame:
     def path(self, kind, ahead=0):
         """Built forwards from the key, never by rewriting another path. ahead: frames to go on; the last part of a key is its frame."""
         *scene, t = self.key
-        return self.reader.tops[kind] / self.reader.tree[kind].format(*scene, f"{int(t) + ahead:0{len(t)}}" if ahead else t)
+        return self.reader.top(kind) / self.reader.tree[kind].format(*scene, f"{int(t) + ahead:0{len(t)}}" if ahead else t)
 
     def image(self, t):
         return read_image(self.path("image", t))
@@ -274,7 +279,7 @@ class Reader:
             raise ValueError(f"{self.name} has no split {split!r}: expected one of {', '.join(self.splits)}")
         self.split, self.folder = split, self.place(root)
         self.tree = {kind: template.replace("<split>", split) for kind, template in self.tree.items()}
-        self.tops = {kind: unpacked(self.folder, stars(template)) for kind, template in self.tree.items()}
+        self.tops = {}
         self.samples = self.find()
         if not self.samples:
             there = sorted(p.name for p in self.folder.glob("*"))
@@ -292,11 +297,18 @@ class Reader:
     def there(cls, root):
         return cls.place(root).is_dir()
 
+    def top(self, kind):
+        """Where the archive with this kind of file was extracted: the dataset's folder, or a subfolder that the archive brought along."""
+        if kind not in self.tops:
+            tops = (self.folder, *sorted(p for p in self.folder.glob("*") if p.is_dir()))
+            self.tops[kind] = next((top for top in tops if any(top.glob(stars(self.tree[kind])))), self.folder)
+        return self.tops[kind]
+
     def find(self):
         """Sorted keys, read off the paths of the first kind of file."""
         kind, template = next(iter(self.tree.items()))
         parts = re.compile(re.sub(r"\\{\d?\\}", "([^/]+)", re.escape(template)))
-        return sorted(parts.fullmatch(path.replace(os.sep, "/")).groups() for path in glob.glob(stars(template), root_dir=self.tops[kind]))
+        return sorted(parts.fullmatch(path.replace(os.sep, "/")).groups() for path in glob.glob(stars(template), root_dir=self.top(kind)))
 
     def pairs(self):
         return frozenset(range(len(self)) if any(TASKS[task].frames == 2 for task in self.tasks) else ())
@@ -349,8 +361,10 @@ class Reader:
             label, valid = getattr(frame, task)()
             label, valid = cut(label.reshape(*label.shape[:2], -1), f"{task} label"), cut(valid, f"{task} mask")
             if label.dtype != np.uint8:
-                number = np.isfinite(label).all(-1)
-                label, valid = np.where(number[..., None], label, 0).astype(np.float32, copy=False), valid & number
+                number = every(np.isfinite(label))
+                if not number.all():
+                    label, valid = np.where(number[..., None], label, 0), valid & number
+                label = label.astype(np.float32, copy=False)
             sample["labels"][task], sample["valid"][task] = label, valid
         extra = {what: cut(mask, what) for what, mask in frame.extra(tasks).items()}
         return {**sample, "extra": extra} if extra else sample
@@ -361,7 +375,7 @@ class Reader:
 
 class Hypersim(Reader):
     """Indoor renderings: the scenes of the public split that are in the folder, less six broken frames. For depth, shading and albedo,
-    training also leaves out frames with any NaN depth: the first indices() reads all depth files and keeps the answer in nan_frames.json."""
+    training also leaves out frames with NaN in the depth: the first indices() reads all depth files and notes them in nan_frames.json."""
 
     name, splits, use = "hypersim", ("train", "val", "test"), {"train": "train", "val": "val"}
     page, licence, download = "https://github.com/apple/ml-hypersim", "CC BY-SA 3.0", "about 1.9 TB with everything, most of it not needed"
@@ -376,7 +390,7 @@ class Hypersim(Reader):
               ("ai_011_005", "cam_01", "0000"), ("ai_016_009", "cam_00", "0000"), ("ai_052_002", "cam_01", "0021")}
 
     def find(self):
-        path, scenes = self.tops["split"] / self.tree["split"], {p.name for p in self.tops["color"].glob("ai_*")}
+        path, scenes = self.top("split") / self.tree["split"], {p.name for p in self.top("color").glob("ai_*")}
         if not path.exists():
             return []
         with reading(path, "split table"), open(path, newline="") as f:
@@ -450,16 +464,16 @@ class Hypersim(Reader):
             """x right, y up, z to the viewer, facing either way; NaN or 0 = none. Positions are in asset units."""
             n, world, point = (self.read(what).astype(np.float32) for what in ("normal_cam", "normal_world", "position"))
             eye = self.read("eyes")[int(self.key[2])].astype(np.float32)
-            hidden = (world * (eye - point)).sum(-1, keepdims=True) < 0
-            n = np.where(hidden, -n, n) * np.float32([-1, 1, 1])  # facing the viewer with y up -> pointing away with y down
-            norm = np.linalg.norm(n, axis=-1)
-            valid = self.hit & np.isfinite(point).all(-1) & (norm > 1e-3) & (np.linalg.norm(world, axis=-1) > 1e-3)
+            hidden = np.einsum("...c,...c", world, eye - point) < 0
+            n = np.where(hidden[..., None], -n, n) * np.float32([-1, 1, 1])  # facing the viewer with y up -> pointing away with y down
+            norm = length(n)
+            valid = self.hit & every(np.isfinite(point)) & (norm > 1e-3) & (length(world) > 1e-3)
             return n / np.maximum(norm, 1e-3)[..., None], valid
 
         def albedo(self):
             """Reflectance in the exposure of the picture; invalid below 2/255 in any channel, too dark to divide by."""
             albedo = np.clip(self.exposure * self.reflectance, 0, 1)
-            return albedo, (albedo >= 2 / 255).all(-1)
+            return albedo, every(albedo >= 2 / 255)
 
         def shading(self):
             return grey(np.clip(self.color / (self.reflectance + 1e-6), 0, 1)), self.albedo()[1]
@@ -527,7 +541,7 @@ class VirtualKitti2(Reader):
 
 
 class FlyingThings3D(Reader):
-    """Flying objects, the DispNet/FlowNet2.0 subset (not the full release). A sample per forward flow; a unit of length counts as a metre."""
+    """Flying objects: the DispNet/FlowNet2.0 subset, not the full release. A sample per forward flow; its length unit counts as a metre."""
 
     name, splits, use = "flyingthings3d", ("train", "val"), {"train": "train", "val": "val"}
     page = "https://lmb.informatik.uni-freiburg.de/resources/datasets/SceneFlowDatasets.en.html"
@@ -546,7 +560,7 @@ class FlyingThings3D(Reader):
 
         def optical_flow(self):
             """Pixels; 500 and more is invalid, occluded pixels are valid."""
-            return self.flow, (np.abs(self.flow) < 500).all(-1)
+            return self.flow, every(np.abs(self.flow) < 500)
 
         def scene_flow(self):
             """Disparity and its change are float32 pixels, both stored negated; valid where the first depth is below 35."""
@@ -582,8 +596,8 @@ class Cityscapes(Reader):
 
 
 class KittiEigen(Reader):
-    """Street photographs with laser depth. Samples: the list eigen_test_files_with_gt.txt if it is in the folder (lines "image depth focal",
-    of which 652 have ground truth), otherwise every image that has ground truth, with a notice."""
+    """Street photographs with laser depth. Samples: the list eigen_test_files_with_gt.txt if it is in the folder ("image depth focal" per
+    line, 652 with ground truth), otherwise every image that has ground truth, with a notice."""
 
     name, splits, use = "kitti_eigen", ("test",), {"test": "test"}
     page = "https://www.cvlibs.net/datasets/kitti/eval_depth.php?benchmark=depth_prediction"
@@ -596,9 +610,9 @@ class KittiEigen(Reader):
         folders = [p for up in levels for p in self.folder.glob(f"{up}*_sync/proj_depth/groundtruth/image_02")]
         self.truth = {(folder.parents[2].name, p.stem): p for folder in folders for p in folder.glob("*.png")}
         have = [key for key in super().find() if key[1:] in self.truth]
-        path = self.tops["list"] / self.tree["list"]
+        path = self.top("list") / self.tree["list"]
         if not path.exists():
-            print(f"kitti_eigen: no {path}, so all {len(have)} images with ground truth are used instead of the Eigen split")
+            print(f"kitti_eigen: no {path}, so all {len(have)} images with ground truth stand in for the Eigen split")
             return have
         with reading(path, "list of files"):
             lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
@@ -620,8 +634,8 @@ class KittiEigen(Reader):
 
 
 class Kitti2015(Reader):
-    """KITTI scene flow 2015, the 200 training scenes. Both flows are valid where flow and both disparities are; extra["optical_flow_occ"] is
-    the mask of flow_occ alone. baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
+    """KITTI scene flow 2015, the 200 training scenes. Both flows are valid where flow and both disparities are; extra["optical_flow_occ"]
+    is the mask of flow_occ alone. baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
 
     name, splits, use = "kitti_2015", ("training",), {"test": "training"}
     page, licence = "https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php", "CC BY-NC-SA 3.0, free account"
@@ -688,7 +702,7 @@ class Diode(Reader):
 
         def normal(self):
             """float32 or float64, x right, y up, z to the viewer, facing the camera; (0,0,0) = none."""
-            return unit_vectors(read_npy(self.path("normal"), 3) * np.float32([-1, 1, 1]))
+            return unit_vectors(read_npy(self.path("normal"), 3).astype(np.float32) * np.float32([-1, 1, 1]))
 
 
 class Mid(Reader):
@@ -716,7 +730,7 @@ class Mid(Reader):
 
         def albedo(self):
             """Invalid below 0.004 in any channel."""
-            return self.reflectance, (self.reflectance >= 0.004).all(-1)
+            return self.reflectance, every(self.reflectance >= 0.004)
 
         def shading(self):
             return grey(np.clip(np.clip(self.lit, 0, 1) / np.maximum(self.reflectance, 1e-6), 0, 1)), self.albedo()[1]
@@ -843,7 +857,7 @@ READERS = {r.name: r for r in (Hypersim, VirtualKitti2, FlyingThings3D, Cityscap
 
 
 def found(root, role):
-    """The readers of the datasets under `root` that serve as "train", "val" or "test". FileNotFoundError: there is none, or one is empty."""
+    """The readers of all datasets under `root` that serve as "train", "val" or "test"; FileNotFoundError if none is, or one is empty."""
     readers = [r for r in READERS.values() if role in r.use and r.there(root)]
     if not readers:
         names = ", ".join(f"{r.name}/" for r in READERS.values() if role in r.use)

@@ -295,7 +295,7 @@ class _Items(Dataset):
     def __getitem__(self, k):
         index, tasks = self.jobs[k]
         try:
-            sample = self.reader.load(index, tuple(tasks), with_next=self.reader.pairs)
+            sample = self.reader.load(index, tuple(tasks), with_next=True)
         except (OSError, ValueError) as error:
             return f"{self.reader.name}:{index}: {error}"
         frames = [resize(tensor_image(sample[key]), self.reader.size) for key in ("image", "next") if key in sample]
@@ -469,7 +469,7 @@ def main(argv=None):
             raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     config = read_json(Path(args.ckpt) / "config.json", f"no config.json in {args.ckpt}") if args.ckpt else {}
-    size = tuple(config.get("size", (64, 96)))
+    size = tuple(config.get("size", (32, 48)))
     readers = test_readers(args.data, size, split=args.split)
     train = train_readers(args.data, size) if args.trivial and not args.oracle else []
     results, trivials, skipped = {}, {}, []

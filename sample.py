@@ -3,7 +3,7 @@
     python sample.py --ckpt out/ photo.jpg                 one image; the tasks about motion need a second frame and are skipped
     python sample.py --ckpt out/ photo.jpg next.jpg        two images: a frame and the one after it
     python sample.py --ckpt out/ a.png b.png c.png ...     three or more images: the frames of one sequence, in this order
-    python sample.py --ckpt out/ folder/                   numbered files (x_07.png, x_08.png) are frames of a sequence, others single images
+    python sample.py --ckpt out/ folder/                   numbered files (x_07.png, x_08.png) are frames of a sequence, others are alone
     python sample.py --ckpt out/ clip.mp4 --stride 2       a video or an animated GIF: its frames are a sequence
     python sample.py --toy real:3                          a sample of a toy world's test split, labels beside predictions
 
@@ -21,19 +21,20 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from checkpoint import read_json, run, write_json
 from model import StableMTL
-from tasks import TASKS, parse_tasks
-from toyworld import ToyWorld
+from tasks import CLASSES, TASKS, parse_tasks
+from toyworld import WORLDS, ToyWorld
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
@@ -49,12 +50,9 @@ def _reading(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is too large to be read safely: shrink it first ({error})") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow knows: convert it to PNG or JPEG") from error
     except Exception as error:  # decoders of damaged files raise anything from SyntaxError to IndexError
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+        raise ValueError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG of at most {limit} pixels") from error
 
 
 def _rgb(image):
@@ -105,13 +103,10 @@ def read_video(path, stride=1):
     except ImportError as error:
         raise ValueError(f"reading the video {path} needs OpenCV: pip install opencv-python-headless") from error
     video, i = cv2.VideoCapture(str(path)), 0
-    try:
-        while video.grab():
-            if i % stride == 0:
-                yield i, cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
-            i += 1
-    finally:
-        video.release()
+    while (frame := video.read()[1]) is not None:
+        if i % stride == 0:
+            yield i, frame[..., ::-1].copy()    # OpenCV's channels are BGR
+        i += 1
     if i == 0:
         raise ValueError(f"{path} cannot be decoded as a video: convert it to MP4 (H.264), or give its frames as a folder of images")
 
@@ -137,6 +132,12 @@ def _sequence(frames, linked=True):
         now = after
 
 
+def _named(stem, frames):
+    """(number, array) of a video -> (name, read) as _sequence takes them."""
+    for i, frame in frames:
+        yield f"{stem}/{i:06d}", lambda frame=frame: frame
+
+
 def _moving(path):
     """None for a folder or still image, else the function that reads the frames of this file."""
     if path.suffix.lower() in VIDEOS:
@@ -148,13 +149,298 @@ def _moving(path):
 
 
 def _runs(folder):
-    """The images of a folder in natural order, split where a file's number does not follow its predecessor's: a list of lists of paths."""
-    split = lambda p: re.split("([0-9]+)", p.stem.lower())
+    """Images of a folder in natural order, as lists: numbered files that follow one another share a list, any other file is alone."""
     paths = [p for p in folder.iterdir() if p.suffix.lower() in IMAGES and p.is_file() and not p.name.startswith(".")]
     if not paths:
         raise FileNotFoundError(f"no images in {folder}: expected files that end in {', '.join(IMAGES)}")
-    runs = []
-    for path in sorted(paths, key=lambda p: ([int(x) if x.isdigit() else x for x in split(p)], p.name)):
-        *stem, number, tail = ["", *split(path)][-len(split(path)) - (len(split(path)) < 2):]
-        ...
+    natural = lambda p: ([int(x) if x.isdecimal() else x for x in re.split("([0-9]+)", p.stem.lower())], p.name)
+    runs, expected = [], None
+    for path in sorted(paths, key=natural):
+        stem, number = re.fullmatch("(.*?)([0-9]*)", path.stem, re.DOTALL).groups()
+        if number and (stem, int(number)) == expected:
+            runs[-1].append(path)
+        else:
+            runs.append([path])
+        expected = (stem, int(number) + 1) if number else None
     return runs
+
+
+def find(paths, single=False, stride=1):
+    """An Input for everything the paths name (rules: top of this file): a list, or an iterator if a video or animation is among them.
+
+    FileNotFoundError if a path does not exist or a folder holds no image.
+    """
+    paths = [Path(p) for p in paths]
+    for p in paths:
+        if not p.exists():
+            raise FileNotFoundError(f"no file or folder {p}: check the path")
+    read = lru_cache(2)(read_image)     # a pair's second frame is the next pair's first
+    still, moving = lambda p: (p.stem, partial(read, p)), [None if p.is_dir() else _moving(p) for p in paths]
+    if not single and not any(moving) and not any(p.is_dir() for p in paths):
+        if len(paths) == 2:
+            return [Input(*still(paths[0]), still(paths[1])[1])]
+        return list(_sequence(map(still, paths[::stride])))
+    parts = []
+    for p, frames in zip(paths, moving):
+        if frames:
+            parts.append(_sequence(_named(p.stem, frames(p, stride)), not single))
+        else:
+            parts += [_sequence(map(still, run[::stride]), not single) for run in (_runs(p) if p.is_dir() else [[p]])]
+    inputs = chain.from_iterable(parts)
+    return inputs if any(moving) else list(inputs)
+
+
+def toy(text):
+    """"real:3" -> the Input of that sample of the toy world's test split, with all labels."""
+    name, _, index = text.partition(":")
+    world = ToyWorld(name, "test", all_labels=True)
+    if not index.isdecimal() or int(index) >= len(world):
+        raise ValueError(f"--toy {text}: expected world:number with a number from 0 to {len(world) - 1}, for example {name}:3")
+    sample = world.load(int(index), world.tasks)
+    return Input(f"{name}-{index}", lambda: sample["image"], lambda: sample["next"], sample)
+
+
+# ---- from frames to maps ----
+
+def network_size(height, width, size, trained, factor):
+    """(H, W) at which the network sees an image of height x width.
+
+    size: its longer side, 0 = as it is, None = the shorter side becomes that of `trained` (H, W), as long as the area stays below 8
+    times the trained one. Each side gets at least 8 latent cells (one cell of the UNet's coarsest level), even if that distorts.
+    """
+    if size == 0 or (size is None and trained is None):
+        scale = 1.0
+    elif size:
+        scale = size / max(height, width)
+    else:
+        scale = min(min(trained) / min(height, width), (8 * trained[0] * trained[1] / (height * width)) ** 0.5)
+    return tuple(max(8 * factor, round(scale * side)) for side in (height, width))
+
+
+def to_network(array, size, device):
+    """(H,W,3) uint8 -> (1,3,*size) in [-1,1]."""
+    image = Image.fromarray(array)
+    image = image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def restore(x, task, size):
+    """A prediction (1,C,h,w) at the network's size -> (C,*size) on the CPU. Values are kept: flow in pixels is known up to scale anyway."""
+    x = x.float().cpu()
+    if task.categorical:
+        return F.interpolate(x, size, mode="nearest-exact")[0].long()
+    x = F.interpolate(x, size, mode="bilinear", antialias=True)[0]
+    return F.normalize(x, dim=0, eps=1e-6) if task.dense_loss == "cosine" else x     # directions stay unit vectors
+
+
+def read_frames(item):
+    """[image] or [image, next] of an Input, each (H,W,3) uint8. ValueError if one cannot be read or they differ in size."""
+    frames = [read() for read in (item.image, item.next) if read]
+    if frames[0].shape != frames[-1].shape:
+        (h, w), (h2, w2) = (f.shape[:2] for f in frames)
+        raise ValueError(f"{item.name} has {w}x{h} pixels and its next frame {w2}x{h2}: give frames of one size (or --single)")
+    return frames
+
+
+def predict(model, frames, tasks, args, trained):
+    """({task: (1,C,h,w) native prediction at the network's size}, attention table or None). ValueError if GPU memory does not suffice."""
+    size = network_size(*frames[0].shape[:2], args.size, trained, model.factor)
+    model.attention_log = [] if args.attention else None
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(args.device).type == "cuda"):
+            maps = model.predict(*[to_network(f, size, args.device) for f in frames], tasks=tasks, rows=args.rows)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of GPU memory at {size[1]}x{size[0]} pixels: use --rows 1, or a smaller --size") from error
+    return maps, attention_table(model.attention_log, model.tasks) if args.attention else None
+
+
+# ---- what is written ----
+
+def cell(picture):
+    """(H,W,3) uint8 -> a Pillow image of readable size: small ones enlarged by a whole number, large ones reduced to 512 pixels."""
+    image = Image.fromarray(picture)
+    enlarge = max(1, 288 // max(image.size))
+    if enlarge > 1:
+        return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+    image.thumbnail((512, 512))
+    return image
+
+
+def draw_panel(cells, columns):
+    """[(title, Pillow image), ...] -> one Pillow image, row by row."""
+    width = int(max(max(image.width, FONT.getlength(title)) for title, image in cells)) + 10
+    height = max(image.height for _, image in cells) + 28
+    panel = Image.new("RGB", (min(columns, len(cells)) * width + 10, -(-len(cells) // columns) * height + 8), "white")
+    draw = ImageDraw.Draw(panel)
+    for k, (title, image) in enumerate(cells):
+        x, y = 10 + k % columns * width, 6 + k // columns * height
+        draw.text((x, y), title, "black", FONT)
+        panel.paste(image, (x, y + 18))
+    return panel
+
+
+def write(folder, frames, maps, truth=None, table=None):
+    """frames: 1 or 2 of (H,W,3) uint8; maps: {task: (1,C,h,w)}; truth: sample with labels; table: attention. panel.png comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "panel.png").unlink(missing_ok=True)      # until all is new, this input is not finished
+    size, cells = frames[0].shape[:2], [(name, cell(f)) for name, f in zip(("image", "second frame"), frames)]
+    for t, x in maps.items():
+        x = restore(x, TASKS[t], size)
+        picture = TASKS[t].colour(x, torch.ones(size, dtype=torch.bool))
+        array = np.ascontiguousarray(x.permute(1, 2, 0).numpy())
+        Image.fromarray(picture).save(folder / f"{t}.png")
+        np.save(folder / f"{t}.npy", array[..., 0].astype(np.uint8) if TASKS[t].categorical else array)
+        cells.append((t, cell(picture)))
+        if truth:
+            label, valid = torch.from_numpy(truth["labels"][t]).permute(2, 0, 1), torch.from_numpy(truth["valid"][t])
+            cells.append((f"{t}, label" if valid.any() else f"{t}, no label here", cell(TASKS[t].colour(label, valid))))
+    if table:
+        write_json(folder / "attention.json", table)
+        draw_attention(table).save(folder / "attention.png")
+    draw_panel(cells, 4 if truth else 3).save(folder / "panel.png.tmp", "PNG")
+    os.replace(folder / "panel.png.tmp", folder / "panel.png")
+
+
+# ---- which task looks at which (paper Figs. 7 and 9) ----
+
+def attention_table(log, tasks):
+    """model.attention_log -> {"tasks": [...], "mean": {main: {task: weight}}, "attention": {main: {block: {task: weight}}}}.
+
+    weight: mean over pixels and heads of the attention that predicting `main` pays to the auxiliary stream of `task`; each row sums to
+    1. Blocks are in running order; "mean" is over blocks.
+    """
+    attention = {}
+    for block, main, weights in log:
+        attention.setdefault(main, {})[re.sub(r"_blocks?|attentions\.|\.transformer_blocks\.0$", "", block)] = weights
+    attention = {t: attention[t] for t in tasks if t in attention}
+    mean = {main: {t: sum(row[t] for row in rows.values()) / len(rows) for t in tasks if t != main} for main, rows in attention.items()}
+    return {"tasks": list(tasks), "mean": mean, "attention": attention}
+
+
+def draw_attention(table):
+    """The table as heat maps, in percent: main tasks averaged over blocks, then the blocks of each main task. -> Pillow image"""
+    tasks, font, (cw, ch), (left, top) = table["tasks"], ImageFont.load_default(11), (28, 17), (84, 76)
+    weights = [w for rows in table["attention"].values() for row in rows.values() for w in row.values()]
+    peak = max(2 / (len(tasks) - 1), *weights)      # the darkest colour is at least twice an even share
+
+    def heat(rows):
+        image = Image.new("RGB", (left + cw * len(tasks), top + ch * len(rows)), "white")
+        draw = ImageDraw.Draw(image)
+        for j, t in enumerate(tasks):
+            upright = Image.new("RGB", (top - 4, ch), "white")
+            ImageDraw.Draw(upright).text((0, ch // 2), t, "black", font, anchor="lm")
+            image.paste(upright.rotate(90, expand=True), (left + j * cw + 5, 0))
+        for i, (name, row) in enumerate(rows.items()):
+            y = top + i * ch
+            draw.text((left - 6, y + ch // 2), name, "black", font, anchor="rm")
+            for x, t in zip(range(left, image.width, cw), tasks):
+                w = row.get(t, 0.0) / peak
+                colour = tuple(round(a + (b - a) * w) for a, b in ((247, 8), (251, 48), (255, 107))) if t in row else (225, 225, 225)
+                draw.rectangle((x, y, x + cw - 2, y + ch - 2), colour)
+                if t in row:
+                    draw.text((x + cw // 2, y + ch // 2), f"{100 * row[t]:.0f}", "white" if w > 0.55 else "black", font, anchor="mm")
+        return image
+
+    cells = [("attention in %, mean of the blocks", heat(table["mean"]))]
+    return draw_panel(cells + [(f"{main} attends to (by block)", heat(rows)) for main, rows in table["attention"].items()], 4)
+
+
+# ---- command line ----
+
+def whole(least):
+    """argparse type: an integer of at least `least`."""
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+    return number
+
+
+def parse(argv):
+    kind = lambda t: "(H,W) uint8" if t.categorical else f"(H,W,{t.channels}) float32"
+    units = "\n".join(f"  {t.name + '.npy':18}{kind(t):17}{t.unit}" for t in TASKS.values())
+    classes = ", ".join(f"{i} {c}" for i, c in enumerate(CLASSES))
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"arrays, at the size of the input:\n{units}\nclasses: {classes}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("paths", nargs="*", metavar="path", help="images, folders, videos, animations")
+    parser.add_argument("--toy", metavar="WORLD:N", help=f"sample N of the test split of a toy world: {', '.join(WORLDS)}")
+    parser.add_argument("--ckpt", default="out", help="folder written by train.py (default: %(default)s)")
+    parser.add_argument("--output", default="samples", help="where the results go (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="compute finished inputs again")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
+    parser.add_argument("--tasks", default="all", help="comma-separated (default: all that the checkpoint knows)")
+    parser.add_argument("--single", action="store_true", help="the images or frames are unrelated: no second frames")
+    parser.add_argument("--stride", type=whole(1), default=1, help="use every STRIDE-th frame of a sequence (default: 1)")
+    parser.add_argument("--limit", type=whole(1), help="at most this many inputs")
+    parser.add_argument("--size", type=whole(0), help="longer side in pixels that the network sees; 0 = the input's own "
+                        "(default: the shorter side as in training); smaller is faster and needs less memory")
+    parser.add_argument("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory, same results")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda (in bfloat16)")
+    parser.add_argument("--attention", action="store_true", help="also write attention.png, .json: which tasks a task attends to (stage 2)")
+    parser.add_argument("--skip-bad", action="store_true", help="name, skip and count unreadable inputs instead of stopping at the first")
+    return parser.parse_args(argv)
+
+
+def load(args):
+    """The model, the tasks asked for, and the (H, W) it was trained at (None if the checkpoint does not say)."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not available here: use cpu ({str(error).splitlines()[0]})") from error
+    wanted, model = parse_tasks(args.tasks), StableMTL.load(args.ckpt, args.stage, args.device)
+    tasks = [t for t in model.tasks if t in wanted]
+    if args.tasks != "all" and len(tasks) < len(wanted):
+        raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")
+    if args.attention and model.main is None:
+        raise ValueError(f"--attention needs stage 2, and stage 1 was loaded from {args.ckpt}: train it, or drop --stage 1")
+    config = Path(args.ckpt) / "config.json"    # absent beside imported weights
+    return model, tasks, read_json(config, "").get("size") if config.is_file() else None
+
+
+def main(argv=None):
+    """Predict what the command line names. Returns 130 if stopped by Ctrl-C, else 0; ValueError, FileNotFoundError: a user's mistake."""
+    args = parse(argv)
+    if bool(args.paths) == bool(args.toy):
+        raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3")
+    inputs = [toy(args.toy)] if args.toy else find(args.paths, args.single, args.stride)
+    inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
+    model, asked, trained = load(args)
+    output, names, tally = Path(args.output), set(), Counter()
+    try:
+        for item in tqdm(inputs, unit="input", disable=None):
+            name = next(n for n in chain([item.name], (f"{item.name}-{k}" for k in count(2))) if n not in names)    # a/1.png and b/1.png
+            names.add(name)
+            tasks, folder = [t for t in asked if TASKS[t].frames == 1 or item.next], output / name
+            files = ["panel.png", *(f"{t}.npy" for t in tasks), *(["attention.json"] if args.attention else [])]
+            if not tasks or not args.overwrite and all((folder / f).is_file() for f in files):
+                tally["kept" if tasks else "motionless"] += 1
+                continue
+            try:
+                frames = read_frames(item)
+            except ValueError as error:
+                if not args.skip_bad:
+                    raise
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                tally["bad"] += 1
+                continue
+            maps, table = predict(model, frames, tasks, args, trained)
+            write(folder, frames, maps, item.truth, table)
+            tally["done"] += 1
+            tally["motionless"] += len(tasks) < len(asked)
+    except KeyboardInterrupt:
+        finished = tally["done"] + tally["kept"]
+        print(f"\nstopped: {finished} finished in {output}; the same command without --overwrite does the rest", file=sys.stderr)
+        return 130
+    motion = ", ".join(t for t in asked if TASKS[t].frames == 2)
+    if not tally["done"] + tally["kept"] + tally["bad"]:
+        raise ValueError(f"nothing to predict: {motion} need a second frame and no input has one; give two images, a sequence or a video")
+    print(f"{tally['done']} predicted, in {output}" + (f"/{name}/panel.png" if len(names) == 1 else ""))
+    for key, text in (("kept", "already finished, kept (--overwrite computes them again)"), ("bad", "unreadable, skipped"),
+                      ("motionless", f"without a second frame: {motion} skipped")):
+        if tally[key]:
+            print(f"{tally[key]} {text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,6 +1,6 @@
 """The toy base: a genuine diffusers folder of Stable Diffusion's classes, small enough to train on a laptop and to keep in the repository.
 
-    vae/           AutoencoderKL, 4 latent channels, f = 4; trained on images and label images of the three training worlds
+    vae/           AutoencoderKL, 4 latent channels, f = 2; trained on images and label images of the three training worlds
     unet/          UNet2DConditionModel, four levels and 16 transformer blocks like SD2's; pre-trained on images alone
     text_encoder/  CLIPTextModel with random weights: a fixed, distinct token per prompt is all that is asked of it
     tokenizer/     CLIPTokenizer that knows the words of the seven prompts
@@ -28,7 +28,7 @@ THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
 
 # ---- the four parts, untrained ----
 
-def new_vae(widths=(16, 32, 64)):
+def new_vae(widths=(24, 48)):
     """AutoencoderKL with f = 2^(levels-1); no attention in its middle, so that it may be trained on crops."""
     n = len(widths)
     return AutoencoderKL(block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
@@ -68,7 +68,7 @@ class _Scenes(Dataset):
     """Both frames of a training scene and, for the VAE, the codes of all its labels, as float16 images in [-1,1]."""
 
     def __init__(self, scenes, size, labels):
-        self.worlds = [ToyWorld(w, "train", scenes, size, all_labels=True) for w in TOY_TRAIN]
+        self.worlds = [ToyWorld(w, "train", scenes, size, all_labels=w != "things") for w in TOY_TRAIN]
         self.scenes, self.labels = scenes, labels
 
     def __len__(self):
@@ -118,8 +118,8 @@ def _optimise(model, loss, steps, lr, generator, desc):
 
 # ---- the VAE ----
 
-def train_vae(vae, material, steps, generator, batch=24, crop=32, lr=2e-3):
-    """Reconstruction of crops: a third images, a third semantic maps (half of them in each palette), a third the other labels.
+def train_vae(vae, material, steps, generator, batch=24, crop=24, lr=2e-3):
+    """Reconstruction of crops: a sixth images, a third semantic maps (half of them in each palette), half the other labels.
 
     Semantic maps add a cross-entropy over the palette colours, thin classes counting threefold. The decoder sees latents with a
     little noise, as a UNet's predictions will be. At the end a per-channel normalisation is folded into the 1x1 convolutions
@@ -140,17 +140,16 @@ def train_vae(vae, material, steps, generator, batch=24, crop=32, lr=2e-3):
 
     def loss(g):
         third = batch // 3
-        images = [draw(f"frame{i}", third // 2, g) for i in (0, 1)]
-        picked = [others[i] for i in torch.randperm(len(others), generator=g)[:4]]
-        maps = [draw(n, third // 4, g) for n in picked]
+        images = [draw(f"frame{i}", batch // 12, g) for i in (0, 1)]
+        maps = [draw(n, batch // 12, g) for n in others]
         ids = draw("semantic", third, g)
         palettes = [list(PALETTES)[i % 2] for i in range(third)]
         semantic = torch.cat([codecs[p].encode(i[None], i[None] != 255) for p, i in zip(palettes, ids)])
         x = torch.cat([semantic, *images, *maps])
         z = vae.encode(x).latent_dist.mean
         spread = z.std((0, 2, 3))
-        y = vae.decode(z + 0.05 * spread.detach().view(1, -1, 1, 1) * torch.randn(z.shape, generator=g)).sample
-        reconstruction = (y - x).abs().mean() + 2 * (y - x).square().mean()
+        y = vae.decode(z + 0.03 * spread.detach().view(1, -1, 1, 1) * torch.randn(z.shape, generator=g)).sample
+        reconstruction = (y - x).abs().mean() + 4 * (y - x).square().mean()
         entropy = 0.0
         for i, p in enumerate(palettes):
             logits = -8 * (y[i, :, None] - colours[p].T[:, :, None, None]).square().sum(0)    # (classes, H, W)
@@ -203,7 +202,7 @@ def train_unet(unet, token, latents, steps, generator, batch=16, lr=2e-3):
     _optimise(unet, loss, steps, lr, generator, "pre-training the UNet")
 
 
-def make(folder, scenes=500, size=(64, 96), vae_steps=3000, unet_steps=3000, seed=0, workers=2):
+def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=3000, seed=0, workers=2):
     """Train all of it and write the folder in half precision. An existing vae/ in the folder is kept: delete it to train it anew."""
     folder, generator = Path(folder), torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

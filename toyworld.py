@@ -5,12 +5,14 @@
     things   textured solids flying through a textured box    labelled: optical flow, scene flow
     real     streets and rooms in another look                labelled: everything; for testing, never for training
 
-Coordinates are OpenCV's everywhere: x right, y down, z forward, metres; pixel (u, v) has its centre at (u, v). Every solid is an affine image of the
-unit cube, sphere or cylinder, and a ray meets those in an interval, so that one `trace` serves the image, the shadows and the labels.
-image = tonemap(albedo * shading); only `real` then adds a colour cast, vignetting and sensor noise. Same (world, split, index, seed): same sample.
+Coordinates are OpenCV's everywhere: x right, y down, z forward, metres; pixel (u, v) has its centre at (u, v). Every solid is an
+affine image of the unit cube, ball or cylinder, and a ray meets those in an interval, so that one `trace` serves the image, the
+shadows and the labels. image = tonemap(albedo * shading); only `real` then adds a colour cast, vignetting and sensor noise.
+The same (world, split, index, seed) always gives the same sample.
 """
 import zlib
-from types import SimpleNamespace as Look
+from pathlib import Path
+from types import SimpleNamespace as Style
 
 import numpy as np
 
@@ -29,14 +31,14 @@ PLAIN, CHECKS, WINDOWS, STRIPES, BLOBS, LANES = range(6)  # patterns
 CHUNK = 12288  # rays per pass, so that they stay in the processor's cache
 
 # What sets `real` apart from the worlds of training: camera, light, patterns and (hue, saturation, value) ranges of the colours.
-SYNTHETIC = Look(focal=(0.7, 0.95), eye=(1.3, 2.0), sun=(0.8, 1.8), patterns=(CHECKS, PLAIN), facades=(WINDOWS, WINDOWS, CHECKS),
-                 horizon=((0.5, 0.6), (0.05, 0.15), (0.8, 0.95)), zenith=((0.55, 0.62), (0.3, 0.7), (0.5, 0.9)),
-                 grass=((0.1, 0.3), (0.2, 0.5), (0.25, 0.45)), leaf=((0.18, 0.4), (0.4, 0.8), (0.15, 0.5)),
-                 facade=((0.0, 0.15), (0.1, 0.6), (0.3, 0.75)), interior=(CHECKS, PLAIN, WINDOWS), coat=(0.0, 0.6))
-REAL = Look(focal=(0.62, 0.8), eye=(2.0, 2.8), sun=(0.35, 0.8), patterns=(STRIPES, BLOBS), facades=(WINDOWS, STRIPES),
-            horizon=((0.05, 0.12), (0.05, 0.3), (0.75, 0.95)), zenith=((0.5, 0.58), (0.2, 0.5), (0.5, 0.8)),
-            grass=((0.07, 0.12), (0.2, 0.5), (0.25, 0.45)), leaf=((0.08, 0.32), (0.4, 0.8), (0.15, 0.5)),
-            facade=((0.5, 1.05), (0.1, 0.6), (0.3, 0.75)), interior=(STRIPES, BLOBS, PLAIN), coat=(0.4, 0.95))
+SYNTHETIC = Style(focal=(0.7, 0.95), eye=(1.3, 2.0), sun=(0.8, 1.8), patterns=(CHECKS, PLAIN), facades=(WINDOWS, WINDOWS, CHECKS),
+                  horizon=((0.5, 0.6), (0.05, 0.15), (0.8, 0.95)), zenith=((0.55, 0.62), (0.3, 0.7), (0.5, 0.9)),
+                  grass=((0.1, 0.3), (0.2, 0.5), (0.25, 0.45)), leaf=((0.18, 0.4), (0.4, 0.8), (0.15, 0.5)),
+                  facade=((0.0, 0.15), (0.1, 0.6), (0.3, 0.75)), interior=(CHECKS, PLAIN, WINDOWS), coat=(0.0, 0.6))
+REAL = Style(focal=(0.62, 0.8), eye=(2.0, 2.8), sun=(0.35, 0.8), patterns=(STRIPES, BLOBS), facades=(WINDOWS, STRIPES),
+             horizon=((0.05, 0.12), (0.05, 0.3), (0.75, 0.95)), zenith=((0.5, 0.58), (0.2, 0.5), (0.5, 0.8)),
+             grass=((0.07, 0.12), (0.2, 0.5), (0.25, 0.45)), leaf=((0.08, 0.32), (0.4, 0.8), (0.15, 0.5)),
+             facade=((0.5, 1.05), (0.1, 0.6), (0.3, 0.75)), interior=(STRIPES, BLOBS, PLAIN), coat=(0.4, 0.95))
 
 CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]).T  # (3,8) of the unit cube
 
@@ -63,23 +65,25 @@ class Scene:
     def __init__(self, focal, position, turn):
         self.focal = focal  # in image widths
         self.R, self.C = [rotation(*turn)] * 2, [np.array(position, float)] * 2  # camera to world, frames 0 and 1
-        self.rows, self.lights, self.ambient = [], [], 0.3  # a light: position, a point it looks at, power, distance up to which it keeps it
+        self.rows, self.lights, self.ambient = [], [], 0.3  # light: position, aim, power, distance where it starts to fade
         self.sky = np.ones((2, 3))  # colours of the horizon and overhead
         self.cast, self.vignette, self.noise = np.ones(3), 0.0, 0.0
 
-    def add(self, shape, centre, half, colour, other=None, pattern=PLAIN, period=1.0, cls=IGNORE, yaw=0.0, tilt=(0, 0), speed=(0, 0, 0), grain=0.3,
-            casts=True):
-        """Centre, half-extents, period of the pattern in m; speed in m per frame; the pattern's two linear RGB colours; grain: contrast of the noise."""
+    def add(self, shape, centre, half, colour, other=None, pattern=PLAIN, period=1.0, cls=IGNORE, yaw=0.0, tilt=(0, 0), speed=(0, 0, 0),
+            grain=0.3, casts=True):
+        """Centre, half-extents and period of the pattern in m, speed in m per frame, linear RGB colours, grain: contrast of the noise."""
         other = colour if other is None else other
         self.rows.append((pattern, shape, centre, speed, rotation(yaw, *tilt) * half, half, casts, cls, colour, other, period, grain))
 
     def freeze(self, rng):
+        """Makes arrays of K rows of the solids; afterwards the scene can be traced."""
         columns = zip(*sorted(self.rows, key=lambda row: row[0]))  # by pattern, so that each pattern is painted in one go
-        (self.pattern, self.shape, self.centre, self.speed, self.basis, self.half, self.casts, self.cls, self.colour, self.other, self.period,
-         self.grain) = map(np.array, columns)
-        self.unit = np.linalg.inv(self.basis)  # world to the solid's own axes, in which it is the unit cube, ball or tube
-        self.half, self.colour, self.other, self.period, self.grain, self.offset = (
-            x.astype(np.float32) for x in (self.half, self.colour, self.other, self.period, self.grain, rng.uniform(0, 32, (3, len(self.rows)))))
+        (self.pattern, self.shape, self.centre, self.speed, self.basis, self.half, self.casts, self.cls, self.colour, self.other,
+         self.period, self.grain) = map(np.array, columns)
+        self.unit = np.linalg.inv(self.basis)  # world to the solid's own axes, in which it is the unit cube, ball or cylinder
+        self.offset = rng.uniform(0, 32, (3, len(self.rows)))  # of its noise
+        for name in ("half", "colour", "other", "period", "grain", "offset"):
+            setattr(self, name, getattr(self, name).astype(np.float32))
         return self
 
 
@@ -101,70 +105,75 @@ def pick(rng, options):
     return options[rng.integers(len(options))]
 
 
-def street(rng, look):
+def street(rng, style):
     """A road seen from a vehicle or pavement: buildings, trees, bushes, poles with signs and lights, moving vehicles."""
-    eye = rng.uniform(*look.eye)
-    s = Scene(rng.uniform(*look.focal), (rng.uniform(-1.5, 1.5), -eye, 0), rng.normal(0, (0.1, 0.04, 0.01)))
-    sun = np.array([rng.uniform(-1, 1), -rng.uniform(*look.sun), rng.uniform(-1.2, 0.4)])
+    eye = rng.uniform(*style.eye)
+    s = Scene(rng.uniform(*style.focal), (rng.uniform(-1.5, 1.5), -eye, 0), rng.normal(0, (0.1, 0.04, 0.01)))
+    sun = np.array([rng.uniform(-1, 1), -rng.uniform(*style.sun), rng.uniform(-1.2, 0.4)])
     s.lights, s.ambient = [(150 * sun, np.array([0, 0, 15]), rng.uniform(0.6, 0.75), np.inf)], rng.uniform(0.25, 0.4)
-    s.sky = np.array([hsv(rng, *look.horizon), hsv(rng, *look.zenith)])
-    wide, grass, grey = rng.uniform(2.8, 4.5), hsv(rng, *look.grass), hsv(rng, (0, 1), (0, 0.1), (0.12, 0.3))
-    s.add(BOX, (0, 1.05, 26), (40, 1, 40), grass, grass * 0.6, pick(rng, look.patterns), 1.5, casts=False, grain=0.5)  # ends before 80 m
+    s.sky = np.array([hsv(rng, *style.horizon), hsv(rng, *style.zenith)])
+    wide, grass, grey = rng.uniform(2.8, 4.5), hsv(rng, *style.grass), hsv(rng, (0, 1), (0, 0.1), (0.12, 0.3))
+    s.add(BOX, (0, 1.05, 26), (40, 1, 40), grass, grass * 0.6, pick(rng, style.patterns), 1.5, casts=False, grain=0.5)  # ends before 80 m
     s.add(BOX, (0, 1, 26), (wide, 1, 39), grey, grey + 0.45, LANES, wide, ROAD, casts=False, grain=0.4)
     for side in (-1, 1):
         z = rng.uniform(3, 8)
         while z < 45:
             deep, far, tall = rng.uniform(3, 6), rng.uniform(3, 6), rng.uniform(2, 6)
             if rng.random() < 0.75:
-                wall = hsv(rng, *look.facade)
-                s.add(BOX, (side * (wide + rng.uniform(1.8, 4.5) + far), -tall, z + deep), (far, tall, deep), wall, pick(rng, (wall * 0.3, wall * 0.4 + 0.5)),
-                      pick(rng, look.facades), rng.uniform(1.4, 2.6), BUILDING)
+                wall = hsv(rng, *style.facade)
+                s.add(BOX, (side * (wide + rng.uniform(1.8, 4.5) + far), -tall, z + deep), (far, tall, deep), wall,
+                      pick(rng, (wall * 0.3, wall * 0.4 + 0.5)), pick(rng, style.facades), rng.uniform(1.4, 2.6), BUILDING)
             z += 2 * deep + pick(rng, (0, rng.uniform(1, 6)))
         for _ in range(rng.integers(0, 3)):  # trees
-            z, r, leaf = rng.uniform(6, 18), rng.uniform(0.9, 1.8), hsv(rng, *look.leaf)
+            z, r, leaf = rng.uniform(6, 18), rng.uniform(0.9, 1.8), hsv(rng, *style.leaf)
             x, y = side * (wide + rng.uniform(0.8, 2) + r * 0.6), -rng.uniform(1.6, 2.6) - r
             s.add(TUBE, (x, y / 2, z), (0.18, -y / 2, 0.18), leaf * (1.2, 0.6, 0.5), cls=VEGETATION)
             s.add(BALL, (x, y, z), (r, r * rng.uniform(0.9, 1.5), r), leaf, leaf * 0.5, BLOBS, 0.8, VEGETATION, grain=0.5)
         for _ in range(rng.integers(0, 3)):  # bushes
-            z, r, leaf = rng.uniform(5, 14), rng.uniform(0.4, 0.9), hsv(rng, *look.leaf)
-            s.add(BALL, (side * (wide + rng.uniform(0.6, 2) + r), -r * 0.6, z), (r, r, r), leaf, leaf * 0.5, BLOBS, 0.5, VEGETATION, grain=0.5)
+            z, r, leaf = rng.uniform(5, 14), rng.uniform(0.4, 0.9), hsv(rng, *style.leaf)
+            x = side * (wide + rng.uniform(0.6, 2) + r)
+            s.add(BALL, (x, -r * 0.6, z), (r, r, r), leaf, leaf * 0.5, BLOBS, 0.5, VEGETATION, grain=0.5)
     for i in range(rng.integers(3, 6)):  # thin things are sized in pixels of a 96-pixel-wide image, so that it resolves them
         z, side, grey = rng.uniform(4.5, 11), (-1, 1)[i % 2], hsv(rng, (0, 1), (0, 0.25), (0.15, 0.7))
         px = z / (96 * s.focal)
         x, top, r = side * (wide + rng.uniform(0.2, 0.6)), -eye - px * rng.uniform(8, 26), px * rng.uniform(1.0, 1.7)
-        s.add(TUBE, (x, top / 2, z), (r, -top / 2, r), grey, grey * 0.5, pick(rng, look.patterns), 0.6, POLE, grain=0.2)
+        s.add(TUBE, (x, top / 2, z), (r, -top / 2, r), grey, grey * 0.5, pick(rng, style.patterns), 0.6, POLE, grain=0.2)
         kind, front = pick(rng, (SIGN, SIGN, SIGN, LIGHT, LIGHT, POLE)), z - r - px
         if kind == SIGN:
             a, hue = px * rng.uniform(2.6, 4.6), pick(rng, ((0, 0.02), (0.58, 0.66), (0.12, 0.16)))
-            s.add(pick(rng, (BOX, BALL)), (x, top + rng.uniform(-0.5, 1) * a, front), (a, a, px), hsv(rng, hue, (0.8, 1), (0.6, 0.95)), 0.9 * np.ones(3),
-                  pick(rng, (PLAIN, STRIPES)), a, SIGN, grain=0.1)
+            s.add(pick(rng, (BOX, BALL)), (x, top + rng.uniform(-0.5, 1) * a, front), (a, a, px), hsv(rng, hue, (0.8, 1), (0.6, 0.95)),
+                  0.9 * np.ones(3), pick(rng, (PLAIN, STRIPES)), a, SIGN, grain=0.1)
         if kind == LIGHT:
-            a, b, x, y = px * rng.uniform(2.2, 3.2), px * rng.uniform(4, 6), x - side * px * pick(rng, (0, 3)), top + px * rng.uniform(-2, 5)
+            a, b = px * rng.uniform(2.2, 3.2), px * rng.uniform(4, 6)
+            x, y = x - side * px * pick(rng, (0, 3)), top + px * rng.uniform(-2, 5)
             hue, up = pick(rng, (((0, 0.02), -0.5), ((0.33, 0.42), 0.5)))  # red above, green below
             s.add(BOX, (x, y, front), (a, b, a), hsv(rng, (0, 1), (0, 0.3), (0.03, 0.1)), cls=LIGHT, grain=0.1)
             s.add(BALL, (x, y + up * b, front - a), (a * 0.8, a * 0.8, a * 0.4), hsv(rng, hue, (0.8, 1), (0.9, 1)), cls=LIGHT, grain=0.1)
     for lane in rng.permutation((-1, 1))[:rng.integers(1, 3)]:
         z, across, paint = rng.uniform(6.5, 16), rng.random() < 0.25, hsv(rng, (0, 1), (0.3, 1), (0.2, 0.9))
-        w, tall, long, glass = rng.uniform(0.8, 1), rng.uniform(0.35, 0.5), rng.uniform(1.7, 2.3), hsv(rng, (0.5, 0.6), (0, 0.3), (0.05, 0.2))
+        w, tall, long = rng.uniform(0.8, 1), rng.uniform(0.35, 0.5), rng.uniform(1.7, 2.3)
+        glass = hsv(rng, (0.5, 0.6), (0, 0.3), (0.05, 0.2))
         go = (pick(rng, (-1, 1)) * rng.uniform(2, 5) * z / (96 * s.focal), 0, 0) if across else (0, 0, rng.uniform(-0.8, 0.8))
-        at, how = np.array([lane * wide * 0.5, -0.25 - tall, z]), dict(cls=VEHICLE, yaw=np.pi / 2 if across else rng.normal(0, 0.05), speed=go, grain=0.2)
-        s.add(BOX, at, (w, tall, long), paint, paint * 0.6, pick(rng, look.patterns), 0.7, **how)
+        at, yaw = np.array([lane * wide * 0.5, -0.25 - tall, z]), np.pi / 2 if across else rng.normal(0, 0.05)
+        how = dict(cls=VEHICLE, yaw=yaw, speed=go, grain=0.2)
+        s.add(BOX, at, (w, tall, long), paint, paint * 0.6, pick(rng, style.patterns), 0.7, **how)
         s.add(BOX, at - (0, tall + 0.3, 0), (w * 0.85, 0.3, long * 0.55), glass, paint, WINDOWS, 1.1, **how)
     return s
 
 
-def room(rng, look):
+def room(rng, style):
     """A closed room: six walls, furniture on the floor, one or two lamps. Nothing in it moves but the camera."""
     w, h, long = rng.uniform(1.8, 3.2), rng.uniform(1.2, 1.6), rng.uniform(2.5, 5)
-    s = Scene(rng.uniform(*look.focal), (rng.uniform(-0.5, 0.5) * w, -rng.uniform(1, 1.6), 0.4 - long), rng.normal((0, -0.12, 0), (0.25, 0.06, 0.02)))
+    s = Scene(rng.uniform(*style.focal), (rng.uniform(-0.5, 0.5) * w, -rng.uniform(1, 1.6), 0.4 - long),
+              rng.normal((0, -0.12, 0), (0.25, 0.06, 0.02)))
     s.ambient = rng.uniform(0.08, 0.3)
     for _ in range(rng.integers(1, 3)):
         lamp = np.array([rng.uniform(-0.8, 0.8) * w, -2 * h + rng.uniform(0.1, 0.8), rng.uniform(-0.7, 0.7) * long])
         s.lights.append((lamp, lamp + (0, 1, 0), rng.uniform(0.4, 0.9), rng.uniform(1.5, 3.5)))
 
     def coat(low=0.25, high=0.85):
-        colour = hsv(rng, look.coat, (0.05, 0.7), (low, high))
-        return dict(colour=colour, other=colour * rng.uniform(0.3, 0.8), pattern=pick(rng, look.interior), period=rng.uniform(0.3, 0.9))
+        colour = hsv(rng, style.coat, (0.05, 0.7), (low, high))
+        return dict(colour=colour, other=colour * rng.uniform(0.3, 0.8), pattern=pick(rng, style.interior), period=rng.uniform(0.3, 0.9))
 
     s.add(BOX, (0, 0.1, 0), (w, 0.1, long), **coat(0.2, 0.6), casts=False, grain=0.45)
     s.add(BOX, (0, -2 * h - 0.1, 0), (w, 0.1, long), **coat(0.7, 0.9), casts=False)
@@ -191,15 +200,16 @@ def flight(rng):
 
     def coat():
         colour, other = (hsv(rng, (0, 1), (0.1, 0.9), (low, 0.9)) for low in (0.25, 0.1))
-        return dict(colour=colour, other=pick(rng, (other, colour * 0.4)), pattern=pick(rng, (PLAIN, CHECKS, WINDOWS, BLOBS)), yaw=rng.uniform(-3, 3),
-                    tilt=rng.uniform(-3, 3, 2))
+        return dict(colour=colour, other=pick(rng, (other, colour * 0.4)), pattern=pick(rng, (PLAIN, CHECKS, WINDOWS, BLOBS)),
+                    yaw=rng.uniform(-3, 3), tilt=rng.uniform(-3, 3, 2))
 
     s.add(BOX, (0, 0, 0), rng.uniform(7, 11, 3), period=rng.uniform(1.5, 3), casts=False, grain=0.5, **coat())
     for _ in range(rng.integers(4, 9)):
         z, way = rng.uniform(3, 8), rng.normal(0, 1, 3)
         at = z * np.array([rng.uniform(-0.5, 0.5) / s.focal, rng.uniform(-0.33, 0.33) / s.focal, 1])
         go = way / np.linalg.norm(way) * rng.uniform(1, 6) * z / (96 * s.focal)
-        s.add(pick(rng, (BOX, BALL, TUBE)), s.R[0] @ at, rng.uniform(0.05, 0.17, 3) * z, speed=go, period=rng.uniform(0.4, 1), grain=0.4, **coat())
+        s.add(pick(rng, (BOX, BALL, TUBE)), s.R[0] @ at, rng.uniform(0.05, 0.17, 3) * z, speed=go, period=rng.uniform(0.4, 1), grain=0.4,
+              **coat())
     return s
 
 
@@ -253,18 +263,18 @@ def slab(o, d):
 
 
 def disc(o, d):
-    """Rays o (k,1), d (k,N) against the unit ball of k dimensions: entry and exit, NaN for a miss. Expanded about the closest point, for precision."""
+    """Rays o (k,1), d (k,N) against the unit ball of k dimensions: entry and exit, NaN for a miss."""
     a = np.einsum("kn,kn->n", d, d) + np.float32(1e-20)
     t = -(o.T @ d)[0] / a
-    p = o + t * d
+    p = o + t * d  # the closest point: precise also for small balls far away
     with np.errstate(invalid="ignore"):
         h = np.sqrt((1 - np.einsum("kn,kn->n", p, p)) / a)
     return t - h, t + h
 
 
 def trace(s, frame, eye, axes, rays, solids):
-    """Nearest hits of the rays eye + t axes @ rays, t > 0, with the numbered solids.
-    eye (3,), axes (3,3) of a camera or light that looks along its z; rays (3,N) float32 -> t (N,), inf for none; solid number (N,), -1 for none."""
+    """Nearest hits of the rays eye + t axes @ rays, t > 0, with the numbered solids. eye (3,), axes (3,3) of a camera or light that looks
+    along its z, rays (3,N) float32 -> t (N,), inf for none; solid number (N,), -1 for none."""
     best, hit = np.full(rays.shape[1], np.inf, np.float32), np.full(rays.shape[1], -1, np.int16)
     centre = s.centre[solids] + frame * s.speed[solids] - eye
     corners = (s.basis[solids] @ CORNERS + centre[:, :, None]).transpose(0, 2, 1) @ axes  # (K,8,3) seen from the eye
@@ -312,7 +322,7 @@ def noise(q):
 
 
 def paint(kind, q, period, pixel):
-    """Share (N,) of the second colour in a pattern, at points q (3,N) m of a solid; detail finer than the pixels (N,) m fades to the mean."""
+    """Share (N,) of the second colour at points q (3,N) m of a pattern; detail finer than the pixels (N,) m fades to the mean."""
     w = np.maximum(pixel / period, 0.02)
     fade = np.clip(2 - 4 * w, 0, 1)
     wave = lambda x: np.clip((abs(x - np.floor(x) - 0.5) - 0.25) / w, -1, 1) * fade  # period 1, edges one pixel wide
@@ -434,9 +444,10 @@ def render(world, split, index, size=(64, 96), supersample=2, seed=0, second=Tru
     target = focal * there[:2] / np.where(moved, there[2], 1) + middle
     flow = np.where(moved, target - (focal * rays[:2] + middle), 0)
     everywhere, image = np.ones_like(hit), lambda x: np.ascontiguousarray(np.moveaxis(x.reshape(-1, h, w), 0, 2))
-    labels = {"semantic": cls.astype(np.uint8), "normal": -s.R[0].T @ seen["normal"], "depth": np.where(hit, seen["depth"], 0), "optical_flow": flow,
-              "scene_flow": np.where(moved, there - here, 0), "shading": seen["shading"], "albedo": seen["albedo"]}
-    valid = {"semantic": cls != IGNORE, "normal": hit, "depth": hit, "optical_flow": moved, "scene_flow": moved, "shading": everywhere, "albedo": everywhere}
+    labels = {"semantic": cls.astype(np.uint8), "normal": -s.R[0].T @ seen["normal"], "depth": np.where(hit, seen["depth"], 0),
+              "optical_flow": flow, "scene_flow": np.where(moved, there - here, 0), "shading": seen["shading"], "albedo": seen["albedo"]}
+    valid = {"semantic": cls != IGNORE, "normal": hit, "depth": hit, "optical_flow": moved, "scene_flow": moved,
+             "shading": everywhere, "albedo": everywhere}
     grain = np.random.default_rng([zlib.crc32(f"{world}/{split}/noise".encode()), index, seed])
     sample = {"name": f"{world}/{split}/{index}", "image": photo(s, 0, size, supersample, grain),
               "labels": {k: image(x if k == "semantic" else x.astype(np.float32)) for k, x in labels.items()},
@@ -458,15 +469,15 @@ class ToyWorld:
 
     train_crop, jitter, mix, vflip = {}, {}, {}, False    # augmentation and mixing as data.py reads them: flips only, evenly mixed
     depth_range = (0.1, 80.0)                             # metres, to which aligned depth is clipped in evaluation
-    version = f"{zlib.crc32(open(__file__, 'rb').read()):08x}"   # of the generator: a latent cache of other scenes is refused
+    version = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"   # of the generator: a latent cache of other scenes is refused
 
-    def __init__(self, world, split, n=None, size=(64, 96), seed=0, all_labels=False):
+    def __init__(self, world, split, n=None, size=(32, 48), seed=0, all_labels=False):
         if world not in WORLDS or split not in SPLITS:
-            raise ValueError(f"toy world {world!r}, split {split!r}: expected a world of {', '.join(WORLDS)} and a split of {', '.join(SPLITS)}")
+            raise ValueError(f"toy world {world!r}, split {split!r}: expected one of {', '.join(WORLDS)} and one of {', '.join(SPLITS)}")
         self.name, self.split, self.size, self.seed = world, split, tuple(size), seed
         self.n = SPLITS[split] if n is None else n
         self.tasks = ALL if all_labels else WORLDS[world]
-        self.pairs = world != "rooms"                     # as in Hypersim, which has no second frame
+        self.paired = all_labels or world != "rooms"      # rooms train as Hypersim does, without a second frame
 
     def __len__(self):
         return self.n
@@ -478,13 +489,13 @@ class ToyWorld:
         return [i for i in range(self.n) if not indoor(i)] if task == "semantic" and self.name == "real" else range(self.n)
 
     def load(self, i, tasks=(), with_next=False):
-        """Sample i: name; image (H,W,3) uint8; next, if a flow is asked for or with_next; labels {task: (H,W,C)}: float32, semantic uint8
-        with 255 ignored, depth m, flow px, scene flow m, normals OpenCV pointing away, shading and albedo linear [0,1]; valid {task: (H,W) bool}."""
+        """Sample i: name; image (H,W,3) uint8; next, if a flow is asked for or with_next (rooms: only with all_labels); labels {task: (H,W,C)}: float32, semantic uint8
+        with 255 ignored, depth m, flow px, scene flow m, normals pointing away, shading, albedo linear [0,1]; valid {task: (H,W) bool}."""
         unknown = set(tasks) - set(self.tasks)
         if unknown:
             raise ValueError(f"{self.name} has no labels for {', '.join(sorted(unknown))}: it has {', '.join(self.tasks)}")
         if not 0 <= i < self.n:
             raise IndexError(f"{self.name}/{self.split} has {self.n} samples, asked for number {i}")
-        sample = render(self.name, self.split, i, self.size, seed=self.seed, second=with_next or any(t in FLOWS for t in tasks))
+        sample = render(self.name, self.split, i, self.size, seed=self.seed, second=self.paired and (with_next or any(t in FLOWS for t in tasks)))
         return {key: {t: sample[key][t] for t in tasks} if key in ("labels", "valid") else sample[key]
                 for key in ("name", "image", "next", "labels", "valid") if key in sample}

@@ -63,6 +63,7 @@ class Config:
     # model
     widths: str = setting(None, "comma-separated widths of a fresh toy UNet instead of the base's; empty = the base's UNet")
     second_frame: str = setting("concat", "how the second frame enters", SECOND_FRAMES)
+    init: str = setting("", "stage 1 only: start from the single stream of this checkpoint instead of the base (stage 1 continued)")
     main_init: str = setting("stage1", "where the main UNet of stage 2 starts: stage1 or base (w/o single-stream init)", ("stage1", "base"))
     heads: int = setting(4, "heads of the task attention")
     shared_qkv: bool = setting(False, "one set of query, key and value projections for all tasks")
@@ -97,10 +98,10 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(scenes=800, size="64x96", widths="", batch=16, micro=16, lr=2e-3, schedule="cosine", clip=1.0, steps={1: 1500, 2: 550}),
-    "toy-gpu": dict(scenes=4000, size="128x192", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, schedule="cosine", clip=1.0,
+    "toy": dict(scenes=800, size="32x48", widths="", batch=16, micro=16, lr=2e-3, schedule="cosine", clip=1.0, steps={1: 1500, 2: 550}),
+    "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, schedule="cosine", clip=1.0,
                     steps={1: 20000, 2: 10000}),
-    "paper": dict(scenes=800, size="64x96", widths="", batch=32, micro=2, lr=1e-4, schedule="exponential", clip=5.0,
+    "paper": dict(scenes=800, size="32x48", widths="", batch=32, micro=2, lr=1e-4, schedule="exponential", clip=5.0,
                   steps={1: 20000, 2: 10000}),
 }
 
@@ -139,11 +140,11 @@ def check(cfg):
 
 
 def parse_size(text):
-    """"64x96" -> (64, 96), height x width."""
+    """"32x48" -> (32, 48), height x width."""
     try:
         height, width = (int(n) for n in text.split("x"))
     except ValueError:
-        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH, for example 64x96") from None
+        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH, for example 32x48") from None
     if min(height, width) < 8:
         raise ValueError(f"--size {text}: at least 8x8")
     return height, width
@@ -284,11 +285,13 @@ def build_model(cfg):
     stages = 0 if not found.is_file() else 2 if json.loads(found.read_text())["multi"] else 1
     if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, or replace it with --overwrite")
+    if cfg.stage == 1 and cfg.init:
+        return StableMTL.load(cfg.init, stage=1)
     if cfg.stage == 1:
         model = from_base(base, parse_tasks(cfg.tasks), cfg.palette, cfg.second_frame)
         if cfg.widths:
             widths = tuple(int(w) for w in cfg.widths.split(","))
-            model.unet = toybase.new_unet(widths, next(iter(model.buffers())).shape[-1])
+            model.unet = toybase.new_unet(widths, model.unet.config.cross_attention_dim)
         return model
     if not stages:
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
@@ -412,8 +415,7 @@ def main(argv=None):
     if cfg.compile:
         for m in parts.values():
             m.compile()
-    (model.unet if model.main is None else torch.nn.ModuleList(parts.values())).train()
-    model.training = True
+    set_mode(model, True)
 
     # ---- the loop ----
     if step == 0:
@@ -497,24 +499,29 @@ def open_log(path, stage, step):
 
 @torch.no_grad()
 def save_picture(model, readers, path):
-    """One row per dataset and task it labels: the image, the label, the prediction."""
-    from sample import contact_sheet
-    training = model.training
+    """The first sample of every dataset: the image, then each of its labels beside the prediction."""
+    from sample import cell, draw_panel
+    training, device, cells = model.training, next(model.parameters()).device, []
     model.eval()
-    device, rows = next(model.parameters()).device, []
     for reader in readers:
-        tasks = [t for t in reader.tasks if t in model.tasks and len(reader.indices(t))]
-        s = [prepare(reader, reader.indices(t)[0], (t,), model.codecs) for t in tasks]
-        for t, item in zip(tasks, s):
+        for t in (t for t in reader.tasks if t in model.tasks and len(reader.indices(t))):
+            item = prepare(reader, reader.indices(t)[0], (t,), model.codecs)
             a, b = (f[None].to(device) for f in item["frames"])
-            predicted = model.predict(a, b, [t])[t][0]
-            label, valid = model.codecs[t].decode(item["labels"][t][None].to(device))[0], item["valid"][t][0].to(device)
-            rows.append((f"{reader.name} {t}", a[0], model.codecs[t].colour(label, valid), model.codecs[t].colour(predicted, torch.ones_like(valid))))
+            predicted, valid = model.predict(a, b, [t])[t][0], item["valid"][t][0].to(device)
+            label = model.codecs[t].decode(item["labels"][t][None].to(device))[0]
+            image = ((a[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            pictures = image, model.codecs[t].colour(label, valid), model.codecs[t].colour(predicted, torch.ones_like(valid))
+            cells += [(f"{reader.name} {what}", cell(p)) for what, p in zip(("image", f"{t}, label", f"{t}, predicted"), pictures)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows).save(path)
+    draw_panel(cells, 6).save(path)
+    set_mode(model, training)
+
+
+def set_mode(model, training):
+    """Train what is trained; VAE and auxiliary stream stay in eval mode."""
     model.train(training)
-    model.vae.eval()
-    model.unet.train(training and model.main is None)
+    for frozen in [model.vae] + ([model.unet] if model.main is not None else []):
+        frozen.eval()
 
 
 if __name__ == "__main__":

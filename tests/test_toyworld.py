@@ -92,7 +92,24 @@ def test_warping_reproduces_the_first_frame(world):
         a, b, flow = s["image"].astype(float), s["next"].astype(float), s["labels"]["optical_flow"]
         warped.append(abs(warp(b, u + flow[..., 0], v + flow[..., 1]) - a)[s["visible"]].mean())
         still.append(abs(b - a)[s["visible"]].mean())
-    assert np.mean(warped) < 9 and np.mean(warped) < 0.6 * np.mean(still)
+    assert np.mean(warped) < 9 and np.mean(warped) < 0.4 * np.mean(still)
+
+
+@pytest.mark.parametrize("world", ["streets", "things"])
+def test_moving_solids_arrive_where_their_flow_says(world):
+    """Solids move by themselves: most of their points are seen in the second frame at the place that the labels give, texture included."""
+    share, error = [], []
+    for i in range(8):
+        s, built, (h, w) = scene(world, "train", i), toyworld.build(world, "train", i), (64, 96)
+        solid = toyworld.look(built, 0, toyworld.pixel_rays(built.focal, h, w, 1), w)["solid"]
+        moving = ((abs(built.speed[solid]).sum(1) > 0) & (solid >= 0)).reshape(h, w)
+        assert moving.any()
+        u, v = grid((h, w))
+        u, v = u + s["labels"]["optical_flow"][..., 0], v + s["labels"]["optical_flow"][..., 1]
+        inside = moving & (u >= 0) & (u <= w - 1) & (v >= 0) & (v <= h - 1)
+        share.append(s["visible"][inside].mean())
+        error.append(abs(warp(s["next"].astype(float), u, v) - s["image"])[moving & s["visible"]].mean())
+    assert np.mean(share) > 0.8 and np.mean(error) < 9, (share, error)
 
 
 @pytest.mark.parametrize("world", toyworld.TRAIN_WORLDS)
@@ -135,7 +152,8 @@ def test_label_ranges(world):
         assert all(0 <= labels[t].min() and labels[t].max() <= 1 and valid[t].all() for t in ("shading", "albedo"))
         assert np.array_equal(valid["semantic"], labels["semantic"][..., 0] != IGNORE)
         sky = labels["semantic"][..., 0] == CLASSES.index("sky")
-        assert not any(valid[t][sky].any() for t in ("depth", "normal", "optical_flow", "scene_flow")) and (labels["shading"][sky] == 1).all()
+        assert not any(valid[t][sky].any() for t in ("depth", "normal", "optical_flow", "scene_flow"))
+        assert (labels["shading"][sky] == 1).all()
         assert valid["optical_flow"][~sky].mean() > 0.99
 
 

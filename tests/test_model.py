@@ -1,0 +1,385 @@
+"""The model against stock diffusers, naive loops, its own unbatched self, and the counts of the paper."""
+import copy
+import math
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import bench
+import tiny
+from model import StableMTL, TaskAttention, draw_mask, transformer_blocks, widen_input
+from tasks import TASKS
+
+ALL = tuple(TASKS)
+FLOWS = [t for t in ALL if TASKS[t].frames == 2]
+
+
+@pytest.fixture(scope="module")
+def single():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def multi():
+    return tiny.model(multi=True)
+
+
+def close(a, b, tolerance=2e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= tolerance * max(1, b.abs().max().item())
+
+
+@torch.no_grad()
+def stock(unet, z_i, z_j, token):
+    """diffusers' own forward, nothing of ours."""
+    x = torch.cat([z_i, z_j, torch.zeros_like(z_i)], 1)
+    return unet(x, 999, encoder_hidden_states=token.expand(len(x), -1, -1)).sample
+
+
+def counting(modules):
+    """{name: Counter(calls, rows)} filled by forward hooks on {name: module}."""
+    counts = {name: Counter() for name in modules}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda m, args, name=name: counts[name].update(calls=1, rows=len(args[0])))
+    return counts
+
+
+# ---- stage 1 is diffusers' UNet ----
+
+@torch.no_grad()
+def test_single_stream_is_stock_diffusers(single):
+    """Each task's output equals UNet2DConditionModel on (z_i, z_j, 0), t = 999, its unpadded token; one-frame tasks see frame i twice."""
+    z_i, z_j = tiny.latents()
+    out = single(z_i, z_j, ALL)
+    for t in ALL:
+        close(out[t], stock(single.unet, z_i, z_j if t in FLOWS else z_i, tiny.tokens()[t]))
+    assert (out["normal"] - out["depth"]).abs().max() > 1e-3, "tasks must differ, or the test shows nothing"
+
+
+@torch.no_grad()
+def test_padded_tokens_equal_unbatched(single):
+    """Tokens of 3 and of 4 vectors in one batch give what each gives alone, and the padding mask is what does it."""
+    z_i, z_j = tiny.latents()
+    assert len(single.token_depth) == 3 and len(single.token_optical_flow) == 4
+    both = single(z_i, z_j, ["depth", "optical_flow"])
+    close(both["depth"], single(z_i, z_j, ["depth"])["depth"])
+    unmasked = stock(single.unet, z_i, z_i, torch.nn.functional.pad(single.token_depth, (0, 0, 0, 1)))
+    assert (both["depth"] - unmasked).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_widened_input_equals_the_original():
+    """The widened UNet on three copies of a latent equals the original on one; a UNet that takes 12 channels already is left alone."""
+    torch.manual_seed(0)
+    narrow = tiny.unet(in_channels=4)
+    wide, (z, _) = widen_input(copy.deepcopy(narrow)), tiny.latents()
+    token = tiny.tokens()["depth"].expand(2, -1, -1)
+    close(wide(z.repeat(1, 3, 1, 1), 999, token).sample, narrow(z, 999, token).sample)
+    assert wide.config.in_channels == 12 and widen_input(wide) is wide
+    with pytest.raises(ValueError, match="9 channels"):
+        widen_input(tiny.unet(in_channels=9))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["average", "none"])
+def test_second_frame_ablations(how):
+    """`average` feeds the mean of both latents twice, `none` frame i twice, as stock diffusers computes it."""
+    torch.manual_seed(0)
+    m, (z_i, z_j) = StableMTL(tiny.vae(), tiny.unet(), tiny.tokens(), second_frame=how), tiny.latents()
+    z = (z_i + z_j) / 2 if how == "average" else z_i
+    out = m.eval()(z_i, z_j, ["depth", "scene_flow"])
+    close(out["scene_flow"], stock(m.unet, z, z, m.token_scene_flow))
+    close(out["depth"], stock(m.unet, z_i, z_i, m.token_depth))
+
+
+@torch.no_grad()
+def test_latents_are_the_scaled_posterior_mean(single):
+    """encode is deterministic, times scaling_factor; decode undoes the factor."""
+    x = torch.rand(1, 3, 16, 24) * 2 - 1
+    posterior = single.vae.encode(x).latent_dist
+    assert torch.equal(single.encode(x), posterior.mode() * 0.7)
+    close(single.decode(posterior.mode() * 0.7), single.vae.decode(posterior.mode()).sample)
+    assert single.factor == 4 and single.encode(x).shape == (1, 4, 4, 6)
+
+
+# ---- task attention ----
+
+def test_stage_two_starts_as_stage_one():
+    """With task attention still zero, the main stream equals the single stream bit for bit, for every task."""
+    m, (z_i, z_j) = tiny.model(), tiny.latents()
+    with torch.no_grad():
+        before = m(z_i, z_j, ALL)
+        m.add_main_stream(copy.deepcopy(m.unet))
+        after = m.eval()(z_i, z_j, ALL)
+    assert all(torch.equal(before[t], after[t]) for t in ALL)
+
+
+def naive(layer, a, task, feats):
+    """Task attention one image, pixel, head and task at a time, on the layer's own weights."""
+    others, out, width = [t for t in feats if t != task], torch.zeros_like(a), a.shape[-1]
+    d, pick = width // layer.heads, (lambda t: "shared") if layer.shared else (lambda t: t)
+    for b in range(len(a)):
+        for n in range(a.shape[1]):
+            q = layer.task_to_q[pick(task)](layer.task_norm_q[pick(task)](a[b, n]))
+            k = {t: layer.task_to_k[pick(t)](layer.task_norm_k[pick(t)](feats[t][b, n])) for t in others}
+            v = {t: layer.task_to_v[pick(t)](layer.task_norm_v[pick(t)](feats[t][b, n])) for t in others}
+            y = torch.zeros(width)
+            for h in range(layer.heads):
+                s = slice(h * d, (h + 1) * d)
+                e = {t: math.exp(float(q[s] @ k[t][s]) / math.sqrt(d)) for t in others}
+                for t in others:
+                    y[s] += e[t] / sum(e.values()) * v[t][s]
+            out[b, n] = layer.to_out_task.weight @ y + layer.to_out_task.bias
+    return out
+
+
+def attention_layer(heads=2, shared=False, width=8):
+    torch.manual_seed(3)
+    layer = TaskAttention(width, ALL, heads, hidden=12, shared=shared)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return layer, torch.randn(2, 3, width), {t: torch.randn(2, 3, width) for t in ALL}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads, shared", [(1, False), (2, False), (4, True)])
+def test_task_attention_equals_a_naive_loop(heads, shared):
+    """Softmax over the other tasks, per pixel and head, with each task's own projections; the weights of the other tasks sum to one."""
+    layer, a, feats = attention_layer(heads, shared)
+    y, weights = layer(a, "shading", layer.keys_values(feats))
+    close(y, naive(layer, a, "shading", feats))
+    assert weights.shape == (6, 2, 3, heads)
+    close(weights.sum(0), torch.ones(2, 3, heads), 1e-6)
+
+
+@torch.no_grad()
+def test_masked_task_is_as_good_as_absent():
+    """Leaving a task out equals never having had its stream; the mask is drawn from the mean attention over images, pixels and heads."""
+    layer, a, feats = attention_layer()
+    kv, seen = layer.keys_values(feats), []
+    _, weights = layer(a, "semantic", kv)
+    out_of_depth = lambda scores: seen.append(scores) or torch.tensor([t == "depth" for t in ALL[1:]])
+    masked, _ = layer(a, "semantic", kv, out_of_depth)
+    absent, _ = layer(a, "semantic", {t: x for t, x in kv.items() if t != "depth"})
+    close(masked, absent)
+    close(seen[0], weights.mean((1, 2, 3)), 1e-6)
+
+
+def test_heads_must_divide_the_width():
+    """--heads 3 at width 8 is refused with a sentence that names both."""
+    with pytest.raises(ValueError, match="--heads 3 does not divide the width 8"):
+        TaskAttention(8, ALL, heads=3)
+
+
+@torch.no_grad()
+def test_attention_log(multi):
+    """The log names every block, in the order they run, with the mean attention to the six other tasks."""
+    multi.attention_log = []
+    multi(*tiny.latents(1), ["depth"])
+    log, multi.attention_log = multi.attention_log, None
+    assert [block for block, _, _ in log] == list(transformer_blocks(multi.main)) and len(log) == 16
+    for _, task, attention in log:
+        assert task == "depth" and set(attention) == set(ALL) - {"depth"} and sum(attention.values()) == pytest.approx(1, abs=1e-5)
+
+
+# ---- attention-guided masking ----
+
+SCORES = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
+
+
+def draws(how, n=3000, rho=1.0, scores=SCORES):
+    torch.manual_seed(11)
+    return torch.stack([draw_mask(scores, rho, how) for _ in range(n)])
+
+
+@pytest.mark.parametrize("how, expected", [("score", SCORES), ("uniform", torch.full((6,), 1 / 6)), ("argmax", torch.eye(6)[0])])
+def test_mask_distribution(how, expected):
+    """One task per draw: in proportion to the score, evenly, or always the highest (chi-square, 5 degrees of freedom, p > 0.001)."""
+    d = draws(how)
+    assert (d.sum(1) == 1).all()
+    counts, chosen = d.sum(0), expected > 0
+    assert (counts[~chosen] == 0).all()
+    assert (((counts - expected * len(d)) ** 2)[chosen] / (expected * len(d))[chosen]).sum() < 20.5
+
+
+def test_mask_of_several_tasks():
+    """score-k leaves out 1..5 of 6 tasks, each number equally often, high scores more often than low ones; one is always left."""
+    d = draws("score-k")
+    counts = torch.bincount(d.sum(1), minlength=7)
+    assert counts[0] == counts[6] == 0
+    assert ((counts[1:6] - len(d) / 5) ** 2 / (len(d) / 5)).sum() < 18.5     # 4 degrees of freedom, p > 0.001
+    assert d.float().mean(0).diff().lt(0).all()
+
+
+@pytest.mark.parametrize("how", ["score", "score-k", "argmax", "uniform"])
+def test_mask_probability(how):
+    """rho = 0 never masks, 1 always, 0.4 in four of ten draws; a single auxiliary task is never taken away."""
+    assert not draws(how, 200, 0.0).any()
+    assert draws(how, 200, 1.0).any(1).all()
+    assert draws(how, 2000, 0.4).any(1).float().mean().item() == pytest.approx(0.4, abs=0.04)
+    assert not draws(how, 50, 1.0, torch.ones(1)).any()
+    assert (draws(how, 50, 1.0, torch.tensor([1.0, 0.0])).sum(1) == 1).all()
+
+
+@torch.no_grad()
+def test_masking_acts_in_training_only(multi, monkeypatch):
+    """rho = 1 changes nothing in eval mode and something in train mode, drawn anew in each of the 16 layers; rho = 0 nothing in either."""
+    z, drawn = tiny.latents(1), []
+    plain = multi(*z, ["depth"])["depth"]
+    monkeypatch.setattr("model.draw_mask", lambda *args: drawn.append(draw_mask(*args)) or drawn[-1])
+    monkeypatch.setattr(multi, "rho", 1.0)
+    assert torch.equal(multi(*z, ["depth"])["depth"], plain) and not drawn
+    monkeypatch.setattr(multi, "training", True)
+    torch.manual_seed(0)
+    assert (multi(*z, ["depth"])["depth"] - plain).abs().max() > 1e-4
+    assert len(drawn) == 16 and len({d.tolist().index(True) for d in drawn}) > 1
+    monkeypatch.setattr(multi, "rho", 0.0)
+    assert torch.equal(multi(*z, ["depth"])["depth"], plain)
+
+
+# ---- batching and cost ----
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["single", "multi"])
+@pytest.mark.parametrize("batch, size", [(2, (8, 8)), (2, (11, 13)), (1, (23, 77))])
+def test_batched_equals_one_by_one(request, stage, batch, size):
+    """All tasks in one pass equal one task per pass, also for sizes that no level divides evenly."""
+    m, z = request.getfixturevalue(stage), tiny.latents(batch, size)
+    together, apart = m(*z, ALL), m(*z, ALL, rows=1)
+    for t in ALL:
+        close(together[t], apart[t])
+        assert together[t].shape == (batch, 4, *size)
+
+
+@torch.no_grad()
+def test_a_task_alone_equals_the_task_among_all(multi):
+    """Asking for one task of stage 2 gives the same map as asking for all seven."""
+    z = tiny.latents(2, (11, 13))
+    close(multi(*z, ["albedo"])["albedo"], multi(*z, ALL)["albedo"])
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_predict_computes_nothing_twice(rows):
+    """Stage 2, seven tasks, one pair: 2 encodes, 7 auxiliary and 7 main rows, 7 decodes, each projection once per stream, no text encoder."""
+    m, pair = tiny.model(multi=True), torch.rand(2, 1, 3, 32, 32)
+    projections = {f"{kind} {t}": getattr(layer, f"task_to_{kind}")[t] for layer in [m.attention["mid_block/attentions/0/transformer_blocks/0"]]
+                   for kind in "qkv" for t in ALL}
+    counts = counting({"encode": m.vae.encoder, "decode": m.vae.decoder, "auxiliary": m.unet.conv_in, "main": m.main.conv_in,
+                       "auxiliary end": m.unet.conv_out, "main end": m.main.conv_out, **projections})
+    out = m.predict(*pair, rows=rows)
+    assert {n: c["rows"] for n, c in counts.items() if n not in projections} == {
+        "encode": 2, "decode": 7, "auxiliary": 7, "main": 7, "auxiliary end": 0, "main end": 7}
+    assert counts["auxiliary"]["calls"] == {None: 1, 1: 7, 3: 3}[rows]
+    assert all(counts[p]["calls"] == 1 for p in projections)
+    assert not any("CLIP" in type(module).__name__ for module in m.modules())
+    assert {t: x.shape[1] for t, x in out.items()} == {t: TASKS[t].channels for t in ALL}
+
+
+def test_predict_leaves_out_what_nobody_asks_for():
+    """One task of stage 2 needs six auxiliary rows and one main row; a still-image task of stage 1 does not encode the second frame."""
+    m, s, pair = tiny.model(multi=True), tiny.model(), torch.rand(2, 1, 3, 32, 32)
+    counts = counting({"auxiliary": m.unet.conv_in, "main": m.main.conv_in, "encode": s.vae.encoder})
+    m.predict(*pair, ["depth"])
+    assert (counts["auxiliary"]["rows"], counts["main"]["rows"]) == (6, 1)
+    s.predict(*pair, ["depth"])
+    assert counts["encode"]["rows"] == 1
+    assert set(s.predict(pair[0])) == set(ALL) - set(FLOWS)
+    with pytest.raises(ValueError, match="second frame"):
+        s.predict(pair[0], tasks=FLOWS)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30, 41), (32, 44)])
+def test_predict_at_any_size(single, size):
+    """Any height and width come back as they were: padded by repetition to whole cells, then cropped."""
+    image = torch.rand(1, 3, *size) * 2 - 1
+    rows, columns = (torch.arange(-(-s // 4) * 4).clamp(max=s - 1) for s in size)
+    padded = single.predict(image[..., rows, :][..., columns], tasks=["albedo"])["albedo"]
+    out = single.predict(image, tasks=["albedo"])["albedo"]
+    assert torch.equal(out, padded[..., :size[0], :size[1]]) and out.shape[-2:] == size
+
+
+@torch.no_grad()
+def test_n_to_n_attends_to_the_other_main_streams():
+    """N-to-N runs for any subset, uses no auxiliary pass, and a change of another task's token alone changes this task's output."""
+    m, z = tiny.model(multi=True, attention="n-to-n"), tiny.latents()
+    counts = counting({"auxiliary": m.unet.conv_in, "main": m.main.conv_in})
+    before = m(*z, ["depth"])
+    assert set(before) == {"depth"} and counts["auxiliary"]["rows"] == 0 and counts["main"]["rows"] == 2 * 7
+    close(before["depth"], m(*z, ALL)["depth"])
+    m.token_albedo += 1
+    assert (m(*z, ["depth"])["depth"] - before["depth"]).abs().max() > 1e-4
+
+
+# ---- training ----
+
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradient_checkpointing_gives_the_same_gradients(stage, rho):
+    """Blocks run again in the backward pass see the same streams and draw the same masks; only the task at hand gets a query gradient."""
+    m, z = tiny.model(multi=stage == 2), tiny.latents()
+    trained = m.main if stage == 2 else m.unet
+    params = {n: p for n, p in m.named_parameters() if p.requires_grad}
+    m.rho, m.training, grads = rho, True, []
+    for checkpointing in (False, True):
+        if checkpointing:
+            trained.enable_gradient_checkpointing()
+        calls = counting({"block": next(iter(transformer_blocks(trained).values())).ff})
+        torch.manual_seed(5)
+        m(*z, ["depth"])["depth"].square().mean().backward()
+        grads.append({n: p.grad for n, p in params.items() if p.grad is not None})
+        assert calls["block"]["calls"] == 1 + checkpointing
+        m.zero_grad()
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 500
+    for n in grads[0]:
+        close(grads[0][n], grads[1][n], 1e-6)
+    queries = {n.split("task_to_q.")[1].split(".")[0] for n in grads[0] if "task_to_q." in n}
+    assert queries == ({"depth"} if stage == 2 else set()) and not any(n.startswith("vae.") for n in grads[0])
+    assert stage == 1 or not any(n.startswith("unet.") for n in grads[0])
+
+
+# ---- files ----
+
+def test_save_and_load(tmp_path, multi):
+    """A saved model predicts bit-equally after loading; stage=1 loads the single stream; unet/ is a plain diffusers folder."""
+    multi.save(tmp_path)
+    pair = torch.rand(2, 1, 3, 16, 24)
+    a, b = multi.predict(*pair), StableMTL.load(tmp_path).predict(*pair)
+    assert all(torch.equal(a[t], b[t]) for t in ALL)
+    one, (z_i, z_j) = StableMTL.load(tmp_path, stage=1), tiny.latents()
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    assert one.main is None and plain.config.in_channels == 12
+    with torch.no_grad():
+        assert torch.equal(one(z_i, z_j, ["depth"])["depth"], stock(plain, z_i, z_i, multi.token_depth))
+
+
+def test_load_says_what_is_missing(tmp_path, multi):
+    """No checkpoint, no stage 2, and every part that an incomplete copy may lack end in a sentence that names it."""
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*train.py --stage 1"):
+        StableMTL.load(tmp_path)
+    tiny.model().save(tmp_path / "single")
+    with pytest.raises(FileNotFoundError, match="holds no stage 2"):
+        StableMTL.load(tmp_path / "single", stage=2)
+    folder = tmp_path / "multi"
+    multi.save(folder)
+    for part in ("vae", "unet/config.json", "main_unet/diffusion_pytorch_model.safetensors", "tokens.safetensors", "task_attention.safetensors"):
+        shutil.move(folder / part, tmp_path / "aside")
+        with pytest.raises(FileNotFoundError, match=f"is incomplete: no .*{part}"):
+            StableMTL.load(folder)
+        shutil.move(tmp_path / "aside", folder / part)
+    shutil.rmtree(folder / "main_unet")
+    assert StableMTL.load(folder, stage=1).main is None
+
+
+# ---- the real size ----
+
+def test_parameter_counts_of_stable_diffusion_2():
+    """On the meta device: the widened UNet has 865,933,764 parameters under 686 keys, task attention over seven tasks 390,528,320."""
+    with torch.device("meta"):
+        unet = widen_input(UNet2DConditionModel(**bench.SD2_UNET))
+        layers = [TaskAttention(block.attn1.to_q.in_features, ALL, heads=4, hidden=640) for block in transformer_blocks(unet).values()]
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    assert count(unet) == 865_933_764 and len(unet.state_dict()) == 686
+    assert len(layers) == 16 and sum(map(count, layers)) == 390_528_320

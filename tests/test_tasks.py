@@ -1,0 +1,106 @@
+"""The codecs: what goes in comes back, up to what the encoding's normalisation destroys."""
+import numpy as np
+import pytest
+import torch
+
+from tasks import CITYSCAPES, CLASSES, PALETTES, TASKS, parse_tasks, registry
+
+
+def label(task, h=9, w=14, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    if task.categorical:
+        return torch.randint(len(CLASSES), (2, 1, h, w), generator=g).float()
+    x = torch.randn(2, task.channels, h, w, generator=g)
+    if task.name == "normal":
+        return torch.nn.functional.normalize(x, dim=1)
+    return x.abs() % 1 if task.unit.endswith("[0,1]") and task.name != "depth" else x * 5 + (30 if task.name == "depth" else 0)
+
+
+ALL = torch.ones(2, 1, 9, 14, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_semantic_round_trip(palette):
+    """Every class survives encode and decode exactly, also under noise below half the palette's smallest distance."""
+    t = registry(palette)["semantic"]
+    y = label(t)
+    assert torch.equal(t.decode(t.encode(y, ALL)), y.long())
+    assert torch.equal(t.decode(t.encode(y, ALL) + 0.1 * torch.rand(2, 3, 9, 14)), y.long())
+
+
+@pytest.mark.parametrize("name", ["normal", "shading", "albedo"])
+def test_exact_round_trip(name):
+    """Normals, shading and albedo lose nothing."""
+    t = TASKS[name]
+    y = label(t)
+    torch.testing.assert_close(t.decode(t.encode(y, ALL)), y, atol=1e-6, rtol=1e-5)
+
+
+def test_depth_is_the_affine_image_of_the_2nd_and_98th_percentile():
+    """Against numpy's percentiles over the valid pixels of each image; near = 0, far = 1."""
+    t, valid = TASKS["depth"], torch.rand(2, 1, 9, 14) > 0.3
+    y = label(t)
+    out = t.decode(t.encode(y, valid))
+    for i in range(2):
+        lo, hi = np.percentile(y[i][valid[i]].numpy().astype(np.float64), [2, 98])
+        expected = ((y[i] - lo) / (hi - lo)).clamp(0, 1)
+        torch.testing.assert_close(out[i][valid[i]], expected[valid[i]].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["optical_flow", "scene_flow"])
+def test_flows_keep_sign_zero_and_proportion(name):
+    """Each channel is divided by its largest absolute value in the image: one positive factor per image and channel."""
+    t = TASKS[name]
+    y = label(t)
+    y[:, :, 0, 0] = 0
+    out = t.decode(t.encode(y, ALL))
+    assert out.shape == y.shape and (out[:, :, 0, 0] == 0).all() and out.abs().amax() == 1
+    torch.testing.assert_close(out * y.abs().amax((2, 3), keepdim=True), y)
+    assert torch.equal(TASKS["optical_flow"].encode(label(TASKS["optical_flow"]), ALL)[:, 2], TASKS["optical_flow"].encode(label(TASKS["optical_flow"]), ALL)[:, 0])
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("case", ["constant", "nan", "all invalid"])
+def test_degenerate_labels_encode_without_nan(name, case):
+    """No motion, flat depth, NaN outside the mask, no valid pixel at all: codes stay finite and within [-1, 1]."""
+    t = TASKS[name]
+    y = torch.zeros(1, t.channels, 8, 8) if case == "constant" else torch.full((1, t.channels, 8, 8), float("nan"))
+    valid = torch.full((1, 1, 8, 8), case == "constant")
+    code = t.encode(y if not t.categorical else y.nan_to_num(255), valid)
+    assert code.shape == (1, 3, 8, 8) and code.isfinite().all() and code.abs().max() <= 1
+    assert t.decode(code).isfinite().all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_flip_signs_undo_themselves_and_match_the_geometry(name):
+    """Flipping a label's vectors and then encoding equals encoding and then flipping with the registry's signs."""
+    t = TASKS[name]
+    y, signs = label(t), {"normal": (-1, 1, 1), "optical_flow": (-1, 1), "scene_flow": (-1, 1, 1)}.get(name, (1,) * t.channels)
+    mirrored = y.flip(-1) * torch.tensor(signs).view(1, -1, 1, 1)
+    code = t.encode(y, ALL).flip(-1) * torch.tensor(t.hflip).view(1, 3, 1, 1)
+    torch.testing.assert_close(t.encode(mirrored, ALL), code)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_pictures(name):
+    """Pictures are (H,W,3) uint8 and black where invalid."""
+    t, valid = TASKS[name], torch.ones(9, 14, dtype=torch.bool)
+    valid[:3] = False
+    picture = t.colour(label(t)[0], valid)
+    assert picture.shape == (9, 14, 3) and picture.dtype == np.uint8 and (picture[:3] == 0).all() and picture[3:].any()
+
+
+def test_semantic_picture_uses_display_colours():
+    """Whatever palette codes the classes, the picture shows the Cityscapes colours."""
+    y = torch.arange(8).view(1, 1, 8).float()
+    for palette in PALETTES:
+        assert (registry(palette)["semantic"].colour(y, torch.ones(1, 8, dtype=torch.bool))[0] == np.array(CITYSCAPES)).all()
+
+
+def test_names():
+    """Order of the registry, and a sentence for a misspelt task."""
+    assert parse_tasks("depth, semantic") == ("semantic", "depth") and parse_tasks("all") == tuple(TASKS)
+    with pytest.raises(ValueError, match="unknown task deph"):
+        parse_tasks("deph")
+    with pytest.raises(ValueError, match="unknown palette"):
+        registry("rainbow")

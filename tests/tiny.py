@@ -1,0 +1,45 @@
+"""Models of Stable Diffusion's layout small enough for tests: four levels, 16 transformer blocks, several heads, random weights."""
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from model import StableMTL
+from tasks import TASKS
+
+WIDTHS = (16, 24, 32, 32)
+
+
+def unet(in_channels=12, widths=WIDTHS):
+    return UNet2DConditionModel(
+        in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=8,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        cross_attention_dim=24, attention_head_dim=(2, 2, 4, 4), use_linear_projection=True, sample_size=8).eval()
+
+
+def vae():
+    """f = 4; latents far from unit variance and a scaling factor that is not 1, so that forgetting it shows."""
+    return AutoencoderKL(block_out_channels=(8, 8, 16), down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+                         layers_per_block=1, norm_num_groups=4, latent_channels=4, scaling_factor=0.7, sample_size=16)
+
+
+def tokens(tasks=tuple(TASKS)):
+    """Prompts of two words are one token longer, as for the real text encoder."""
+    g = torch.Generator().manual_seed(7)
+    return {t: torch.randn(2 + len(TASKS[t].prompt.split()), 24, generator=g) for t in tasks}
+
+
+def model(multi=False, tasks=tuple(TASKS), seed=0, **options):
+    """A StableMTL in eval mode; with `multi`, a main UNet of its own weights and task attention that is not zero."""
+    torch.manual_seed(seed)
+    m = StableMTL(vae(), unet(), tokens(tasks))
+    if multi:
+        m.add_main_stream(unet(), **options)
+        for layer in m.attention.values():
+            torch.nn.init.normal_(layer.to_out_task.weight, std=0.3)
+            torch.nn.init.normal_(layer.to_out_task.bias, std=0.3)
+    return m.eval()
+
+
+def latents(batch=2, size=(8, 8), seed=1):
+    """(z_i, z_j), each (batch,4,*size)."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 4, *size, generator=g), torch.randn(batch, 4, *size, generator=g)
