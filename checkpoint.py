@@ -53,44 +53,43 @@ def _crc(path):
     return value
 
 
-def _swap(new, folder, keep=None):
-    """Put `new` in the place of `folder`; the old one becomes `keep` or goes."""
-    old = keep or folder.with_name(folder.name + ".old")
+def _emptied(folder):
+    """The folder, made anew."""
     if folder.exists():
-        _remove(old)
-        os.replace(folder, old)
-    os.replace(new, folder)
-    if not keep:
-        _remove(old)
-
-
-def _remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _room(out, error, need):
     """The sentence for a write that failed."""
     free = shutil.disk_usage(out).free
-    return OSError(f"could not save to {out}: {error.strerror or error}; about {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
+    reason = error.strerror if isinstance(error, OSError) else error
+    return OSError(f"could not save to {out}: {reason}; about {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
                    f"The earlier checkpoint is untouched: make room, then continue with --resume")
 
 
 def save_model(model, out):
-    """StableMTL.save into out/, part by part without a moment in which a part is half-written."""
-    out, temporary = Path(out), Path(out) / "model.tmp"
+    """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or half-written.
+
+    While out/model.new exists, some files are of this model and some of the one before.
+    """
+    out, temporary, complete = Path(out), Path(out) / "model.tmp", Path(out) / "model.new"
     try:
-        _remove(temporary)
-        temporary.mkdir(parents=True)
+        _emptied(temporary)
         model.save(temporary)
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         shutil.rmtree(temporary, ignore_errors=True)
         raise _room(out, error, need) from None
-    parts = sorted(temporary.iterdir(), key=lambda p: p.name == "model.json")    # model.json last: it says what is there
-    for part in parts:
-        _swap(part, out / part.name)
-    temporary.rmdir()
+    shutil.rmtree(complete, ignore_errors=True)
+    os.replace(temporary, complete)
+    files = [p for p in complete.rglob("*") if p.is_file()]
+    for path in sorted(files, key=lambda p: p.name == "model.json"):    # model.json last: it says what is there
+        target = out / path.relative_to(complete)
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(complete)
 
 
 def save_state(out, stage, step, parts, optimizer):
@@ -104,40 +103,42 @@ def save_state(out, stage, step, parts, optimizer):
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     try:
-        _remove(temporary)
-        temporary.mkdir(parents=True)
+        _emptied(temporary)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
         write_json(temporary / "state.json", {"stage": stage, "step": step, "crc32": _crc(temporary / "state.safetensors")})
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _room(out, error, sum(t.numel() * t.element_size() for t in tensors.values())) from None
-    _swap(temporary, out / "state", keep=out / "state.prev")
+    if (out / "state").exists():
+        shutil.rmtree(out / "state.prev", ignore_errors=True)
+        os.replace(out / "state", out / "state.prev")
+    os.replace(temporary, out / "state")
 
 
 def load_state(out, stage, parts, optimizer):
-    """Restore the newest undamaged state of this stage in place and return its step. FileNotFoundError or ValueError if there is none."""
-    damaged = []
+    """Restore the newest undamaged state of this stage in place and return its step. FileNotFoundError if there is none."""
+    unusable = []
     for name in ("state", "state.tmp", "state.prev"):   # .tmp: complete, but killed before its renaming
         folder = Path(out) / name
         if not folder.is_dir():
             continue
         try:
             about = json.loads((folder / "state.json").read_text())
+            if about["stage"] != stage:     # left by the stage before: this one was killed before its first checkpoint
+                raise ValueError(f"it belongs to stage {about['stage']}")
             if _crc(folder / "state.safetensors") != about["crc32"]:
-                raise ValueError("checksum differs")
+                raise ValueError("its checksum differs")
             tensors = load_file(folder / "state.safetensors")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            damaged.append(f"{folder} ({error})")
+            unusable.append(f"{folder} is not usable: {error}")
             continue
-        if about["stage"] != stage:
-            raise ValueError(f"{folder} belongs to stage {about['stage']}, not {stage}: resume without --stage")
-        if damaged:
-            print(f"notice: {'; '.join(damaged)} is damaged; continuing from {folder}, step {about['step']}", file=sys.stderr)
+        if unusable:
+            print(f"notice: {'; '.join(unusable)}; continuing from {folder}, step {about['step']}", file=sys.stderr)
         break
     else:
-        raise FileNotFoundError(f"nothing to resume in {out}" + (f": damaged {'; '.join(damaged)}" if damaged else
-                                f": start with python train.py --stage {stage} --out {out}"))
+        raise FileNotFoundError(f"nothing to resume in {out} ({'; '.join(unusable) or 'no state/'}): "
+                                f"start again with python train.py --stage {stage} --out {out} --overwrite")
     for part, module in parts.items():
         prefix = f"weight/{part}/"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -160,8 +161,10 @@ def run(main):
     """Call main(); a user's mistake ends in one sentence on stderr and exit code 2, without a traceback."""
     try:
         return main() or 0
-    except (ValueError, FileNotFoundError, FloatingPointError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     except torch.OutOfMemoryError as error:
         print(f"{Path(sys.argv[0]).name}: out of GPU memory: lower --micro, add --checkpointing, or use smaller images ({error})", file=sys.stderr)
     return 2

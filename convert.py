@@ -20,10 +20,10 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import save_model, write_json
+from checkpoint import run, save_model, write_json
 from model import StableMTL, from_base
 from tasks import TASKS
-from train import commit, run
+from train import commit
 
 HEADS, PALETTE = 4, "cityscapes"    # the released weights' number of heads and class colours: no tensor shows them
 

@@ -12,7 +12,8 @@ and a resumed run continues it exactly.
 """
 import argparse
 import hashlib
-import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import run
+from checkpoint import read_json, run, write_json
 from tasks import TASKS
 from toyworld import WORLDS, ToyWorld
 
@@ -33,7 +34,7 @@ TOY_TRAIN, TOY_TEST = ("rooms", "streets", "things"), ("rooms", "streets", "thin
 # ---- which datasets ----
 
 def parse_drop(text, known):
-    """"streets:depth,things:*" -> {"streets": {"depth"}, ...}: labels that training does not see (paper Table 3)."""
+    """"streets:depth,things:scene_flow" -> {"streets": {"depth"}, ...}: labels that training does not see (paper Table 3)."""
     drop = {}
     for part in filter(None, text.split(",")):
         world, _, task = part.partition(":")
@@ -51,12 +52,16 @@ def train_readers(root="", size=(32, 48), scenes=800):
     return found(root, "train")
 
 
-def test_readers(root="", size=(32, 48), scenes=64, split="test"):
+def test_readers(root="", size=(32, 48), scenes=64, split="test", kitti_baseline="calibration"):
     """The held-out datasets: the same worlds' test split and the unseen world, or those found under `root`."""
     if not root:
         return [ToyWorld(w, split, scenes, size) for w in TOY_TEST]
     from datasets import found
-    return found(root, split)
+    readers = found(root, split)
+    for reader in readers:
+        if reader.name == "kitti_2015":
+            reader.baseline = kitti_baseline
+    return readers
 
 
 # ---- one sample ----
@@ -151,7 +156,8 @@ class Mixture(Dataset):
         self.rank, self.world = rank, world
         self.sources = {t: [(r, list(r.indices(t))) for r in readers if t in r.tasks and t not in drop.get(r.name, ())] for t in tasks}
         self.sources = {t: [(r, i) for r, i in s if i] for t, s in self.sources.items()}
-        self.drop, self.tasks = drop, [t for t in tasks if self.sources[t]]
+        self.labelled = {(r.name, t): set(i) for t, s in self.sources.items() for r, i in s}
+        self.tasks = [t for t in tasks if self.sources[t]]
         missing = [t for t in tasks if not self.sources[t]]
         if missing:
             raise ValueError(f"no training labels for {', '.join(missing)}: choose other --tasks, drop fewer labels, or add a dataset that has them")
@@ -169,8 +175,9 @@ class Mixture(Dataset):
             reader, indices = self.sources[task][rng.choice(len(weights), p=weights / weights.sum())]
             index, flips, seed = indices[rng.integers(len(indices))], rng.random(2) < 0.5, int(rng.integers(2 ** 31))
             tasks = (task,)
-            if self.joint:      # N-to-N: every available label of the image at once
-                tasks = tuple(t for t in self.tasks if t in reader.tasks and t not in self.drop.get(reader.name, ()))
+            if self.joint:      # N-to-N: every available label of the image at once; one with a crop of its own is another image
+                view = next(v for _, v in LatentCache.views(reader) if task in v)
+                tasks = tuple(t for t in self.tasks if t in view and index in self.labelled.get((reader.name, t), ()))
             out.append((tasks, reader, index, (bool(flips[0]), bool(flips[1]) and reader.vflip), seed))
         out = out[self.rank::self.world]
         return sorted(out, key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
@@ -205,8 +212,33 @@ class Mixture(Dataset):
 
 def loader(mixture, start, stop, workers):
     """Steps start..stop-1 in order, loaded ahead by `workers` processes (0 = in this one)."""
-    return DataLoader(mixture, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                      prefetch_factor=2 if workers else None, persistent_workers=False)
+    return _fetch(mixture, workers, batch_size=None, sampler=range(start, stop), prefetch_factor=2 if workers else None)
+
+
+class _Carried(Dataset):
+    """The same elements; a user's mistake comes as a value, because a worker's exceptions arrive with a traceback in their message."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, k):
+        try:
+            return self.dataset[k]
+        except (OSError, ValueError) as error:
+            return error
+
+
+def _fetch(dataset, workers, **options):
+    """Yield what a DataLoader yields, raise what an element raised. A generator of its own keeps the loader from drawing a seed from
+    the global one, which would make a resumed run differ from an uninterrupted one."""
+    for item in DataLoader(_Carried(dataset), num_workers=workers, generator=torch.Generator(), **options):
+        for x in item if isinstance(item, list) else [item]:
+            if isinstance(x, Exception):
+                raise x
+        yield item
 
 
 # ---- the latent cache ----
@@ -223,23 +255,24 @@ class LatentCache:
 
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays = Path(folder), {}
-        about = {"vae": vae_hash, "palette": palette,
-                 "datasets": {r.name: {"samples": len(r), "size": list(r.size), "tasks": list(r.tasks), "version": r.version} for r in readers}}
-        meta = self.folder / "cache.json"
-        if meta.is_file():
-            old = json.loads(meta.read_text())
-            differs = [k for k in about if old.get(k) != about[k]]
+        self.about = {"vae": vae_hash, "palette": palette, "datasets": {
+            r.name: {"samples": len(r), "size": list(r.size), "tasks": list(r.tasks), "version": r.version} for r in readers}}
+        if (self.folder / "cache.json").is_file():
+            old = read_json(self.folder / "cache.json", "")
+            differs = [k for k in self.about if old.get(k) != self.about[k]]
             if differs:
                 raise ValueError(f"--cache {folder} was made with another {' and '.join(differs)}: name another folder or delete this one")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            meta.write_text(json.dumps(about, indent=1))
 
     @staticmethod
     def views(reader):
         """[(prefix of the frame arrays, tasks)]: tasks without a crop of their own share the frames."""
         shared = tuple(t for t in reader.tasks if t not in reader.train_crop)
         return ([("", shared)] if shared else []) + [(f"{t}_", (t,)) for t in reader.tasks if t in reader.train_crop]
+
+    def size(self, reader, factor):
+        """Bytes on disk of a whole dataset."""
+        cells = (reader.size[0] // factor) * (reader.size[1] // factor)
+        return len(reader) * 2 * cells * (len(reader.tasks) * (4 * 2 + 1) + len(self.views(reader)) * 2 * 4 * 2)
 
     def array(self, reader, name, item=None):
         """The memory-mapped array, created with the shape of `item` if it does not exist yet."""
@@ -248,7 +281,8 @@ class LatentCache:
             path = self.folder / reader.name / f"{name}.npy"
             if item is not None and not path.is_file():
                 path.parent.mkdir(exist_ok=True)
-                np.lib.format.open_memmap(path, "w+", item.dtype, (len(reader), *item.shape))
+                np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", item.dtype, (len(reader), *item.shape))
+                os.replace(path.with_suffix(".tmp"), path)
             self.arrays[key] = np.lib.format.open_memmap(path, "r+" if item is not None else "r")
         return self.arrays[key]
 
@@ -260,14 +294,23 @@ class LatentCache:
                 "labels": {t: take(t).float() for t in tasks}, "valid": {t: take(f"{t}_valid") for t in tasks}}
 
     def build(self, readers, model, codecs, workers=2, batch=8, skip_bad=False):
-        """Encode whatever is not cached yet. Returns the names of skipped samples."""
+        """Encode whatever is not cached yet. Returns the names of skipped samples, which are tried again next time.
+
+        OSError if the disk has too little room: writing to a memory map on a full disk would end the process without a word.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        need = sum(self.size(r, model.factor) for r in readers if not (self.folder / r.name).is_dir())
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OSError(f"the latent cache in {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: make room, or --cache none")
+        write_json(self.folder / "cache.json", self.about)
         skipped = []
         for reader in readers:
             done = self.array(reader, "done", np.zeros((), bool))
             todo = [int(i) for i in np.flatnonzero(~done)]
             wanted = {t: set(reader.indices(t)) for t in reader.tasks}
-            jobs = DataLoader(_CacheJobs(reader, todo, wanted, codecs, self.views(reader), skip_bad), batch_size=batch,
-                              num_workers=workers if len(todo) > batch else 0, collate_fn=list)
+            jobs = _fetch(_CacheJobs(reader, todo, wanted, codecs, self.views(reader), skip_bad), workers if len(todo) > batch else 0,
+                          batch_size=batch, collate_fn=list)
             for group in tqdm(jobs, desc=f"caching latents of {reader.name}", disable=not todo, leave=False):
                 images = {}
                 for index, items, bad in group:
@@ -279,8 +322,8 @@ class LatentCache:
                     for index, (name, flip), x in entries:
                         value = whole_cells(x[None], model.factor)[0].numpy() if name.endswith("_valid") else next(z)
                         self.array(reader, name, np.zeros((2, *value.shape), value.dtype))[index, flip] = value
-                for index, _, _ in group:
-                    done[index] = True
+                for index, _, bad in group:
+                    done[index] = not bad
             for (name, _), a in self.arrays.items():
                 if name == reader.name:
                     a.flush()
@@ -314,9 +357,9 @@ class _CacheJobs(Dataset):
                     s = prepare(self.reader, index, tasks, self.codecs, (bool(flip), False))
                     items += [((f"{prefix}frame{n}", flip), x) for n, x in enumerate(s["frames"])]
                     items += [((t, flip), x) for t, x in s["labels"].items()] + [((f"{t}_valid", flip), m) for t, m in s["valid"].items()]
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             if not self.skip_bad:
-                raise
+                raise ValueError(f"{self.reader.name} sample {index}: {error} (--skip-bad skips and counts such files)") from error
             return index, [], [f"{self.reader.name}:{index}"]
         return index, items, []
 

@@ -634,8 +634,8 @@ class KittiEigen(Reader):
 
 
 class Kitti2015(Reader):
-    """KITTI scene flow 2015, the 200 training scenes. Both flows are valid where flow and both disparities are; extra["optical_flow_occ"]
-    is the mask of flow_occ alone. baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
+    """KITTI scene flow 2015, the 200 training scenes. Both flows are valid where flow and both disparities are;
+    extra["optical_flow:flow_occ"] is the mask of flow_occ alone. baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
 
     name, splits, use = "kitti_2015", ("training",), {"test": "training"}
     page, licence = "https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php", "CC BY-NC-SA 3.0, free account"
@@ -683,7 +683,7 @@ class Kitti2015(Reader):
             return scene_flow(self.flow[0], z0, z1, f, cx, cy) * self.valid[..., None], self.valid
 
         def extra(self, tasks):
-            return {"optical_flow_occ": self.flow[1]} if "optical_flow" in tasks else {}
+            return {"optical_flow:flow_occ": self.flow[1]} if "optical_flow" in tasks else {}
 
 
 class Diode(Reader):
@@ -794,7 +794,7 @@ class Folder(Reader):
         chosen, stems = self.folder / f"{self.split}.txt", list(self.images)
         if chosen.exists():
             with reading(chosen, "list of stems"):
-                stems = chosen.read_text().split()
+                stems = [line.strip() for line in chosen.read_text().splitlines() if line.strip()]
             for stem in set(stems) - self.images.keys():
                 raise ValueError(f"{chosen} names {stem!r}, no picture of {self.folder / 'images'}: expected stems, without .png or .jpg")
         return [(stem,) for stem in stems]

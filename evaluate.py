@@ -26,6 +26,7 @@ from tqdm import tqdm
 import toybase
 from checkpoint import read_json, run, write_json
 from data import label_tensors, resize, tensor_image, test_readers, train_readers
+from datasets import READERS
 from model import StableMTL, from_base
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
@@ -301,8 +302,8 @@ class _Items(Dataset):
         frames = [resize(tensor_image(sample[key]), self.reader.size) for key in ("image", "next") if key in sample]
         maps = {t: tuple(resize(x, self.reader.size) for x in label_tensors(sample, t)) for t in tasks}
         maps = {t: (label, valid[0]) for t, (label, valid) in maps.items()}
-        for name, (task, mask) in sample.get("extra", {}).items():      # a second mask for a task, reported beside it
-            maps[name] = (maps[task][0], resize(torch.from_numpy(mask)[None], self.reader.size)[0])
+        for name, mask in sample.get("extra", {}).items():      # "<task>:<mask>": a second mask for a task, reported beside it
+            maps[name] = maps[name.split(":")[0]][0], resize(torch.from_numpy(mask)[None], self.reader.size)[0]
         return sample["name"], frames, maps
 
 
@@ -363,7 +364,7 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
                 predicted = model.predict(frames[0], frames[1] if len(frames) > 1 else None, tasks, rows)
         for n, (_, _, maps) in enumerate(group):
             for name, (label, valid) in maps.items():
-                task = name if name in TASKS else name.split(":")[0]
+                task = name.split(":")[0]
                 guess = dict(zip(("constant", "per-pixel mean"), (guesses or {}).get(name, ())))
                 for who, p in {"model": predicted[task][n], **guess}.items():
                     scores[who].setdefault(name, accumulator(task, reader)).add(p, label, valid)
@@ -403,19 +404,27 @@ def headline(task, result):
 
 
 def table(results, trivials):
-    """Markdown lines: a row per test set and task."""
-    lines = ["| test set | task | metric | model | constant | per-pixel mean | model / better trivial | images |", "|---|---|---|---|---|---|---|---|"]
+    """Markdown lines: a row per test set and task; columns that are empty throughout are left out."""
+    rows = []
     for name, by_task in results.items():
         for task, result in by_task.items():
             key = task.split(":")[0]
             _, metric, lower = METRICS[TASKS[key].metric]
-            guesses = [headline(key, trivials[name][who][task]) for who in ("constant", "per-pixel mean") if task in trivials[name].get(who, ())]
-            best = (min if lower else max)(guesses) if guesses else None
             value = headline(key, result)
-            cells = [name, task, f"{metric} {'↓' if lower else '↑'}", f"{value:.4g}"] + [f"{g:.4g}" for g in guesses or ("", "") if g != ""]
-            cells += [""] * (6 - len(cells)) + [f"{value / best:.2f}x" if best else "", f"{result['images']}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            row = {"test set": name, "task": task, "metric": f"{metric} {'↓' if lower else '↑'}", "model": f"{value:.4g}"}
+            guesses = {who: headline(key, r[task]) for who, r in trivials.get(name, {}).items() if task in r}
+            row |= {who: f"{g:.4g}" for who, g in guesses.items()}
+            row["model / better trivial"] = f"{value / (min if lower else max)(guesses.values()):.2f}x" if guesses else ""
+            row["paper"] = str(PAPER["StableMTL"].get(task, {}).get(name, ""))
+            rows.append(row | {"images": str(result["images"])})
+    return markdown(rows, ("test set", "task", "metric", "model", "constant", "per-pixel mean", "model / better trivial", "paper", "images"))
+
+
+def markdown(rows, columns):
+    """[{column: text}] -> the lines of a table of those columns that hold anything."""
+    columns = [c for c in columns if any(r.get(c) for r in rows)]
+    line = lambda cells: "| " + " | ".join(cells) + " |"
+    return [line(columns), "|---" * len(columns) + "|", *(line([r.get(c, "") for c in columns]) for r in rows)]
 
 
 def by_task(results):
@@ -428,14 +437,14 @@ def by_task(results):
     return out
 
 
-def oracle_lines(results):
+def oracle_table(results):
     """Markdown lines: what the codec alone (encode, VAE, decode) leaves of the labels."""
-    lines = ["| test set | task | after the round trip | PSNR, dB |", "|---|---|---|---|"]
+    rows = []
     for name, tasks in results.items():
         for task, r in tasks.items():
             kept = {k: v for k, v in r.items() if k == "accuracy" or k.startswith("IoU") or k == METRICS[TASKS[task].metric][1]}
-            lines.append(f"| {name} | {task} | " + ", ".join(f"{k} {v:.4g}" for k, v in kept.items()) + f" | {r['PSNR']:.1f} |")
-    return lines
+            rows.append({"test set": name, "task": task, "PSNR, dB": f"{r['PSNR']:.1f}", "after the round trip": ", ".join(f"{k} {v:.4g}" for k, v in kept.items())})
+    return markdown(rows, ("test set", "task", "PSNR, dB", "after the round trip"))
 
 
 def main(argv=None):
@@ -452,6 +461,8 @@ def main(argv=None):
     parser.add_argument("--baseline", default="", help="results.json of single-task runs (several: comma-separated), or `paper`: prints Delta_m")
     parser.add_argument("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
     parser.add_argument("--palette", choices=tuple(PALETTES), help="with --oracle: other class colours than the checkpoint's")
+    parser.add_argument("--kitti-baseline", default="calibration", choices=("calibration", "paper"),
+                        help="camera distance behind KITTI 2015's scene flow: each scene's calibration, or the paper's constant 0.54 m")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count unreadable samples instead of stopping")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--json", default="", help="where to write the results (default: <ckpt>/results.json)")
@@ -470,8 +481,11 @@ def main(argv=None):
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     config = read_json(Path(args.ckpt) / "config.json", f"no config.json in {args.ckpt}") if args.ckpt else {}
     size = tuple(config.get("size", (32, 48)))
-    readers = test_readers(args.data, size, split=args.split)
-    train = train_readers(args.data, size) if args.trivial and not args.oracle else []
+    readers = test_readers(args.data, size, split=args.split, kitti_baseline=args.kitti_baseline)
+    train = []
+    if args.trivial and not args.oracle:
+        with contextlib.suppress(FileNotFoundError):    # test sets alone: there are no training labels to be trivial with
+            train = train_readers(args.data, size)
     results, trivials, skipped = {}, {}, []
     for reader in readers:
         wanted = [t for t in reader.tasks if t in model.tasks and len(reader.indices(t))]
@@ -481,7 +495,7 @@ def main(argv=None):
         results[reader.name], trivials[reader.name], bad = evaluate(
             model, reader, args.batch or (1 if args.data else 16), args.workers, args.limit, args.rows, args.skip_bad, args.oracle, guesses)
         skipped += bad
-    lines = oracle_lines(results) if args.oracle else table(results, trivials)
+    lines = oracle_table(results) if args.oracle else table(results, trivials)
     report = {"checkpoint": args.ckpt or "toy base", "stage": 1 if model.main is None else 2, "oracle": args.oracle, "split": args.split,
               "commit": config.get("commit"), "settings": config.get("train"), "results": results, "trivial": trivials, "skipped": skipped}
     if args.baseline:
@@ -493,6 +507,9 @@ def main(argv=None):
                                     {t: METRICS[TASKS[t].metric][2] for t in TASKS})
         lines.append(f"\nDelta_m against {args.baseline} over {len(common)} tasks: {report['delta_m']:+.2f} %")
     print("\n".join(lines))
+    if args.data:
+        absent = [r.name for r in READERS.values() if "test" in r.use and r.name not in results and r.name != "folder"]
+        print(f"\nnot under {args.data}: {', '.join(absent) or 'nothing is missing'}")
     where = args.json or (str(Path(args.ckpt) / ("oracle.json" if args.oracle else "results.json")) if args.ckpt else "")
     if where:
         write_json(where, report)

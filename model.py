@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from checkpoint import read_json
 from tasks import TASKS, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
@@ -242,7 +244,8 @@ class StableMTL(nn.Module):
         tokens = torch.stack([F.pad(o, (0, 0, 0, length - len(o))) for o in own])               # (M, L, D)
         if any(len(o) < length for o in own):   # mask the padding; decided by shapes, so that no value is fetched from the device
             keep = torch.stack([torch.arange(length, device=x.device) < len(o) for o in own]).repeat_interleave(each, 0)
-        return unet(x, TIMESTEP, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
+        timestep = torch.full((), TIMESTEP, device=x.device)
+        return unet(x, timestep, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
 
     @staticmethod
     def _pairs(z_i, z_j, tasks):
@@ -343,9 +346,8 @@ class StableMTL(nn.Module):
         FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2.
         """
         folder = Path(folder)
-        if not (folder / "model.json").is_file():
-            raise FileNotFoundError(f"no checkpoint in {folder}: expected model.json, vae/ and unet/ (train one: python train.py --stage 1)")
-        spec = json.loads((folder / "model.json").read_text())
+        spec = read_json(folder / "model.json",
+                         f"no checkpoint in {folder}: expected model.json, vae/ and unet/ (train one: python train.py --stage 1)")
         if stage == 2 and not spec["multi"]:
             raise FileNotFoundError(f"{folder} holds no stage 2: train it first (python train.py --stage 2) or use --stage 1")
         second = spec["multi"] and stage != 1
@@ -368,6 +370,15 @@ def _parts(tasks, z, rows):
     """Split the task list so that tasks x batch stays within `rows` (at least one task at a time)."""
     size = len(tasks) if rows is None else max(1, rows // len(z))
     return [tuple(tasks[i:i + size]) for i in range(0, len(tasks), size)]
+
+
+def compile_blocks(model):
+    """torch.compile what repeats, the residual blocks and feed-forward layers, once per shape; taps and streams stay plain Python."""
+    torch._dynamo.config.recompile_limit = 64     # Stable Diffusion's blocks come in about 30 shapes, and share one forward
+    for module in model.modules():
+        if isinstance(module, (ResnetBlock2D, FeedForward)):
+            module.compile(dynamic=False)
+    return model
 
 
 # ---- the base: a Stable Diffusion folder or hub id ----

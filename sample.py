@@ -375,6 +375,8 @@ def parse(argv):
     parser.add_argument("--size", type=whole(0), help="longer side in pixels that the network sees; 0 = the input's own "
                         "(default: the shorter side as in training); smaller is faster and needs less memory")
     parser.add_argument("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory, same results")
+    parser.add_argument("--vae-slicing", action="store_true", help="decode one map at a time: less memory, same results")
+    parser.add_argument("--vae-tiling", action="store_true", help="encode and decode large images in overlapping tiles: much less memory, faint seams")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda (in bfloat16)")
     parser.add_argument("--attention", action="store_true", help="also write attention.png, .json: which tasks a task attends to (stage 2)")
     parser.add_argument("--skip-bad", action="store_true", help="name, skip and count unreadable inputs instead of stopping at the first")
@@ -393,6 +395,10 @@ def load(args):
         raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")
     if args.attention and model.main is None:
         raise ValueError(f"--attention needs stage 2, and stage 1 was loaded from {args.ckpt}: train it, or drop --stage 1")
+    if args.vae_slicing:
+        model.vae.enable_slicing()
+    if args.vae_tiling:
+        model.vae.enable_tiling()
     config = Path(args.ckpt) / "config.json"    # absent beside imported weights
     return model, tasks, read_json(config, "").get("size") if config.is_file() else None
 
@@ -434,7 +440,7 @@ def main(argv=None):
     motion = ", ".join(t for t in asked if TASKS[t].frames == 2)
     if not tally["done"] + tally["kept"] + tally["bad"]:
         raise ValueError(f"nothing to predict: {motion} need a second frame and no input has one; give two images, a sequence or a video")
-    print(f"{tally['done']} predicted, in {output}" + (f"/{name}/panel.png" if len(names) == 1 else ""))
+    print(f"{tally['done']} predicted, in {output}" + (f"/{name}/panel.png" if len(names) == 1 and not tally["bad"] else ""))
     for key, text in (("kept", "already finished, kept (--overwrite computes them again)"), ("bad", "unreadable, skipped"),
                       ("motionless", f"without a second frame: {motion} skipped")):
         if tally[key]:

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data import TOY_TRAIN, label_tensors, tensor_image
 from model import TIMESTEP, encode_prompts
-from tasks import CLASSES, PALETTES, TASKS, registry
+from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 from toyworld import ToyWorld
 
 FOLDER = Path(__file__).parent / "toybase"
@@ -82,7 +82,7 @@ class _Scenes(Dataset):
             label, valid = label_tensors(sample, t)
             if TASKS[t].categorical:    # several colour codes of one map: keep the ids and colour them when a batch is drawn
                 if valid.any():
-                    out.append((t, torch.where(valid, label, torch.full_like(label, 255))))
+                    out.append((t, torch.where(valid, label, torch.full_like(label, IGNORE))))
             elif valid.any():
                 out.append((t, TASKS[t].encode(label[None], valid[None])[0]))
         return [(name, x.half()) for name, x in out]
@@ -101,7 +101,7 @@ def _material(scenes, size, labels, workers):
 
 def _optimise(model, loss, steps, lr, generator, desc):
     """AdamW with a short warm-up and cosine decay; `loss(generator)` draws its own batch."""
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * s / steps)))
     bar, smooth = tqdm(range(steps), desc=desc, mininterval=5), None
@@ -118,34 +118,34 @@ def _optimise(model, loss, steps, lr, generator, desc):
 
 # ---- the VAE ----
 
-def train_vae(vae, material, steps, generator, batch=24, crop=24, lr=2e-3):
-    """Reconstruction of crops: a sixth images, a third semantic maps (half of them in each palette), half the other labels.
+FIRST = {"frame0": 2, "frame1": 2, "normal": 2, "depth": 2, "optical_flow": 2, "scene_flow": 2, "shading": 2, "albedo": 2, "semantic": 8}
+SECOND = FIRST | {"frame0": 1, "frame1": 1, "normal": 8, "albedo": 4}     # the decoder alone, with more of what it reproduces worst
 
-    Semantic maps add a cross-entropy over the palette colours, thin classes counting threefold. The decoder sees latents with a
-    little noise, as a UNet's predictions will be. At the end a per-channel normalisation is folded into the 1x1 convolutions
-    around the latent: unit variance, scaling_factor 1.
+
+def train_vae(vae, material, steps, generator, counts, desc, crop=24, lr=2e-3):
+    """Reconstruction of crops; counts: how many of each kind of picture are in a batch. Trains what of the VAE requires a gradient.
+
+    Semantic maps (half of them in each palette) add a cross-entropy over the palette colours, thin classes counting threefold. The
+    decoder sees latents with a little noise, as a UNet's predictions will be.
     """
     codecs = {p: registry(p)["semantic"] for p in PALETTES}
     colours = {p: torch.tensor(PALETTES[p], dtype=torch.float32) / 127.5 - 1 for p in PALETTES}
     weight = torch.ones(len(CLASSES))
     weight[THIN] = 3.0
-    others = [n for n in material if n not in ("frame0", "frame1", "semantic")]
 
-    def draw(name, n, g):
+    def draw(name, g):
         pool = material[name]
-        rows = torch.randint(len(pool), (n,), generator=g)
+        rows = torch.randint(len(pool), (counts[name],), generator=g)
         top, left = (int(torch.randint(s - crop + 1, (1,), generator=g)) for s in pool.shape[-2:])
         x = pool[rows, :, top:top + crop, left:left + crop].float()
         return x.flip(-1) if torch.rand((), generator=g) < 0.5 else x
 
     def loss(g):
-        third = batch // 3
-        images = [draw(f"frame{i}", batch // 12, g) for i in (0, 1)]
-        maps = [draw(n, batch // 12, g) for n in others]
-        ids = draw("semantic", third, g)
-        palettes = [list(PALETTES)[i % 2] for i in range(third)]
-        semantic = torch.cat([codecs[p].encode(i[None], i[None] != 255) for p, i in zip(palettes, ids)])
-        x = torch.cat([semantic, *images, *maps])
+        maps = {name: draw(name, g) for name in counts}
+        ids = maps.pop("semantic")
+        palettes = [list(PALETTES)[i % 2] for i in range(len(ids))]
+        semantic = torch.cat([codecs[p].encode(i[None], i[None] != IGNORE) for p, i in zip(palettes, ids)])
+        x = torch.cat([semantic, *maps.values()])
         z = vae.encode(x).latent_dist.mean
         spread = z.std((0, 2, 3))
         y = vae.decode(z + 0.03 * spread.detach().view(1, -1, 1, 1) * torch.randn(z.shape, generator=g)).sample
@@ -154,18 +154,18 @@ def train_vae(vae, material, steps, generator, batch=24, crop=24, lr=2e-3):
         for i, p in enumerate(palettes):
             logits = -8 * (y[i, :, None] - colours[p].T[:, :, None, None]).square().sum(0)    # (classes, H, W)
             target = ids[i, 0].long()
-            if (target != 255).any():
-                entropy = entropy + F.cross_entropy(logits[None], target[None], weight, ignore_index=255) / third
+            if (target != IGNORE).any():
+                entropy = entropy + F.cross_entropy(logits[None], target[None], weight, ignore_index=IGNORE) / len(ids)
         scale = z.mean((0, 2, 3)).square().mean() + (spread - 1).square().mean()
         return reconstruction + 0.3 * entropy + 0.01 * scale
 
-    _optimise(vae, loss, steps, lr, generator, "training the VAE")
-    fold_normalisation(vae, material)
+    _optimise(vae, loss, steps, lr, generator, desc)
 
 
 @torch.no_grad()
 def fold_normalisation(vae, material, n=256):
-    """Rescale the latent channels to mean 0, variance 1 over images and labels, exactly undone before the decoder."""
+    """Rescale the latent channels to mean 0, variance 1 over images and labels, exactly undone before the decoder: all in the weights of
+    the 1x1 convolutions around the latent, so that scaling_factor is 1."""
     names = [m for m in material if m != "semantic"]
     x = torch.cat([material[m][:n // len(names)] for m in names]).float()
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
@@ -202,23 +202,36 @@ def train_unet(unet, token, latents, steps, generator, batch=16, lr=2e-3):
     _optimise(unet, loss, steps, lr, generator, "pre-training the UNet")
 
 
-def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=3000, seed=0, workers=2):
+def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=1600, seed=0, workers=2):
     """Train all of it and write the folder in half precision. An existing vae/ in the folder is kept: delete it to train it anew."""
-    folder, generator = Path(folder), torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+    folder, generator = Path(folder), torch.Generator()
+
+    def restart(part):      # every part draws from its own seed, whether or not the one before it was trained in this run
+        torch.manual_seed(seed + part)
+        generator.manual_seed(seed + part)
+
+    restart(0)
     tokenizer, text_encoder = new_text()
     tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.half().save_pretrained(folder / "text_encoder")
     if not (folder / "vae").is_dir():
         vae = new_vae()
-        train_vae(vae, _material(scenes, size, True, workers), vae_steps, generator)
+        material = _material(scenes, size, True, workers)
+        train_vae(vae, material, vae_steps, generator, FIRST, "training the VAE")
+        fold_normalisation(vae, material)
+        vae.half().float()      # as it will be stored
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+        restart(2)
+        train_vae(vae, material, vae_steps // 2, generator, SECOND, "training its decoder", lr=1e-3)
         vae.half().save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    frames = _material(scenes * 2, size, False, workers)
+    restart(1)
+    unet, frames = new_unet(), _material(scenes, size, False, workers)
     with torch.no_grad():
         encode = lambda x: torch.cat([vae.encode(p.float()).latent_dist.mean.half() for p in x.split(32)])
         latents = torch.stack([torch.stack([encode(frames[f]), encode(frames[f].flip(-1))], 1) for f in ("frame0", "frame1")], 1)
-    unet = new_unet()
     token = encode_prompts(tokenizer, text_encoder.float(), {"": ""})[""]
     train_unet(unet, token, latents, unet_steps, generator)
     unet.half().save_pretrained(folder / "unet")
+    print(f"the toy base is in {folder}")

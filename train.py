@@ -33,7 +33,7 @@ from tqdm import tqdm
 import toybase
 from checkpoint import load_state, read_json, run, save_model, save_state, write_json
 from data import LatentCache, Mixture, fingerprint, loader, parse_drop, prepare, train_readers, whole_cells
-from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, from_base, load_base
+from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, compile_blocks, from_base, load_base
 from tasks import CLASSES, PALETTES, TASKS, parse_tasks, registry
 
 
@@ -88,7 +88,7 @@ class Config:
     device: str = setting("auto", "auto = cuda where there is one, else cpu")
     precision: str = setting("auto", "autocast: auto = bf16 on GPUs that have it, else fp16; fp32 on the CPU", ("auto", "fp32", "bf16", "fp16"))
     channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
-    compile: bool = setting(False, "torch.compile the UNets")
+    compile: bool = setting(False, "torch.compile the blocks that repeat (pays on GPUs)")
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
     threads: int = setting(0, "CPU threads; 0 = torch's choice")
     save_every: int = setting(500, "steps between checkpoints")
@@ -98,10 +98,10 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(scenes=800, size="32x48", widths="", batch=16, micro=16, lr=2e-3, schedule="cosine", clip=1.0, steps={1: 1500, 2: 550}),
+    "toy": dict(scenes=500, size="32x48", widths="", batch=16, micro=16, lr=2e-3, schedule="cosine", clip=1.0, steps={1: 1200, 2: 450}),
     "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, schedule="cosine", clip=1.0,
                     steps={1: 20000, 2: 10000}),
-    "paper": dict(scenes=800, size="32x48", widths="", batch=32, micro=2, lr=1e-4, schedule="exponential", clip=5.0,
+    "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, schedule="exponential", clip=5.0,
                   steps={1: 20000, 2: 10000}),
 }
 
@@ -392,14 +392,14 @@ def main(argv=None):
                       cfg.isolation, cfg.attention == "n-to-n" and cfg.stage == 2, cache, cfg.skip_bad, rank, world)
 
     # ---- optimizer and schedule ----
-    optimizer = torch.optim.Adam(params, cfg.lr, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(params, cfg.lr, fused=True)
     autocast, scaler = precision(cfg, device)
 
     # ---- resume ----
     step = 0
     if cfg.resume:
         step = load_state(out, cfg.stage, parts, optimizer)
-    about = {"train": dataclasses.asdict(cfg), "size": list(size), "tasks": list(model.tasks), "palette": cfg.palette, "seed": cfg.seed,
+    about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks), "palette": cfg.palette, "seed": cfg.seed,
              "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__}}
     log = None
     if chief:
@@ -413,8 +413,7 @@ def main(argv=None):
             save_state(out, cfg.stage, step, parts, optimizer)
 
     if cfg.compile:
-        for m in parts.values():
-            m.compile()
+        compile_blocks(model)
     set_mode(model, True)
 
     # ---- the loop ----

@@ -1,13 +1,9 @@
-"""What several test files share: the repository on the import path, and small checkpoints of both stages."""
+"""What several test files share: small checkpoints of both stages."""
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-import tiny  # noqa: E402
+import tiny
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +28,9 @@ def tiny_ckpt(tiny_model, tmp_path_factory):
 def tiny_ckpt_1(tmp_path_factory):
     """Folder of a checkpoint that has stage 1 only. Do not write there."""
     return _saved(tiny.model(), tmp_path_factory.mktemp("stage1"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """Folder of an untrained base as thin as its layout allows. Do not write there."""
+    return tiny.base(tmp_path_factory.mktemp("base"))

@@ -243,11 +243,11 @@ def test_hypersim_normals_point_away_whatever_side_is_stored(tmp_path):
     assert np.allclose(n[valid], (0, 0, 1)) and np.isfinite(n).all()
     assert not valid[0].any() and not valid[4, 4] and not valid[6, 6] and valid.sum() == (H - 1) * W - 2
     geometry = folder / "ai_001_001/images/scene_cam_00_geometry_hdf5"
-    floor = np.tile(np.float16([0, 1, 0]), (H, W, 1))  # y up: a floor facing the camera above it
+    floor = np.tile(np.float16([0.6, 0.8, 0]), (H, W, 1))  # y up: a slope facing the camera above it
     write(geometry / "frame.0000.normal_cam.hdf5", floor)
     write(geometry / "frame.0000.normal_world.hdf5", floor)
     write(geometry / "frame.0000.position.hdf5", np.tile(np.float16([0, -1, -5]), (H, W, 1)))
-    assert np.allclose(reader.load(0, ["normal"])["labels"]["normal"][1:], (0, 1, 0))
+    assert np.allclose(reader.load(0, ["normal"])["labels"]["normal"][1:], (-0.6, 0.8, 0), atol=1e-3)
 
 
 def test_hypersim_light(tmp_path):
@@ -255,12 +255,14 @@ def test_hypersim_light(tmp_path):
     folder = hypersim(tmp_path, scale=0.5)
     final = folder / "ai_001_001/images/scene_cam_00_final_hdf5"
     color = D.read_hdf5(final / "frame.0000.color.hdf5")
-    color[0] = 1000  # where nothing was hit: must not count for the exposure
+    color[:4] = 1000  # where nothing was hit: must not count for the exposure
+    entity = np.repeat(np.int16([-1, 2, 3]), 4)[:, None].repeat(W, 1)
+    write(folder / "ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0000.render_entity_id.hdf5", entity)
     color[7, 7] = np.inf
     write(final / "frame.0000.color.hdf5", color)
     s = D.Hypersim(tmp_path, "train").load(0, ["albedo", "shading"])
     linear = np.nan_to_num(color.astype(np.float32), posinf=65504)
-    exposure = 0.8 ** 2.2 / np.percentile((linear[1:] * [0.3, 0.59, 0.11]).sum(-1), 90)
+    exposure = 0.8 ** 2.2 / np.percentile((linear[4:] * [0.3, 0.59, 0.11]).sum(-1), 90)
     assert (s["image"] == (np.clip(exposure * linear, 0, 1) ** (1 / 2.2) * 255).astype(np.uint8)).mean() > 0.99  # float32 rounding
     assert np.allclose(s["labels"]["albedo"][5, 5], np.clip(exposure * np.array([0.2, 0.4, 0.1]), 0, 1), rtol=1e-3)
     assert s["labels"]["shading"][5, 5] == pytest.approx(0.5, rel=1e-3) and s["labels"]["shading"].max() <= 1
@@ -315,7 +317,7 @@ def virtual_kitti(root, top="", frames=3, h=16, w=11, scenes=("Scene02",), varia
                     if t < frames - 1:
                         flow = np.empty((h, w, 3), np.uint16)
                         flow[:] = 49151, 21845, 1  # 0.5 of W-1 right, a third of H-1 up
-                        flow[0] = 0                # sky
+                        flow[0] = 7, 9, 0          # sky
                         write(at("forwardFlow", "flow").with_suffix(".png"), flow)
                         write(at("forwardSceneFlow", "sceneFlow").with_suffix(".png"), np.tile(np.uint16([65535, 32768, 0]), (h, w, 1)))
     return made
@@ -501,7 +503,7 @@ def test_kitti_2015(tmp_path, h, w):
     valid[[100, 150, 160]] = False
     assert (s["valid"]["optical_flow"] == cut(valid)).all() and (s["valid"]["scene_flow"] == cut(valid)).all()
     valid[[150, 160]] = True
-    assert (s["extra"]["optical_flow_occ"] == cut(valid)).all()
+    assert (s["extra"]["optical_flow:flow_occ"] == cut(valid)).all()
     assert np.abs(s["labels"]["optical_flow"] - cut(flow))[cut(valid)].max() <= 0.5 / 64 + 1e-4
     error = np.linalg.norm(s["labels"]["scene_flow"] - cut(motion), axis=-1)[s["valid"]["scene_flow"]]
     assert np.median(error) < 0.01 and error.max() < 0.01  # disparity has steps of 1/256
@@ -530,13 +532,13 @@ def test_diode(tmp_path):
     write(path(".png"), picture(6, 8))
     z, mask = rng.uniform(1, 500, (6, 8, 1)).astype(np.float32), np.ones((6, 8))
     mask[0, 0], z[1, 1] = 0, np.nan
-    n = np.tile([0.0, 0.6, 0.8], (6, 8, 1))
+    n = np.tile([0.36, 0.48, 0.8], (6, 8, 1))
     n[2, 2] = 0
     write(path("_depth.npy"), z), write(path("_depth_mask.npy"), mask), write(path("_normal.npy"), n)
     s = D.Diode(tmp_path, "val").load(0, ["depth", "normal"])
     assert (s["labels"]["depth"] == np.nan_to_num(z)).all() and s["valid"]["depth"].sum() == 46
     assert not s["valid"]["depth"][0, 0] and not s["valid"]["depth"][1, 1]
-    assert np.allclose(s["labels"]["normal"][s["valid"]["normal"]], (0, 0.6, 0.8)) and s["valid"]["normal"].sum() == 47
+    assert np.allclose(s["labels"]["normal"][s["valid"]["normal"]], (-0.36, 0.48, 0.8)) and s["valid"]["normal"].sum() == 47
     assert D.Diode.depth_range == (0.6, 350) and D.KittiEigen.depth_range == (1e-5, 80)
     write(path("_normal.npy"), n[..., :2])
     with pytest.raises(ValueError, match="_normal.npy"):
@@ -555,7 +557,8 @@ def test_mid(tmp_path, monkeypatch):
         np.save(path.open("wb"), x)
     reader = D.Mid(tmp_path, "test")
     assert sorted(reader.samples) == [("everett", "10"), ("everett", "3")]
-    s = reader.load(1, ["albedo", "shading"])
+    with np.errstate(all="raise"):
+        s = reader.load(1, ["albedo", "shading"])
     lit = hdr * 0.8 ** 2.2 / np.percentile((hdr * [0.3, 0.59, 0.11]).sum(-1), 90)
     assert (np.abs(s["image"].astype(int) - (np.clip(lit, 0, 1) ** (1 / 2.2) * 255).astype(int)) <= 1).all()
     assert np.allclose(s["labels"]["albedo"][2:], (0.5, 0.8, 1))

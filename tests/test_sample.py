@@ -1,9 +1,6 @@
 """sample.py: every kind of input ends in the promised files, and every mistake in one sentence that leaves nothing behind."""
 import json
-import subprocess
-import sys
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -377,10 +374,3 @@ def test_help_states_units_and_rejects_misspelt_flags(capsys):
         with pytest.raises(SystemExit) as stop:
             sample.main(["x.png", *wrong])
         assert stop.value.code == 2
-
-
-def test_runs_as_a_script(tmp_path):
-    """`python sample.py` on a missing file prints one line and exits with 2."""
-    script = Path(sample.__file__)
-    done = subprocess.run([sys.executable, script, tmp_path / "absent.png"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("sample.py: no file or folder") and done.stderr.count("\n") == 1

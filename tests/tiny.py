@@ -2,6 +2,7 @@
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
+import toybase
 from model import StableMTL
 from tasks import TASKS
 
@@ -43,3 +44,13 @@ def latents(batch=2, size=(8, 8), seed=1):
     """(z_i, z_j), each (batch,4,*size)."""
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 4, *size, generator=g), torch.randn(batch, 4, *size, generator=g)
+
+
+def base(folder):
+    """Write a folder like the toy base: untrained, f = 2, all widths 8."""
+    torch.manual_seed(0)
+    tokenizer, text_encoder = toybase.new_text()
+    parts = {"vae": toybase.new_vae((8, 8)), "unet": toybase.new_unet((8, 8, 8, 8), groups=4), "tokenizer": tokenizer, "text_encoder": text_encoder}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return folder

@@ -1,0 +1,555 @@
+"""train.py: one task per step, micro-batches that change nothing, resume that equals an uninterrupted run, and a sentence for every mistake."""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import train
+from checkpoint import run
+from data import Mixture, train_readers, whole_cells
+from kill import compare, log_lines
+from model import StableMTL, from_base, load_base
+from tasks import TASKS, registry
+
+ROOT = Path(__file__).parent.parent
+CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
+TINY = "--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def go(tiny_base, tmp_path, capsys):
+    """go("--stage 1 ...") -> (exit code, stdout, stderr); the run is in tmp_path/out unless --out says otherwise."""
+    def call(text, tiny=TINY):
+        argv = [*f"--base {tiny_base} --out {tmp_path / 'out'} {tiny}".split(), *text.split()]
+        if "--resume" in argv:
+            argv = ["--resume", "--out", str(tmp_path / "out")]
+        try:
+            code = run(lambda: train.main(argv))
+        except SystemExit as stop:      # argparse's own
+            code = stop.code
+        return (code, *capsys.readouterr())
+    return call
+
+
+@pytest.fixture(scope="session")
+def stage1(tiny_base, tmp_path_factory):
+    """Folder of a finished stage 1 of all tasks. Do not write there."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --steps 1".split()]) == 0
+    return out
+
+
+@pytest.fixture
+def second(stage1, tmp_path):
+    """tmp_path/out with that stage 1 in it."""
+    return shutil.copytree(stage1, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def readers():
+    return train_readers(size=(16, 24), scenes=2)
+
+
+def state(out):
+    return load_file(out / "state" / "state.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def gradients(model, batches, kinds, encode=True):
+    """({kind: loss}, {parameter: gradient}) of one step."""
+    model.zero_grad(set_to_none=True)
+    losses = train.step_gradients(model, batches, kinds, encode, CPU, *PLAIN)
+    return losses, {n: p.grad.clone() for m in train.trainable(model).values() for n, p in m.named_parameters() if p.grad is not None}
+
+
+def close(a, b, tolerance=1e-6):
+    """Equal gradients, relative to the largest of all."""
+    peak = max(g.abs().max() for g in a.values())
+    return a.keys() == b.keys() and all((a[n] - b[n]).abs().max() <= tolerance * peak for n in a)
+
+
+# ---- one task at a time ----
+
+def test_a_step_leaves_other_tasks_alone(go, tmp_path, monkeypatch):
+    """Stage 2: after a step on task A the query projections of the other tasks are bit-identical, momentum or not, and Adam has no state of
+    a task before its first step."""
+    assert go("--tasks semantic,normal,depth --steps 1")[0] == 0
+    tasks, history, step = ("semantic", "normal", "depth"), [], torch.optim.Adam.step
+    queries = lambda params: {t: [p.detach().clone() for n, p in params if f"task_to_q.{t}." in n] for t in tasks}
+
+    def spy(self, *args, **options):
+        params = list(zip(spy.names, self.param_groups[0]["params"]))
+        before, result = queries(params), step(self, *args, **options)
+        known = {t for n, p in params for t in tasks if f"task_to_q.{t}." in n and self.state[p]} if self.state else set()
+        history.append((before, queries(params), known))
+        return result
+    build = train.trainable
+
+    def names(model):
+        spy.names = [n for m in build(model).values() for n, _ in m.named_parameters()]
+        return build(model)
+    monkeypatch.setattr(train, "trainable", names)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    assert go("--stage 2 --steps 9 --lr 0.01")[0] == 0
+    trained = [entry["task"][0] for entry in log_lines(tmp_path / "out") if entry["stage"] == 2]
+    assert [sorted(trained[i:i + 3]) for i in (0, 3, 6)] == [sorted(tasks)] * 3
+    for s, (before, after, known) in enumerate(history):
+        moved = {t for t in tasks if not all(map(torch.equal, before[t], after[t]))}
+        assert moved == ({trained[s]} if s else set())      # the output projection starts at zero: nothing reaches the queries before
+        assert known == set(trained[:s + 1])
+
+
+def test_log_of_one_cycle(go, tmp_path):
+    """Seven steps train each task once, one per step; the log says which, on which datasets, with a finite loss and the learning rate."""
+    assert go("--steps 7 --lr 0.001")[0] == 0
+    lines = log_lines(tmp_path / "out")
+    assert sorted(e["task"][0] for e in lines) == sorted(TASKS) and all(len(e["task"]) == 1 for e in lines)
+    assert [e["step"] for e in lines] == list(range(7)) and [e["lr"] for e in lines[:3]] == [0.0005, 0.001, 0.001]
+    assert all(set(e["dataset"]) <= {"rooms", "streets", "things"} and 0 < e["loss"] < 1e3 and e["grad_norm"] > 0 for e in lines)
+
+
+def test_no_isolation_mixes_tasks(go, tmp_path):
+    """--no-isolation: a step holds several tasks."""
+    assert go("--no-isolation --steps 2 --batch 8")[0] == 0
+    assert all(len(e["task"]) > 1 for e in log_lines(tmp_path / "out"))
+
+
+def test_drop_tasks_and_datasets(go, tmp_path):
+    """--drop removes a dataset's labels of a task; --tasks trains, and keeps, one task alone."""
+    assert go("--tasks depth --drop streets:depth --steps 3 --batch 6")[0] == 0
+    assert all(e["task"] == ["depth"] and e["dataset"] == ["rooms"] for e in log_lines(tmp_path / "out"))
+    assert StableMTL.load(tmp_path / "out").tasks == ("depth",) and set(load_file(tmp_path / "out" / "tokens.safetensors")) == {"depth"}
+
+
+# ---- the loss and its gradient ----
+
+def uneven(batches, seed=0):
+    """The same batches with other, very uneven masks: each sample keeps some columns on the left, the first one nothing."""
+    g = torch.Generator().manual_seed(seed)
+    widths = {}
+    for b in batches:
+        for t, m in b["valid"].items():
+            m.zero_()
+            for name, x in zip(b["names"], m):
+                width = widths.setdefault(name, int(torch.randint(4, x.shape[-1], (1,), generator=g)) if widths else 0)
+                x[..., :width] = True
+    return batches
+
+
+@pytest.mark.parametrize("kinds", ["latent", "latent,pixel:0.5,task:2"])
+def test_micro_batches_change_nothing(tiny_base, readers, kinds):
+    """The gradient of a step is the same in one, two or four micro-batches, although their valid areas differ: the mean over all valid cells."""
+    model, kinds = from_base(str(tiny_base), ("normal",)), train.parse_loss(kinds)
+    steps = [uneven(Mixture(readers, ("normal",), TASKS, 4, micro, seed=3)[0]["batches"]) for micro in (4, 2, 1)]
+    (loss, whole), *others = [gradients(model, b, kinds) for b in steps]
+    assert len(steps[0]) < len(steps[1]) <= len(steps[2]) == 4
+    for other, split in others:
+        assert other == pytest.approx(loss, rel=1e-5) and close(whole, split)
+    with torch.no_grad():       # the latent loss by its definition
+        pairs = [(model(model.encode(b["frames"][0]), model.encode(b["frames"][1]), ["normal"])["normal"], model.encode(b["labels"]["normal"]),
+                  whole_cells(b["valid"]["normal"], 2)) for b in steps[0]]
+        error = torch.cat([(p - z).square().permute(0, 2, 3, 1)[c[:, 0]].flatten() for p, z, c in pairs])
+    assert loss["latent"] == pytest.approx(error.mean().item(), rel=1e-5)
+
+
+def test_nothing_valid_contributes_nothing(tiny_base, readers):
+    """A step without a valid cell has no loss and leaves every gradient None; scattered valid pixels that fill no cell count as none."""
+    model = from_base(str(tiny_base), ("depth",))
+    batches = Mixture(readers, ("depth",), TASKS, 4, 2, seed=1)[0]["batches"]
+    for b in batches:
+        b["valid"]["depth"][:] = False
+    assert gradients(model, batches, {"latent": 1.0, "pixel": 1.0, "task": 1.0}) == ({}, {})
+    for b in batches:
+        b["valid"]["depth"][..., ::2] = True
+    assert gradients(model, batches, {"latent": 1.0}) == ({}, {})
+
+
+def test_nan_outside_the_masks_is_harmless(tiny_base, readers):
+    """NaN or infinity in native labels where they are invalid, and in latents or codes outside the mask, changes neither loss nor gradient."""
+    model, codecs = from_base(str(tiny_base), tuple(TASKS)), registry()
+    for name, codec in codecs.items():      # native labels
+        g = torch.Generator().manual_seed(2)
+        label, valid = torch.rand(1, codec.channels, 8, 12, generator=g).mul(7).floor() / (1 if codec.categorical else 7), torch.rand(1, 1, 8, 12, generator=g) < 0.7
+        label = torch.where(valid, label, torch.zeros(()))
+        for poison in (float("nan"), float("inf")):
+            assert torch.equal(codec.encode(torch.where(valid, label, torch.tensor(poison)), valid), codec.encode(label, valid)), (name, poison)
+    batches = uneven(Mixture(readers, ("normal",), TASKS, 4, 4, seed=3)[0]["batches"])
+    with torch.no_grad():                   # latents, as a cache would hold them, and codes for the pixel loss
+        cached = [{**b, "frames": [model.encode(f) for f in b["frames"]], "labels": {"normal": model.encode(b["labels"]["normal"])},
+                   "valid": {"normal": whole_cells(b["valid"]["normal"], 2)}} for b in batches]
+    loss, plain = gradients(model, cached, {"latent": 1.0}, encode=False)
+    for b in cached:
+        b["labels"]["normal"].masked_fill_(~b["valid"]["normal"], float("nan"))
+    other, poisoned = gradients(model, cached, {"latent": 1.0}, encode=False)
+    assert math.isfinite(loss["latent"]) and other == loss and same(plain, poisoned)
+
+
+def test_every_loss_of_every_task(tiny_base, readers):
+    """latent, pixel and task are positive, finite and differ in their gradients; decoding the label itself costs nothing (cross-entropy: little)."""
+    model = from_base(str(tiny_base), tuple(TASKS))
+    for t in TASKS:
+        batch = Mixture(readers, (t,), TASKS, 2, 2, seed=5)[0]["batches"][0]
+        results = [gradients(model, [batch], train.parse_loss(kind)) for kind in ("latent", "pixel", "task")]
+        assert all(math.isfinite(v) and v > 0 for losses, _ in results for v in losses.values()), t
+        for (_, a), (_, b) in zip(results, results[1:]):
+            assert not close(a, b, 1e-2)
+        code, valid = batch["labels"][t], batch["valid"][t]
+        error = train.DENSE[TASKS[t].dense_loss](code, code, valid, model)
+        assert error.shape == valid.shape and error[valid].max() < (0.1 if TASKS[t].categorical else 1e-4), t
+
+
+def test_loss_flag(go, tmp_path):
+    """--loss takes a weighted sum, needs images rather than the cache for pixel and task, and names what it cannot read."""
+    assert train.parse_loss("latent") == {"latent": 1.0} and train.parse_loss("pixel:0.5,task") == {"pixel": 0.5, "task": 1.0}
+    for text in ("", "latent:x", "dense", "latent:0", "latent:-1", "latent,,task", "latent:nan"):
+        with pytest.raises(ValueError, match="--loss"):
+            train.parse_loss(text)
+    code, _, error = go(f"--loss pixel --cache {tmp_path / 'cache'} --steps 1")
+    assert code == 2 and "--cache none" in error and not (tmp_path / "cache").exists()
+    assert go("--loss latent:1,pixel:0.5,task:0.5 --steps 2")[0] == 0
+    assert all(math.isfinite(e["loss"]) for e in log_lines(tmp_path / "out"))
+
+
+def test_a_batch_overfits(tiny_base, readers):
+    """Sixty steps on one batch bring the loss of a tiny network below a fifth."""
+    torch.manual_seed(0)
+    model = from_base(str(tiny_base), ("depth",))
+    batch = Mixture(readers, ("depth",), TASKS, 2, 2, seed=1)[0]["batches"]
+    optimizer, losses = torch.optim.Adam(model.unet.parameters(), 1e-2), []
+    for _ in range(60):
+        losses.append(train.step_gradients(model, batch, {"latent": 1.0}, True, CPU, *PLAIN)["latent"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert losses[-1] < losses[0] / 5, losses[::10]
+
+
+def test_learning_rate():
+    """Linear warm-up to the peak; exponential decay reaches 1% after 25,000 steps; cosine ends at 0; --warmup 0 starts at the peak."""
+    cfg = train.parse_args("--lr 2 --warmup 100 --schedule exponential --steps 20000".split())
+    assert [train.learning_rate(cfg, s) for s in (0, 49, 99, 100)] == pytest.approx([0.02, 1, 2, 2])
+    assert train.learning_rate(cfg, 100 + 12500) == pytest.approx(0.2) and train.learning_rate(cfg, 25100) == pytest.approx(0.02)
+    cfg.schedule = "cosine"
+    assert [train.learning_rate(cfg, s) for s in (100, 10050, 20000)] == pytest.approx([2, 1, 0], abs=1e-9)
+    cfg.warmup = 0
+    assert train.learning_rate(cfg, 0) == 2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_is_close_to_fp32(go, stage1, tmp_path, stage):
+    """--precision bf16: the first step's loss and gradient norm within a few percent of float32, in both stages."""
+    first = []
+    for precision in ("fp32", "bf16"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        if stage == 2:
+            shutil.copytree(stage1, tmp_path / "out")
+        assert go(f"--stage {stage} --steps 1 --precision {precision}")[0] == 0
+        first.append(log_lines(tmp_path / "out")[-1])
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=0.03) and first[1]["loss"] != first[0]["loss"]
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=0.1)
+
+
+# ---- what the flags of the ablations do ----
+
+def config(tiny_base, out, text):
+    return train.parse_args([*f"--base {tiny_base} --out {out} {TINY}".split(), *text.split()])
+
+
+def test_main_stream_starts_where_asked(tiny_base, second):
+    """--main-init stage1 copies stage 1's UNet, --main-init base the base's; --shared-qkv has one projection, else one per task."""
+    weights = lambda m: m.state_dict()
+    stage1 = train.build_model(config(tiny_base, second, "--stage 2"))
+    base = train.build_model(config(tiny_base, second, "--stage 2 --main-init base --shared-qkv"))
+    assert same(weights(stage1.main), weights(stage1.unet)) and same(weights(base.unet), weights(stage1.unet))
+    assert same(weights(base.main), weights(load_base(str(tiny_base))[1])) and not same(weights(base.main), weights(base.unet))
+    assert {tuple(layer.task_to_q) for layer in base.attention.values()} == {("shared",)}
+    assert {tuple(layer.task_to_v) for layer in stage1.attention.values()} == {tuple(TASKS)}
+
+
+@pytest.mark.parametrize("flags,depends", [("concat", True), ("average", True), ("none", False)])
+def test_second_frame(go, tmp_path, flags, depends):
+    """--second-frame none trains a flow that does not depend on the second frame; concat and average do; single-frame tasks never."""
+    assert go(f"--tasks depth,optical_flow --second-frame {flags} --steps 2")[0] == 0
+    model, (a, b, c) = StableMTL.load(tmp_path / "out"), torch.rand(3, 1, 3, 16, 24) * 2 - 1
+    one, two = model.predict(a, b), model.predict(a, c)
+    assert torch.equal(one["optical_flow"], two["optical_flow"]) == (not depends) and torch.equal(one["depth"], two["depth"])
+
+
+def test_n_to_n_supervises_all_labels_of_an_image(go, tmp_path, second):
+    """--attention n-to-n: a step trains every task its images are labelled for, and every query of them moves."""
+    assert go("--stage 2 --attention n-to-n --steps 2 --lr 0.01 --batch 2")[0] == 0
+    labelled = {r.name: set(r.tasks) for r in train_readers(size=(16, 24), scenes=2)}
+    for e in log_lines(tmp_path / "out")[-2:]:
+        assert set(e["task"]) == set().union(*(labelled[d] for d in e["dataset"]))
+
+
+@pytest.mark.parametrize("mask", ["score", "score-k", "argmax", "uniform"])
+def test_masks_train(go, second, tmp_path, mask):
+    """Every kind of attention-guided masking trains, and what is saved is complete."""
+    assert go(f"--stage 2 --mask {mask} --rho 1 --heads 2 --steps 1")[0] == 0
+    model = StableMTL.load(tmp_path / "out")
+    assert model.multi == {"heads": 2, "shared": False, "attention": "n-to-1"}
+
+
+# ---- resume ----
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_base, stage1, tmp_path_factory):
+    """{stage: folder of a run of four steps that nobody disturbed}; stage 2 draws masks in every layer of every step."""
+    outs = {}
+    for stage in (1, 2):
+        outs[stage] = tmp_path_factory.mktemp("undisturbed") / "out"
+        if stage == 2:
+            shutil.copytree(stage1, outs[2])
+        assert train.main([*f"--base {tiny_base} --out {outs[stage]} {TINY} --stage {stage} --rho 1 --steps 4".split()]) == 0
+    return outs
+
+
+def stop_at(monkeypatch, place, step, how=lambda: signal.raise_signal(signal.SIGINT)):
+    """Interrupt the run between two steps, in the middle of one (its random numbers are drawn by then), or while a checkpoint is written."""
+    def intercept(owner, name, now):
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            if now(*args):
+                monkeypatch.setattr(owner, name, original)
+                how()
+            return original(*args, **options)
+        monkeypatch.setattr(owner, name, call)
+    if place == "between":
+        intercept(Mixture, "__getitem__", lambda mixture, s: s == step)
+    elif place == "within":
+        intercept(train, "learning_rate", lambda cfg, s: s == step)
+    else:
+        intercept(checkpoint, "_flush", lambda folder: folder.name == "state.tmp" and json.loads((folder / "state.json").read_text())["step"] == step)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("place", ["between", "within", "saving"])
+def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypatch, stage, place):
+    """Ctrl-C between two steps, within a step or while saving, then --resume: weights, Adam, random state and log are those of four steps."""
+    if stage == 2:
+        shutil.copytree(stage1, tmp_path / "out")
+    stop_at(monkeypatch, place, 2)
+    code, _, error = go(f"--stage {stage} --rho 1 --steps 4")
+    assert code == 130 and "--resume" in error
+    assert len(log_lines(tmp_path / "out")) < len(log_lines(undisturbed[stage]))
+    assert go("--resume")[0] == 0
+    assert compare(undisturbed[stage], tmp_path / "out") == []
+
+
+def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp_path, monkeypatch):
+    """A truncated state file is noticed, named, and replaced by the checkpoint before it; the result is still the same."""
+    shutil.copytree(stage1, tmp_path / "out")
+    stop_at(monkeypatch, "between", 3)
+    assert go("--stage 2 --rho 1 --steps 4")[0] == 130
+    path = tmp_path / "out" / "state" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    code, _, error = go("--resume")
+    assert code == 0 and "notice" in error and "checksum" in error and "step 2" in error
+    assert compare(undisturbed[2], tmp_path / "out") == []
+    for name in ("state", "state.prev"):
+        (tmp_path / "out" / name / "state.json").write_text("{")
+    code, _, error = go("--resume")
+    assert code == 2 and "nothing to resume" in error and "Traceback" not in error
+
+
+def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
+    """When a checkpoint cannot be written, a sentence says how much room it needs, the earlier one is intact, and --resume goes on from it."""
+    save, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    code, _, error = go("--rho 1 --steps 4")
+    assert code == 2 and "No space left" in error and "MiB" in error and "--resume" in error
+    assert not (tmp_path / "out" / "state.tmp").exists() and StableMTL.load(tmp_path / "out").main is None
+    assert go("--resume")[0] == 0
+    assert compare(undisturbed[1], tmp_path / "out") == []
+
+
+def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
+    """--resume of a finished run changes no weight and no log line."""
+    shutil.copytree(undisturbed[1], tmp_path / "out")
+    assert go("--resume")[0] == 0
+    assert compare(undisturbed[1], tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_killed_twice(stage):
+    """SIGKILL at random moments, twice, then to the end: bit-identical (python tests/kill.py --kills 20 for a thorough run)."""
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill.py"), "--kills", "2", "--stage", str(stage), "--seed", "1"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "bit-identical" in done.stdout, done.stdout + done.stderr
+
+
+# ---- several processes ----
+
+def test_two_processes_equal_one(tiny_base, stage1, tmp_path):
+    """Two gloo ranks that share the batch take the same two steps of stage 2 as one process: losses, gradient norms, moments, weights."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    outs, jobs = [tmp_path / n for n in ("one", "two")], []
+    for out, ranks in zip(outs, (1, 2)):
+        shutil.copytree(stage1, out)
+        for rank in range(ranks):
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            text = f"--stage 2 --base {tiny_base} --out {out} {TINY} --steps 2 --rho 0 --lr 0.001 --batch 5 --micro 2"
+            jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *text.split()], env=env, stdout=subprocess.PIPE,
+                                         stderr=subprocess.STDOUT, text=True))
+    for job in jobs:
+        output = job.communicate(timeout=300)[0]
+        assert job.returncode == 0, output[-2000:]
+    one, two = map(log_lines, outs)
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        assert a["task"] == b["task"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+    one, two = map(state, outs)
+    assert one.keys() == two.keys()
+    moments = lambda x: {k: v for k, v in x.items() if k.endswith("exp_avg")}
+    assert close(moments(one), moments(two))
+    # Adam divides by the gradient's own size: where that is rounding error alone, weights may differ by a part of the learning rate
+    weights = torch.cat([(one[k] - two[k]).abs().flatten() for k in one if k.startswith("weight/")])
+    assert weights.quantile(0.99) < 1e-6 and weights.max() < 2.1e-3 if weights.numel() < 2 ** 24 else False
+
+
+# ---- mistakes ----
+
+def picture(folder):
+    """Every path below a folder with its size and modification time."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+MISTAKES = {
+    "--lerning-rate 1": "--lerning-rate",
+    "--stage 3": "--stage",
+    "--rho 1.5": "from 0 to 1",
+    "--rho nan": "from 0 to 1",
+    "--mask foo": "--mask",
+    "--tasks deph": "deph.*depth",
+    "--tasks ,": "unknown task",
+    "--palette pink": "--palette",
+    "--size 30x49": "not a multiple",
+    "--size 30": "HEIGHTxWIDTH",
+    "--size 4x4": "at least",
+    "--size axb": "HEIGHTxWIDTH",
+    "--steps 0": "above 0",
+    "--steps x": "--steps",
+    "--batch 0": "above 0",
+    "--micro -1": "above 0",
+    "--lr 0": "above 0",
+    "--lr nan": "above 0",
+    "--scenes 0": "above 0",
+    "--workers -1": "--workers",
+    "--warmup -1": "--warmup",
+    "--seed -1": "--seed",
+    "--picture-every -1": "--picture-every",
+    "--device tpu": "--device",
+    "--widths 8,8": "--widths",
+    "--widths a,b,c,d": "--widths",
+    "--loss dense": "expected latent, pixel or task",
+    "--drop nonsense": "--drop nonsense",
+    "--drop streets:deph": "--drop streets:deph",
+    "--drop rooms:shading": "no training labels for shading",
+    "--base NOWHERE/base": "could not load.*existing diffusers folder",
+    "--base PART": "incomplete: no unet",
+    "--data NOWHERE": "no train dataset in",
+    "--resume": "nothing to resume",
+    "--stage 2": "run python train.py --stage 1",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes_end_in_a_sentence(go, tiny_base, tmp_path, text):
+    """A wrong flag or value: exit code 2, one line on stderr that names it, no traceback, and nothing written."""
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "vae").symlink_to(tiny_base / "vae")
+    before = picture(tmp_path)
+    flags = text.replace("NOWHERE", str(tmp_path / "nowhere")).replace("PART", str(tmp_path / "part"))
+    code, out, error = go(flags, TINY.replace(" --cache none", ""))
+    assert code == 2 and picture(tmp_path) == before and out == ""
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert lines and "Traceback" not in error
+    assert re.search(MISTAKES[text], error), error
+    assert len(lines) == 1, error
+
+
+@pytest.mark.parametrize("flags,says", [("--stage 1", "already holds stage 1.*--overwrite"), ("--stage 2 --heads 3", "--heads 3 does not divide"),
+                                        ("--stage 2 --rho -0.1", "from 0 to 1"), ("--stage 2 --drop rooms", "--drop rooms"),
+                                        ("--stage 2 --size 15x24", "not a multiple")])
+def test_a_mistake_leaves_the_checkpoint_alone(go, second, flags, says):
+    """Beside a finished stage 1, a wrong second command changes no file of it."""
+    before = picture(second)
+    code, _, error = go(flags, TINY.replace(" --cache none", ""))
+    assert code == 2 and re.search(says, error) and "Traceback" not in error and picture(second) == before
+
+
+@pytest.mark.parametrize("argv", [["--rho", "1.5"], ["--stage", "3"]], ids=" ".join)
+def test_mistakes_of_the_command_itself(tmp_path, argv):
+    """The same through the shell."""
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and argv[0] in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_two_over_one_task(go, tmp_path):
+    """Stage 2 of a single-task checkpoint has nothing to attend to, and says so."""
+    assert go("--tasks depth --steps 1")[0] == 0
+    code, _, error = go("--stage 2 --steps 1")
+    assert code == 2 and "at least two tasks" in error
+
+
+def test_overwrite_starts_anew(go, tmp_path):
+    """--overwrite replaces a checkpoint by what a fresh folder would hold."""
+    assert go("--steps 2 --seed 1")[0] == 0
+    assert go("--steps 2 --seed 0 --overwrite")[0] == 0
+    fresh = tmp_path / "fresh"
+    assert go(f"--steps 2 --out {fresh}")[0] == 0
+    assert compare(fresh, tmp_path / "out") == []
+
+
+def test_non_finite_loss_stops(go, tmp_path):
+    """A diverged run stops with step, task and samples named; the checkpoint before stays and loads."""
+    code, _, error = go("--steps 4 --lr 1e30 --warmup 0")
+    entry = log_lines(tmp_path / "out")[-1]
+    assert code == 2 and f"step {entry['step'] + 1}, task " in error and "streets:" in error or "rooms:" in error or "things:" in error
+    assert "Traceback" not in error and "last good checkpoint" in error
+    assert json.loads((tmp_path / "out" / "state" / "state.json").read_text())["step"] == 0
+    assert all(p.isfinite().all() for p in StableMTL.load(tmp_path / "out").parameters())
+
+
+def test_settings_are_written_beside_the_weights(go, tmp_path):
+    """config.json holds every setting with its value, the tasks and the versions; --help lists every flag."""
+    assert go("--steps 1 --tasks depth,normal --lr 0.003")[0] == 0
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert set(saved["train"]) == {f.name for f in train.dataclasses.fields(train.Config)}
+    assert saved["train"]["lr"] == 0.003 and saved["tasks"] == ["normal", "depth"] and saved["size"] == [16, 24] and "torch" in saved["versions"]
+    code, out, _ = go("--help")
+    assert code == 0 and all("--" + f.name.replace("_", "-") in out for f in train.dataclasses.fields(train.Config))
