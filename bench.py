@@ -34,7 +34,7 @@ SD2_UNET = dict(in_channels=4, out_channels=4, sample_size=96, block_out_channel
                 up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
                 attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
 KINDS, STEPS, BATCH = ("single", "multi"), {1: 20_000, 2: 10_000}, 32      # the paper's training: steps of each stage, images per step
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES, PREFIXES = {"fp32": torch.float32, "bf16": torch.bfloat16}, {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
 
 
 # ---- models with random weights ----
@@ -110,11 +110,12 @@ def count(base, size, tasks):
 
 
 def saved_bytes(model, batch, size, task):
-    """Bytes that autograd keeps of one forward pass for the backward pass, each storage once, weights left out."""
+    """Bytes that autograd keeps of one forward pass for the backward pass, each storage once, weights left out. H and W must differ."""
     kept, weights = {}, {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
 
     def pack(t):
-        kept[t.untyped_storage()._cdata] = t.untyped_storage()      # held, so that no other storage gets its identity
+        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:    # square ones are spatial attention's weights: fused attention does not keep them
+            kept[t.untyped_storage()._cdata] = t.untyped_storage()      # held, so that no other storage gets its identity
         return t
     z = torch.empty(batch, 4, *(s // model.factor for s in size), device="meta", dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -218,7 +219,8 @@ def training(args, size, tasks, device, dtype):
 def plot(path, result):
     """Operations and, where measured, time of single and multi stream over the number of tasks, one panel each, as a PNG."""
     kinds = [k for k in KINDS if k in result["counted"]]
-    panels = [("operations (10^12)", {k: {n: v / 1e12 for n, v in result["counted"][k].items()} for k in kinds})]
+    power = prefix(result["counted"]["single"][1])
+    panels = [(f"operations (10^{power})", {k: {n: v / 10 ** power for n, v in result["counted"][k].items()} for k in kinds})]
     if "inference" in result:
         panels.append(("time (ms)", {k: {n: v["seconds"] * 1e3 for n, v in result["inference"][k].items()} for k in kinds}))
     width, height, left, top, right, bottom = 460, 340, 70, 50, 20, 50
@@ -244,19 +246,24 @@ def plot(path, result):
     picture.save(path)
 
 
+def prefix(v):
+    """The power of ten, a multiple of 3 up to 12, in which v is written."""
+    return min(12, (len(str(int(v))) - 1) // 3 * 3)
+
+
 def table(result):
     """The result as lines of text."""
-    counted, cost = result["counted"], lambda v: f"{v / 1e12:.4g} T"
+    counted, cost = result["counted"], lambda v: f"{v / 10 ** prefix(v):.4g} {PREFIXES[prefix(v)]}"
     speed = lambda r: (f"{r['seconds'] * 1e3:10.1f} ms {r['images_per_s']:8.2f} img/s"
                        + (f"{r['gigabytes']:7.2f} GB" if r["gigabytes"] else "") + (f"{r['hours']:8.2f} h for all steps" if "hours" in r else ""))
     lines = [f"{title}: " + ", ".join(f"{k} {cost(v)}" for k, v in counted[key].items())
              for title, key in (("operations of one row", "parts"), ("training, operations per image", "training"))]
     for stage, m in result["memory"].items():
-        lines.append(f"memory, stage {stage}:        {m['fixed'] / 1e9:.1f} GB + {m['per image'] / 1e9:.2f} GB per image of a micro-batch "
+        lines.append(f"training memory, stage {stage}: {m['fixed'] / 1e9:.2f} GB + {m['per image'] / 1e9:.2f} GB per image of a micro-batch "
                      f"({m['per image, checkpointing'] / 1e9:.2f} GB with --checkpointing), counted at 288x384 in bf16")
     for n in counted["single"]:
         for kind in (k for k in KINDS if n in counted.get(k, ())):
-            lines.append(f"{n} tasks, {kind}{cost(counted[kind][n]):>12}" + (speed(result["inference"][kind][n]) if "inference" in result else ""))
+            lines.append(f"{n} tasks, {kind:6}{cost(counted[kind][n]):>10}" + (speed(result["inference"][kind][n]) if "inference" in result else ""))
     return "\n".join(lines + [f"training step, {name:24}{speed(r)}" for name, r in result.get("training", {}).items()])
 
 

@@ -97,14 +97,15 @@ def jitter(images, strength, rng):
     return out
 
 
-def prepare(reader, index, tasks, codecs, flips=(False, False), rng=None):
+def prepare(reader, index, tasks, codecs, flips=(False, False), rng=None, with_next=True):
     """Load and transform one training sample.
 
     flips: (horizontal, vertical). rng: draws the random crop and the colour jitter; None = centre crop, no jitter (the latent cache).
+    with_next: load the second frame for single-frame tasks, too (stage 2's flow streams look at it).
     Returns {"frames": [frame i, frame j] (3,H,W) each, "labels": {task: code (3,H,W)}, "valid": {task: (1,H,W) bool}}; without a
     second frame j = i. A reader's train_crop and jitter belong to one task: they act when that task is the only one asked for.
     """
-    sample = reader.load(index, tasks, with_next=True)
+    sample = reader.load(index, tasks, with_next=with_next)
     images = [sample["image"], sample.get("next", sample["image"])]
     only = tasks[0] if len(tasks) == 1 else None
     height, width = images[0].shape[:2]
@@ -149,11 +150,11 @@ class Mixture(Dataset):
     """
 
     def __init__(self, readers, tasks, codecs, batch=16, micro=16, seed=0, drop=None, isolation=True, joint=False, cache=None,
-                 skip_bad=False, rank=0, world=1):
+                 skip_bad=False, with_next=True, rank=0, world=1):
         drop = drop or {}
         self.readers, self.codecs, self.cache, self.skip_bad = readers, codecs, cache, skip_bad
         self.batch, self.micro, self.seed, self.isolation, self.joint = batch, micro, seed, isolation, joint
-        self.rank, self.world = rank, world
+        self.with_next, self.rank, self.world = with_next, rank, world
         self.sources = {t: [(r, list(r.indices(t))) for r in readers if t in r.tasks and t not in drop.get(r.name, ())] for t in tasks}
         self.sources = {t: [(r, i) for r, i in s if i] for t, s in self.sources.items()}
         self.labelled = {(r.name, t): set(i) for t, s in self.sources.items() for r, i in s}
@@ -185,7 +186,7 @@ class Mixture(Dataset):
     def _one(self, tasks, reader, index, flips, seed):
         if self.cache is not None:
             return self.cache.get(reader, index, tasks, flips[0])
-        return prepare(reader, index, tasks, self.codecs, flips, np.random.default_rng(seed))
+        return prepare(reader, index, tasks, self.codecs, flips, np.random.default_rng(seed), self.with_next)
 
     def __getitem__(self, step):
         groups, skipped = {}, []

@@ -635,7 +635,8 @@ class KittiEigen(Reader):
 
 class Kitti2015(Reader):
     """KITTI scene flow 2015, the 200 training scenes. Both flows are valid where flow and both disparities are;
-    extra["optical_flow:flow_occ"] is the mask of flow_occ alone. baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
+    extra["optical_flow:flow_occ"] is the mask of flow_occ alone.
+    baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
 
     name, splits, use = "kitti_2015", ("training",), {"test": "training"}
     page, licence = "https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php", "CC BY-NC-SA 3.0, free account"

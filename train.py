@@ -76,6 +76,7 @@ class Config:
     batch: int = setting(None, "samples per optimizer step, over all ranks")
     micro: int = setting(None, "samples per forward pass; changes memory, not the result")
     lr: float = setting(None, "peak learning rate of Adam")
+    beta2: float = setting(None, "Adam's decay of the squared gradient; 0.99 suits short runs")
     warmup: int = setting(100, "steps of linear warm-up")
     schedule: str = setting(None, "after the warm-up: exponential (to 1%% over 25,000 steps, as released) or cosine (to 0 over --steps)",
                             ("exponential", "cosine"))
@@ -98,10 +99,11 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(scenes=500, size="32x48", widths="", batch=16, micro=16, lr=2e-3, schedule="cosine", clip=1.0, steps={1: 1200, 2: 450}),
-    "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, schedule="cosine", clip=1.0,
+    "toy": dict(scenes=500, size="32x48", widths="", batch=16, micro=16, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
+                steps={1: 1200, 2: 400}),
+    "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, beta2=0.999, schedule="cosine", clip=1.0,
                     steps={1: 20000, 2: 10000}),
-    "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, schedule="exponential", clip=5.0,
+    "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, beta2=0.999, schedule="exponential", clip=5.0,
                   steps={1: 20000, 2: 10000}),
 }
 
@@ -389,10 +391,10 @@ def main(argv=None):
         if world > 1:
             dist.barrier()
     mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, parse_drop(cfg.drop, [r.name for r in readers]),
-                      cfg.isolation, cfg.attention == "n-to-n" and cfg.stage == 2, cache, cfg.skip_bad, rank, world)
+                      cfg.isolation, cfg.attention == "n-to-n" and cfg.stage == 2, cache, cfg.skip_bad, cfg.stage == 2, rank, world)
 
     # ---- optimizer and schedule ----
-    optimizer = torch.optim.Adam(params, cfg.lr, fused=True)
+    optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     autocast, scaler = precision(cfg, device)
 
     # ---- resume ----

@@ -1,0 +1,104 @@
+"""Counted operations against hand arithmetic and the paper's size, and the command from flags to files."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+from tasks import TASKS
+
+ALL = tuple(TASKS)
+
+
+def meta(*shape):
+    return torch.empty(*shape, device="meta")
+
+
+@pytest.mark.parametrize("f, expected", [
+    (lambda: F.linear(meta(5, 7), meta(11, 7)), 2 * 5 * 7 * 11),
+    (lambda: F.conv2d(meta(2, 3, 8, 8), meta(4, 3, 3, 3), padding=1), 2 * 2 * 64 * 4 * 27),
+    (lambda: F.scaled_dot_product_attention(meta(2, 3, 10, 4), meta(2, 3, 6, 4), meta(2, 3, 6, 4)), 2 * (2 * 2 * 3 * 10 * 6 * 4))])
+def test_operations_by_hand(f, expected):
+    """A multiply-add counts as two, also inside attention, which must not be missed."""
+    assert bench.operations(f) == expected
+
+
+def test_cost_at_the_papers_size():
+    """Stable Diffusion 2 at 256x256: the four parts of the specification; seven single-stream tasks are 2 encodes, 7 UNets, 7 decodes; multi <= 7.8 T."""
+    nets, image = bench.networks("sd2", "meta"), meta(1, 3, 256, 256)
+    single = bench.assemble(nets, ALL, multi=False)
+    with torch.no_grad():
+        z = single.encode(image)
+        encode, decode = bench.operations(lambda: single.encode(image)), bench.operations(lambda: single.decode(z))
+        unet = bench.operations(lambda: single(z, z, ["depth"]))
+    assert [round(v / 1e12, 3) for v in (encode, decode, unet)] == [0.273, 0.622, 0.177]
+    seven = bench.operations(lambda: single.predict(image, image))
+    assert seven == pytest.approx(2 * encode + 7 * unet + 7 * decode, rel=1e-3) and seven < 6.15e12      # rel: tokens are 3 or 4 long
+    multi = bench.assemble(nets, ALL)
+    with torch.no_grad():
+        six = bench.operations(lambda: multi(z, z, ["albedo"])) - bench.operations(lambda: multi.streams(z, z, ALL[:-1]))
+    assert six == pytest.approx(0.237e12, rel=5e-3)
+    assert seven < bench.operations(lambda: multi.predict(image, image)) < 7.8e12
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails where a value is fetched from the device, or an operation mixes devices."""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(a)]
+        assert all(t.device.type == "meta" for t in tensors) and "_local_scalar_dense" not in str(f), f"{f} leaves the device"
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_predict_never_waits_for_the_device(multi):
+    """What a CUDA graph may record: no value is fetched, nothing comes from the host but the images."""
+    model, image = bench.assemble(bench.networks("toy", "meta"), ALL, multi=multi), meta(1, 3, 16, 16)
+    with OnOneDevice():
+        model.predict(image, image)
+
+
+def test_growth_with_the_number_of_tasks():
+    """Each still-image task adds one UNet and one decode to the single stream, the first task about motion also the second frame's encode."""
+    counted = bench.count("toy", (16, 16), ALL[:4])
+    parts, single = counted["parts"], counted["single"]
+    one_more = pytest.approx(parts["UNet"] + parts["VAE decode"], rel=0.02)
+    assert single[1] == pytest.approx(parts["VAE encode"] + parts["UNet"] + parts["VAE decode"], rel=0.02)
+    assert [TASKS[t].frames for t in ALL[:4]] == [1, 1, 1, 2]
+    assert [single[2] - single[1], single[3] - single[2]] == [one_more] * 2
+    assert single[4] - single[3] == pytest.approx(parts["VAE encode"] + parts["UNet"] + parts["VAE decode"], rel=0.02)
+    assert list(counted["multi"]) == [2, 3, 4] and all(counted["multi"][n] > single[n] for n in counted["multi"])
+    assert counted["training"]["stage 1, cached latents"] > 2.5 * parts["UNet"]
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """The toy base is counted, timed and trained; the table, the JSON and the two-panel picture hold the same numbers of tasks."""
+    monkeypatch.setattr(bench, "BATCH", 2)
+    flags = ["--size", "16x16", "--tasks", "2", "--micro", "1", "--device", "cpu", "--channels-last"]
+    bench.main([*flags, "--json", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.png")])
+    text, result = capsys.readouterr().out, json.loads((tmp_path / "cost.json").read_text())
+    assert "torch " + torch.__version__ in text and "2 tasks, multi" in text and "stage 2, images" in text
+    assert set(result["inference"]["single"]) == {"1", "2"} and set(result["inference"]["multi"]) == {"2"}
+    row = result["training"]["stage 1, cached latents"]
+    assert row["seconds"] > 0 and row["hours"] == pytest.approx(20_000 * 2 * row["seconds"] / 2 / 3600)
+    with Image.open(tmp_path / "cost.png") as picture:
+        assert picture.size == (920, 340) and len(picture.getcolors(10_000)) > 2
+
+
+def test_a_folder_is_counted_only(tiny_base, capsys, monkeypatch):
+    """A diffusers folder gives its shapes; on a CPU nothing but the toy base is timed, and no weights are read."""
+    monkeypatch.setattr(bench, "inference", None)
+    bench.main(["--base", str(tiny_base), "--size", "16x16", "--tasks", "1", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "1 tasks, single" in out and "multi" not in out and "img/s" not in out
+
+
+@pytest.mark.parametrize("flags, sentence", [(["--graph", "--device", "cpu"], "--graph records CUDA kernels"), (["--tasks", "8"], "expected 1 to 7 tasks"),
+                                             (["--base", "nowhere"], "no vae/config.json"), (["--size", "big"], "HEIGHTxWIDTH")])
+def test_wrong_flags_end_in_a_sentence(flags, sentence):
+    """Each names the flag, what was expected and what was found."""
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        bench.main(flags)
