@@ -109,15 +109,15 @@ def count(base, size, tasks):
     return out
 
 
-def saved_bytes(model, batch, size, task):
-    """Bytes that autograd keeps of one forward pass for the backward pass, each storage once, weights left out. H and W must differ."""
+def saved_bytes(model, size, task):
+    """Bytes that autograd keeps of one image's forward pass for the backward pass, each storage once, weights left out. H and W must differ."""
     kept, weights = {}, {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
 
     def pack(t):
         if t.ndim < 3 or t.shape[-1] != t.shape[-2]:    # square ones are spatial attention's weights: fused attention does not keep them
             kept[t.untyped_storage()._cdata] = t.untyped_storage()      # held, so that no other storage gets its identity
         return t
-    z = torch.empty(batch, 4, *(s // model.factor for s in size), device="meta", dtype=torch.bfloat16)
+    z = torch.empty(1, 4, *(s // model.factor for s in size), device="meta", dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(z, z, [task])[task].sum()
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
@@ -131,10 +131,9 @@ def memory(base, tasks, size=(288, 384)):
     for stage, _, _ in trials(tasks):
         model = assemble(networks(base, "meta", main=stage == 2), tasks, torch.bfloat16, stage == 2)
         fixed = 4 * sum(p.numel() for p in model.parameters()) + 12 * sum(p.numel() for m in trainable(model).values() for p in m.parameters())
-        per_image = lambda: saved_bytes(model, 2, size, tasks[-1]) - saved_bytes(model, 1, size, tasks[-1])
-        out[stage] = {"fixed": fixed, "per image": per_image()}
+        out[stage] = {"fixed": fixed, "per image": saved_bytes(model, size, tasks[-1])}
         (model.main or model.unet).enable_gradient_checkpointing()
-        out[stage]["per image, checkpointing"] = per_image()
+        out[stage]["per image, checkpointing"] = saved_bytes(model, size, tasks[-1])
     return out
 
 

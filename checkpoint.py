@@ -5,6 +5,7 @@
 
 Nothing is pickled. The sampler has no state: what step s sees follows from (seed, s) alone (data.Mixture).
 """
+import argparse
 import json
 import os
 import shutil
@@ -156,6 +157,13 @@ def load_state(out, stage, parts, optimizer):
 
 
 # ---- what a user sees of an error ----
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of printing its usage: a wrong flag ends as any other mistake does, in one sentence."""
+
+    def error(self, message):
+        raise ValueError(f"{message} (--help lists every flag)")
+
 
 def run(main):
     """Call main(); a user's mistake ends in one sentence on stderr and exit code 2, without a traceback."""

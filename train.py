@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 import toybase
-from checkpoint import load_state, read_json, run, save_model, save_state, write_json
+from checkpoint import Parser, load_state, read_json, run, save_model, save_state, write_json
 from data import LatentCache, Mixture, fingerprint, loader, parse_drop, prepare, train_readers, whole_cells
 from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, compile_blocks, from_base, load_base
 from tasks import CLASSES, PALETTES, TASKS, parse_tasks, registry
@@ -110,7 +111,7 @@ PRESETS = {
 
 def parse_args(argv=None):
     """The command line as a Config, presets filled in. ValueError names an unknown or impossible value and the remedy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         kind = f.type if f.type is not bool else None
         flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
@@ -133,12 +134,36 @@ def check(cfg):
     bad = [f"--{n} {getattr(cfg, n)}" for n in positive if not getattr(cfg, n) > 0]
     if bad:
         raise ValueError(f"{', '.join(bad)}: must be above 0")
+    bad = [f"--{n.replace('_', '-')} {getattr(cfg, n)}" for n in ("workers", "warmup", "seed", "picture_every", "threads") if getattr(cfg, n) < 0]
+    if bad:
+        raise ValueError(f"{', '.join(bad)}: must not be below 0")
     if not 0 <= cfg.rho <= 1:
         raise ValueError(f"--rho {cfg.rho}: a probability, from 0 to 1")
     parse_size(cfg.size)
+    parse_widths(cfg.widths)
     parse_tasks(cfg.tasks)
     parse_loss(cfg.loss)
+    parse_device(cfg.device)
     return cfg
+
+
+def parse_widths(text):
+    """"32,32,48,64" -> (32, 32, 48, 64), one width per level of the UNet; "" -> ()."""
+    widths = text.split(",") if text else []
+    if widths and (len(widths) != 4 or not all(w.isdecimal() and int(w) > 0 and int(w) % 8 == 0 for w in widths)):
+        raise ValueError(f"--widths {text}: expected four multiples of 8, for example 32,32,48,64")
+    return tuple(int(w) for w in widths)
+
+
+def parse_device(text):
+    """"auto" -> cuda where there is one, else cpu."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {text} is not available here: use cpu, or cuda on a machine with a GPU") from None
+    return torch.device(text)
 
 
 def parse_size(text):
@@ -172,15 +197,17 @@ def loss_terms(model, kinds, task, z_hat, z, cells, code, valid):
     """{kind: (sum of errors, count)} of one task.
 
     z_hat, z: (B,4,h,w) predicted and label latents; cells: (B,1,h,w) bool; code (B,3,H,W), valid (B,1,H,W): label image and mask,
-    needed only for `pixel` and `task`. Everything invalid is left out by selection, never by multiplication: NaN there is harmless.
+    needed only for `pixel` and `task`. What is invalid is left out before anything is computed from it: NaN there reaches neither the loss
+    nor, as zero times NaN would, the gradient.
     """
     select = lambda x, m: x[m.expand_as(x)]
     out = {}
     if "latent" in kinds:
-        out["latent"] = select((z_hat.float() - z.float()).square(), cells).sum(), int(cells.sum()) * z.shape[1]
+        out["latent"] = (select(z_hat, cells).float() - select(z, cells).float()).square().sum(), int(cells.sum()) * z.shape[1]
     if "pixel" in kinds or "task" in kinds:
         image = model.decode(z_hat).float()
         code, valid = (x[..., :image.shape[-2], :image.shape[-1]] for x in (code, valid))
+        code = torch.where(valid, code, torch.zeros_like(code))
         if "pixel" in kinds:
             out["pixel"] = select((image - code).square(), valid).sum(), int(valid.sum()) * 3
         if "task" in kinds:
@@ -292,13 +319,14 @@ def build_model(cfg):
     if cfg.stage == 1:
         model = from_base(base, parse_tasks(cfg.tasks), cfg.palette, cfg.second_frame)
         if cfg.widths:
-            widths = tuple(int(w) for w in cfg.widths.split(","))
-            model.unet = toybase.new_unet(widths, model.unet.config.cross_attention_dim)
+            model.unet = toybase.new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
         return model
     if not stages:
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
                                 f"run python train.py --stage 1 --out {cfg.out} first")
     model = StableMTL.load(cfg.out, stage=1)
+    if cfg.tasks != "all" and parse_tasks(cfg.tasks) != model.tasks:
+        raise ValueError(f"--tasks {cfg.tasks}: stage 2 has the tasks of the stage 1 in {cfg.out}, {', '.join(model.tasks)}")
     if cfg.main_init == "base":
         main = load_base(base)[1]
         if main.config.block_out_channels != model.unet.config.block_out_channels:
@@ -354,7 +382,7 @@ def main(argv=None):
     if cfg.stage == 0:
         return toybase.make(Path(cfg.out), seed=cfg.seed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda" if cfg.device == "auto" and torch.cuda.is_available() else "cpu" if cfg.device == "auto" else cfg.device)
+    device = parse_device(cfg.device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
@@ -365,6 +393,9 @@ def main(argv=None):
 
     # ---- model: frozen VAE and tokens, trainable UNet ----
     model = build_model(cfg)
+    if world > 1:
+        dist.barrier()    # nobody writes to --out before everybody has read it
+    cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame    # settled by the model
     size = parse_size(cfg.size)
     if any(s % model.factor for s in size) and not cfg.data:
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
@@ -383,15 +414,15 @@ def main(argv=None):
     place = {"auto": "" if cfg.data or kinds.keys() != {"latent"} else str(out / "cache"), "none": ""}.get(cfg.cache, cfg.cache)
     if place and kinds.keys() != {"latent"}:
         raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
-    cache, skipped = None, []
+    mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, parse_drop(cfg.drop, [r.name for r in readers]),
+                      cfg.isolation, cfg.attention == "n-to-n" and cfg.stage == 2, None, cfg.skip_bad, cfg.stage == 2, rank, world)
+    skipped = []
     if place:
-        cache = LatentCache(place, readers, fingerprint(model.vae), cfg.palette)
+        mixture.cache = LatentCache(place, readers, fingerprint(model.vae), cfg.palette)
         if chief:
-            skipped += cache.build(readers, model, registry(cfg.palette), cfg.workers, skip_bad=cfg.skip_bad)
+            skipped += mixture.cache.build(readers, model, registry(cfg.palette), cfg.workers, skip_bad=cfg.skip_bad)
         if world > 1:
             dist.barrier()
-    mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, parse_drop(cfg.drop, [r.name for r in readers]),
-                      cfg.isolation, cfg.attention == "n-to-n" and cfg.stage == 2, cache, cfg.skip_bad, cfg.stage == 2, rank, world)
 
     # ---- optimizer and schedule ----
     optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
@@ -410,9 +441,9 @@ def main(argv=None):
 
     def save():
         if chief:
+            save_state(out, cfg.stage, step, parts, optimizer)
             write_json(out / "config.json", about)
             save_model(model, out)
-            save_state(out, cfg.stage, step, parts, optimizer)
 
     if cfg.compile:
         compile_blocks(model)
@@ -422,13 +453,14 @@ def main(argv=None):
     if step == 0:
         save()
     bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
-    start, seen = time.time(), 0
+    start, seen, interrupted = time.time(), 0, []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))      # Ctrl-C ends the run after the step at hand, whole
     try:
-        for fetched in loader(mixture, step, cfg.steps, cfg.workers if cache is None else 0):
+        for fetched in loader(mixture, step, cfg.steps, cfg.workers if mixture.cache is None else 0):
             # one optimizer step: micro-batches of one task, clip, step, reset
             batches = fetched["batches"]
             skipped += fetched["skipped"]
-            losses = step_gradients(model, batches, kinds, cache is None, device, autocast, scaler)
+            losses = step_gradients(model, batches, kinds, mixture.cache is None, device, autocast, scaler)
             if world > 1:
                 losses = sync_gradients(params, losses, device)
             lr = learning_rate(cfg, step)
@@ -466,12 +498,12 @@ def main(argv=None):
                 save()
             if chief and cfg.picture_every and (step % cfg.picture_every == 0 or step == cfg.steps):
                 save_picture(model, readers, out / "pictures" / f"stage{cfg.stage}_{step:06d}.png")
-    except KeyboardInterrupt:
-        log and log.flush()
-        save()
-        print(f"\nstopped at step {step} of {cfg.steps}; continue with: python train.py --resume --out {cfg.out}", file=sys.stderr)
-        return 130
+            if interrupted and step < cfg.steps:
+                save()
+                print(f"\nstopped at step {step} of {cfg.steps}; continue with: python train.py --resume --out {cfg.out}", file=sys.stderr)
+                return 130
     finally:
+        signal.signal(signal.SIGINT, before)
         bar.close()
         if log:
             log.close()

@@ -159,8 +159,9 @@ def test_label_ranges(world):
 
 @EVERY
 def test_reader_protocol(world):
-    """The reader yields exactly the tasks asked for, with the promised types, and a second frame only for flows or on request."""
-    data = ToyWorld(world, "val", n=5)
+    """The reader yields exactly the tasks asked for, with the promised types, and a second frame only for flows or on request; rooms
+    have none, as Hypersim has none, unless all labels are asked for."""
+    data = ToyWorld(world, "val", n=5, size=(64, 96))
     assert (data.name, data.split, data.size, len(data), data.tasks) == (world, "val", (64, 96), 5, WORLDS[world])
     for task in data.tasks:
         i = data.indices(task)[-1]
@@ -169,7 +170,8 @@ def test_reader_protocol(world):
         assert s["image"].shape == (64, 96, 3) and s["image"].dtype == np.uint8 and ("next" in s) == ("flow" in task)
         assert s["valid"][task].shape == (64, 96) and s["valid"][task].dtype == bool and s["valid"][task].any()
         assert s["labels"][task].dtype == (np.uint8 if task == "semantic" else np.float32) and s["labels"][task].ndim == 3
-    assert "next" in data.load(0, [], with_next=True) and "next" not in data.load(0, [])
+    assert ("next" in data.load(0, [], with_next=True)) == (world != "rooms") and "next" not in data.load(0, [])
+    assert "next" in ToyWorld(world, "val", n=5, all_labels=True).load(0, [], with_next=True)
     assert set(ToyWorld(world, "val", n=5, all_labels=True).load(0, toyworld.ALL)["labels"]) == set(toyworld.ALL)
 
 

@@ -145,28 +145,28 @@ def test_drop_tasks_and_datasets(go, tmp_path):
 
 # ---- the loss and its gradient ----
 
-def uneven(batches, seed=0):
-    """The same batches with other, very uneven masks: each sample keeps some columns on the left, the first one nothing."""
-    g = torch.Generator().manual_seed(seed)
-    widths = {}
+def uneven(batches):
+    """The same four samples with other, very uneven masks: each keeps some columns on the left, the first one none."""
+    widths = iter((0, 20, 5, 12))
     for b in batches:
-        for t, m in b["valid"].items():
+        for m in b["valid"].values():
             m.zero_()
-            for name, x in zip(b["names"], m):
-                width = widths.setdefault(name, int(torch.randint(4, x.shape[-1], (1,), generator=g)) if widths else 0)
-                x[..., :width] = True
+            for x in m:
+                x[..., :next(widths)] = True
     return batches
 
 
 @pytest.mark.parametrize("kinds", ["latent", "latent,pixel:0.5,task:2"])
 def test_micro_batches_change_nothing(tiny_base, readers, kinds):
-    """The gradient of a step is the same in one, two or four micro-batches, although their valid areas differ: the mean over all valid cells."""
+    """The gradient of a step is the same in one, two or four micro-batches, although their valid areas differ: the mean over all valid cells.
+    Same to float32 rounding, which is 1e-6 of the largest gradient in latent space and up to 4e-5 behind the decoder."""
+    tolerance = 1e-6 if kinds == "latent" else 1e-4
     model, kinds = from_base(str(tiny_base), ("normal",)), train.parse_loss(kinds)
     steps = [uneven(Mixture(readers, ("normal",), TASKS, 4, micro, seed=3)[0]["batches"]) for micro in (4, 2, 1)]
     (loss, whole), *others = [gradients(model, b, kinds) for b in steps]
     assert len(steps[0]) < len(steps[1]) <= len(steps[2]) == 4
     for other, split in others:
-        assert other == pytest.approx(loss, rel=1e-5) and close(whole, split)
+        assert other == pytest.approx(loss, rel=1e-5) and close(whole, split, tolerance)
     with torch.no_grad():       # the latent loss by its definition
         pairs = [(model(model.encode(b["frames"][0]), model.encode(b["frames"][1]), ["normal"])["normal"], model.encode(b["labels"]["normal"]),
                   whole_cells(b["valid"]["normal"], 2)) for b in steps[0]]
@@ -217,7 +217,7 @@ def test_every_loss_of_every_task(tiny_base, readers):
             assert not close(a, b, 1e-2)
         code, valid = batch["labels"][t], batch["valid"][t]
         error = train.DENSE[TASKS[t].dense_loss](code, code, valid, model)
-        assert error.shape == valid.shape and error[valid].max() < (0.1 if TASKS[t].categorical else 1e-4), t
+        assert error.shape == valid.shape and error[valid].max() < (0.2 if TASKS[t].categorical else 1e-4), t
 
 
 def test_loss_flag(go, tmp_path):
@@ -362,17 +362,33 @@ def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypa
 def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp_path, monkeypatch):
     """A truncated state file is noticed, named, and replaced by the checkpoint before it; the result is still the same."""
     shutil.copytree(stage1, tmp_path / "out")
-    stop_at(monkeypatch, "between", 3)
+    stop_at(monkeypatch, "within", 2)
     assert go("--stage 2 --rho 1 --steps 4")[0] == 130
     path = tmp_path / "out" / "state" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     code, _, error = go("--resume")
-    assert code == 0 and "notice" in error and "checksum" in error and "step 2" in error
+    assert code == 0 and "notice" in error and "checksum" in error and "state.prev, step 2" in error
     assert compare(undisturbed[2], tmp_path / "out") == []
     for name in ("state", "state.prev"):
         (tmp_path / "out" / name / "state.json").write_text("{")
     code, _, error = go("--resume")
     assert code == 2 and "nothing to resume" in error and "Traceback" not in error
+
+
+def test_a_new_run_killed_at_once_leaves_the_old_one(go, undisturbed, tmp_path, monkeypatch):
+    """Bug: a run started with --overwrite and killed before its first checkpoint had left its settings beside the earlier run's state, and
+    --resume went on with that mixture. Now there is one run or the other."""
+    shutil.copytree(undisturbed[1], tmp_path / "out")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, "_flush", killed)
+        assert go("--steps 3 --seed 5 --lr 1 --overwrite")[0] == 130
+    assert go("--resume")[0] == 0
+    assert state(undisturbed[1]).keys() == state(tmp_path / "out").keys()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["train"]["seed"] == 0
+    assert same(state(undisturbed[1]), state(tmp_path / "out"))
 
 
 def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
@@ -447,6 +463,9 @@ def picture(folder):
     return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
+BARS = re.compile("[^\r\n]*\\d+%\\|[^\r\n]*[\r\n]*|\r")     # progress bars
+
+
 MISTAKES = {
     "--lerning-rate 1": "--lerning-rate",
     "--stage 3": "--stage",
@@ -495,10 +514,7 @@ def test_mistakes_end_in_a_sentence(go, tiny_base, tmp_path, text):
     flags = text.replace("NOWHERE", str(tmp_path / "nowhere")).replace("PART", str(tmp_path / "part"))
     code, out, error = go(flags, TINY.replace(" --cache none", ""))
     assert code == 2 and picture(tmp_path) == before and out == ""
-    lines = [line for line in error.splitlines() if line.strip()]
-    assert lines and "Traceback" not in error
-    assert re.search(MISTAKES[text], error), error
-    assert len(lines) == 1, error
+    assert re.fullmatch(f"[^\n]*({MISTAKES[text]})[^\n]*\n", BARS.sub("", error)) and "Traceback" not in error, error
 
 
 @pytest.mark.parametrize("flags,says", [("--stage 1", "already holds stage 1.*--overwrite"), ("--stage 2 --heads 3", "--heads 3 does not divide"),
@@ -517,6 +533,17 @@ def test_mistakes_of_the_command_itself(tmp_path, argv):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and argv[0] in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_two_keeps_what_stage_one_settled(go, tmp_path):
+    """Stage 2 takes tasks, palette and second frame from stage 1, for the labels as for the record; other --tasks are refused."""
+    assert go("--tasks semantic,depth --palette corners --second-frame average")[0] == 0
+    code, _, error = go("--stage 2 --tasks normal")
+    assert code == 2 and "semantic, depth" in error
+    assert go(f"--stage 2 --cache {tmp_path / 'cache'}")[0] == 0
+    saved, model = json.loads((tmp_path / "out" / "config.json").read_text()), StableMTL.load(tmp_path / "out")
+    assert saved["palette"] == saved["train"]["palette"] == model.palette == "corners" and saved["train"]["second_frame"] == "average"
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["palette"] == "corners"
 
 
 def test_stage_two_over_one_task(go, tmp_path):
