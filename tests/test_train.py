@@ -54,7 +54,15 @@ def go(tiny_base, tmp_path, capsys):
 def stage1(tiny_base, tmp_path_factory):
     """Folder of a finished stage 1 of all tasks. Do not write there."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --steps 1".split()]) == 0
+    assert train.main([*f"--base {tiny_base} --out {out} {TINY}".split()]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def another(tiny_base, tmp_path_factory):
+    """Folder of a finished stage 1 of another seed."""
+    out = tmp_path_factory.mktemp("another") / "out"
+    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --seed 5".split()]) == 0
     return out
 
 
@@ -375,20 +383,24 @@ def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp
     assert code == 2 and "nothing to resume" in error and "Traceback" not in error
 
 
-def test_a_new_run_killed_at_once_leaves_the_old_one(go, undisturbed, tmp_path, monkeypatch):
-    """Bug: a run started with --overwrite and killed before its first checkpoint had left its settings beside the earlier run's state, and
-    --resume went on with that mixture. Now there is one run or the other."""
-    shutil.copytree(undisturbed[1], tmp_path / "out")
+@pytest.mark.parametrize("place", ["save_state", "save_model", "write_json"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_killed_between_two_files_of_a_checkpoint(go, stage1, another, tmp_path, monkeypatch, place, step):
+    """A run of other settings replaces a finished one and is killed during its first or last checkpoint: --resume ends as one run or the
+    other would have, never with the settings of one and the state of the other, nor with a model older than the state."""
+    out, original, calls = shutil.copytree(stage1, tmp_path / "out"), getattr(train, place), []
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+        return original(*args)
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "_flush", killed)
-        assert go("--steps 3 --seed 5 --lr 1 --overwrite")[0] == 130
+        m.setattr(train, place, killed)
+        assert go("--seed 5 --overwrite --save-every 1")[0] == 130
     assert go("--resume")[0] == 0
-    assert state(undisturbed[1]).keys() == state(tmp_path / "out").keys()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["train"]["seed"] == 0
-    assert same(state(undisturbed[1]), state(tmp_path / "out"))
+    seed = json.loads((out / "config.json").read_text())["train"]["seed"]
+    assert compare({0: stage1, 5: another}[seed], out) == [] and (seed == 5 or step == 0)
 
 
 def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
