@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +16,13 @@ ALL = tuple(TASKS)
 
 def meta(*shape):
     return torch.empty(*shape, device="meta")
+
+
+@pytest.fixture
+def small_toy(tiny_base, monkeypatch):
+    """"toy" has the shapes of the tests' base: the arithmetic is the same, the waiting is not."""
+    monkeypatch.setattr(bench, "new_unet", lambda: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(tiny_base, subfolder="unet")))
+    monkeypatch.setattr(bench, "new_vae", lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(tiny_base, subfolder="vae")))
 
 
 @pytest.mark.parametrize("f, expected", [
@@ -54,14 +62,14 @@ class OnOneDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("multi", [False, True])
-def test_predict_never_waits_for_the_device(multi):
+def test_predict_never_waits_for_the_device(multi, small_toy):
     """What a CUDA graph may record: no value is fetched, nothing comes from the host but the images."""
     model, image = bench.assemble(bench.networks("toy", "meta"), ("depth", "scene_flow", "albedo"), multi=multi), meta(1, 3, 16, 16)
     with OnOneDevice():
         model.predict(image, image)
 
 
-def test_growth_with_the_number_of_tasks():
+def test_growth_with_the_number_of_tasks(small_toy):
     """A still-image task adds one UNet and one decode to the single stream, a first task about motion also the second frame's encode."""
     counted = bench.count("toy", (16, 16), ("normal", "depth", "optical_flow"))
     parts, single = counted["parts"], counted["single"]
@@ -71,7 +79,7 @@ def test_growth_with_the_number_of_tasks():
     assert counted["training"]["stage 1, cached latents"] > 2.5 * parts["UNet"]
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(small_toy, tmp_path, monkeypatch, capsys):
     """The toy base is counted, timed and trained; the table, the JSON and the two-panel picture hold the same numbers of tasks."""
     monkeypatch.setattr(bench, "BATCH", 2)
     flags = ["--size", "16x16", "--tasks", "2", "--micro", "1", "--device", "cpu", "--channels-last"]
