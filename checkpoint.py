@@ -1,6 +1,6 @@
 """Files that survive: everything is written under a temporary name, flushed to disk, and renamed.
 
-    out/state/         what --resume needs: trained weights, Adam's moments, step, random state (safetensors + json, with a checksum)
+    out/state/         what --resume needs: settings, step, trained weights, Adam's moments, random state (json + safetensors, with a checksum)
     out/state.prev/    the one before, used with a notice if state/ turns out damaged
 
 Nothing is pickled. The sampler has no state: what step s sees follows from (seed, s) alone (data.Mixture).
@@ -93,8 +93,8 @@ def save_model(model, out):
     shutil.rmtree(complete)
 
 
-def save_state(out, stage, step, parts, optimizer):
-    """Trained weights, optimizer and random state of a run -> out/state, the earlier one -> out/state.prev."""
+def save_state(out, about, step, parts, optimizer):
+    """Settings, trained weights, optimizer and random state of a run -> out/state, the earlier one -> out/state.prev."""
     out, temporary = Path(out), Path(out) / "state.tmp"
     tensors = {f"weight/{n}/{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
     names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
@@ -106,7 +106,7 @@ def save_state(out, stage, step, parts, optimizer):
     try:
         _emptied(temporary)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
-        write_json(temporary / "state.json", {"stage": stage, "step": step, "crc32": _crc(temporary / "state.safetensors")})
+        write_json(temporary / "state.json", {**about, "step": step, "crc32": _crc(temporary / "state.safetensors")})
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,10 +115,12 @@ def save_state(out, stage, step, parts, optimizer):
         shutil.rmtree(out / "state.prev", ignore_errors=True)
         os.replace(out / "state", out / "state.prev")
     os.replace(temporary, out / "state")
+    if step == 0:   # what came before belongs to another run
+        shutil.rmtree(out / "state.prev", ignore_errors=True)
 
 
-def load_state(out, stage, parts, optimizer):
-    """Restore the newest undamaged state of this stage in place and return its step. FileNotFoundError if there is none."""
+def read_state(out):
+    """The newest undamaged state: (what state.json says, {name: tensor}). FileNotFoundError if there is none."""
     unusable = []
     for name in ("state", "state.tmp", "state.prev"):   # .tmp: complete, but killed before its renaming
         folder = Path(out) / name
@@ -126,8 +128,8 @@ def load_state(out, stage, parts, optimizer):
             continue
         try:
             about = json.loads((folder / "state.json").read_text())
-            if about["stage"] != stage:     # left by the stage before: this one was killed before its first checkpoint
-                raise ValueError(f"it belongs to stage {about['stage']}")
+            if not {"train", "step", "crc32"} <= about.keys():
+                raise ValueError("state.json lacks settings or step")
             if _crc(folder / "state.safetensors") != about["crc32"]:
                 raise ValueError("its checksum differs")
             tensors = load_file(folder / "state.safetensors")
@@ -136,10 +138,12 @@ def load_state(out, stage, parts, optimizer):
             continue
         if unusable:
             print(f"notice: {'; '.join(unusable)}; continuing from {folder}, step {about['step']}", file=sys.stderr)
-        break
-    else:
-        raise FileNotFoundError(f"nothing to resume in {out} ({'; '.join(unusable) or 'no state/'}): "
-                                f"start again with python train.py --stage {stage} --out {out} --overwrite")
+        return about, tensors
+    raise FileNotFoundError(f"nothing to resume in {out} ({'; '.join(unusable) or 'no state/'}): start with python train.py --stage 1 --out {out}")
+
+
+def restore(tensors, parts, optimizer):
+    """Put the tensors of `read_state` in place."""
     for part, module in parts.items():
         prefix = f"weight/{part}/"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -153,7 +157,6 @@ def load_state(out, stage, parts, optimizer):
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
-    return about["step"]
 
 
 # ---- what a user sees of an error ----

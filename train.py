@@ -32,7 +32,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 import toybase
-from checkpoint import Parser, load_state, read_json, run, save_model, save_state, write_json
+from checkpoint import Parser, read_state, restore, run, save_model, save_state, write_json
 from data import LatentCache, Mixture, fingerprint, loader, parse_drop, prepare, train_readers, whole_cells
 from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, compile_blocks, from_base, load_base
 from tasks import CLASSES, PALETTES, TASKS, parse_tasks, registry
@@ -373,7 +373,7 @@ def main(argv=None):
     # ---- settings ----
     cfg = parse_args(argv)
     if cfg.resume:
-        saved = read_json(Path(cfg.out) / "config.json", f"nothing to resume in {cfg.out}: start with python train.py --stage 1 --out {cfg.out}")
+        saved, tensors = read_state(Path(cfg.out))
         known = {f.name for f in dataclasses.fields(Config)}
         cfg = Config(**{k: v for k, v in saved["train"].items() if k in known} | {"resume": True, "out": cfg.out})
     keep_memory()
@@ -431,27 +431,25 @@ def main(argv=None):
     # ---- resume ----
     step = 0
     if cfg.resume:
-        step = load_state(out, cfg.stage, parts, optimizer)
+        step = saved["step"]
+        restore(tensors, parts, optimizer)
+        del tensors
     about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks), "palette": cfg.palette, "seed": cfg.seed,
              "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__}}
-    log = None
-    if chief:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open_log(out / "log.jsonl", cfg.stage, step)
 
     def save():
         if chief:
-            save_state(out, cfg.stage, step, parts, optimizer)
-            write_json(out / "config.json", about)
+            save_state(out, about, step, parts, optimizer)      # first: whatever happens next, --resume continues from here
             save_model(model, out)
+            write_json(out / "config.json", about)
 
     if cfg.compile:
         compile_blocks(model)
     set_mode(model, True)
 
     # ---- the loop ----
-    if step == 0:
-        save()
+    save()      # also after a kill between the state and the model: what was half-written becomes whole
+    log = open_log(out / "log.jsonl", cfg.stage, step) if chief else None
     bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
     start, seen, interrupted = time.time(), 0, []
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))      # Ctrl-C ends the run after the step at hand, whole

@@ -167,8 +167,8 @@ def uneven(batches):
 @pytest.mark.parametrize("kinds", ["latent", "latent,pixel:0.5,task:2"])
 def test_micro_batches_change_nothing(tiny_base, readers, kinds):
     """The gradient of a step is the same in one, two or four micro-batches, although their valid areas differ: the mean over all valid cells.
-    Same to float32 rounding, which is 1e-6 of the largest gradient in latent space and up to 4e-5 behind the decoder."""
-    tolerance = 1e-6 if kinds == "latent" else 1e-4
+    Same to float32 rounding, which is 2e-6 of the largest gradient in latent space and 2e-5 behind the decoder."""
+    tolerance = 1e-5 if kinds == "latent" else 1e-4
     model, kinds = from_base(str(tiny_base), ("normal",)), train.parse_loss(kinds)
     steps = [uneven(Mixture(readers, ("normal",), TASKS, 4, micro, seed=3)[0]["batches"]) for micro in (4, 2, 1)]
     (loss, whole), *others = [gradients(model, b, kinds) for b in steps]

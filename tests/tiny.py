@@ -47,10 +47,13 @@ def latents(batch=2, size=(8, 8), seed=1):
 
 
 def base(folder):
-    """Write a folder like the toy base: untrained, f = 2, all widths 8."""
+    """Write a base like the toy base, untrained and as small as a UNet can be: f = 2, two levels, 4 transformer blocks, widths 8."""
     torch.manual_seed(0)
     tokenizer, text_encoder = toybase.new_text()
-    parts = {"vae": toybase.new_vae((8, 8)), "unet": toybase.new_unet((8, 8, 8, 8), groups=4), "tokenizer": tokenizer, "text_encoder": text_encoder}
-    for name, part in parts.items():
+    small = UNet2DConditionModel(
+        in_channels=12, out_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=(1, 1), use_linear_projection=True, sample_size=8)
+    for name, part in {"vae": toybase.new_vae((8, 8)), "unet": small, "tokenizer": tokenizer, "text_encoder": text_encoder}.items():
         part.save_pretrained(folder / name)
     return folder
