@@ -44,12 +44,12 @@ def parse_drop(text, known):
     return drop
 
 
-def train_readers(root="", size=(32, 48), scenes=800):
-    """The training datasets: the toy worlds, or those found under `root` (FileNotFoundError if none)."""
+def train_readers(root="", size=(32, 48), scenes=800, split="train"):
+    """The training datasets, or ("val") what they hold out: the toy worlds, or those found under `root` (FileNotFoundError if none)."""
     if not root:
-        return [ToyWorld(w, "train", scenes, size) for w in TOY_TRAIN]
+        return [ToyWorld(w, split, scenes, size) for w in TOY_TRAIN]
     from datasets import found
-    return found(root, "train")
+    return found(root, split)
 
 
 def test_readers(root="", size=(32, 48), scenes=64, split="test", kitti_baseline="calibration"):

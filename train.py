@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 train.py --stage 1 ...                  several GPUs: the same steps, each rank a part of every batch
     python train.py --resume                        continue what is in --out
 
-Writes --out: config.json, the model (model.py `save`), state/ for --resume, log.jsonl, pictures/.
+Writes --out: config.json, the model (model.py `save`), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
 """
 import argparse
 import contextlib
@@ -94,6 +94,8 @@ class Config:
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
     threads: int = setting(0, "CPU threads; 0 = torch's choice")
     save_every: int = setting(500, "steps between checkpoints")
+    val_samples: int = setting(16, "held-out samples per task: the checkpoint with the lowest latent loss on them, averaged over tasks, is kept "
+                                   "in <out>/best; 0 = none is")
     picture_every: int = setting(500, "steps between pictures of all tasks, prediction beside label; 0 = none")
     resume: bool = setting(False, "continue the run in --out with its own settings")
     overwrite: bool = setting(False, "replace the checkpoint of this stage in --out")
@@ -121,6 +123,9 @@ def parse_args(argv=None):
         else:
             parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=help)
     cfg = Config(**vars(parser.parse_args(argv)))
+    other = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cfg) if f.name not in ("resume", "out") and getattr(cfg, f.name) != f.default]
+    if cfg.resume and other:
+        raise ValueError(f"--resume continues the run in {cfg.out} with its own settings: leave out {', '.join(other)}")
     return check(cfg)
 
 
@@ -134,7 +139,8 @@ def check(cfg):
     bad = [f"--{n} {getattr(cfg, n)}" for n in positive if not getattr(cfg, n) > 0]
     if bad:
         raise ValueError(f"{', '.join(bad)}: must be above 0")
-    bad = [f"--{n.replace('_', '-')} {getattr(cfg, n)}" for n in ("workers", "warmup", "seed", "picture_every", "threads") if getattr(cfg, n) < 0]
+    bad = [f"--{n.replace('_', '-')} {getattr(cfg, n)}" for n in ("workers", "warmup", "seed", "val_samples", "picture_every", "threads")
+           if getattr(cfg, n) < 0]
     if bad:
         raise ValueError(f"{', '.join(bad)}: must not be below 0")
     if not 0 <= cfg.rho <= 1:
@@ -241,7 +247,7 @@ DENSE = {"l1": lambda image, code, valid, model: (image - code).abs().mean(1, ke
 def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None):
     """Accumulate the gradient of one step's micro-batches; the loss is the mean over everything valid in the step, on all ranks.
 
-    Returns {kind: loss} as floats. A step without any valid cell returns nothing and leaves every gradient as it was.
+    Returns {kind: loss} as floats; under no_grad that is all. A step without any valid cell returns nothing and leaves every gradient as it was.
     """
     ready, total = [], dict.fromkeys(kinds, 0)
     for b in batches:
@@ -275,7 +281,7 @@ def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None)
                 if total[kind] > 0:
                     out[kind] += error.item() / total[kind]
                     loss = loss + kinds[kind] * error / total[kind]
-        if torch.is_tensor(loss):
+        if torch.is_tensor(loss) and torch.is_grad_enabled():
             (scaler.scale(loss) if scaler else loss).backward()
     return out
 
@@ -295,6 +301,19 @@ def sync_gradients(params, losses, device):
     values = torch.tensor([losses[k] for k in sorted(losses)], device=device)
     dist.all_reduce(values)
     return dict(zip(sorted(losses), values.tolist()))
+
+
+@torch.no_grad()
+def held_out_loss(model, held_out, workers, device, autocast):
+    """(latent loss on the same few samples each time, every task with equal weight; names of unreadable ones). Draws no random number."""
+    losses, skipped = [], []
+    set_mode(model, False)
+    for fetched in loader(held_out, 0, len(held_out.tasks), workers):      # the mixture's first cycle: every task once
+        loss = step_gradients(model, fetched["batches"], {"latent": 1.0}, True, device, autocast)
+        losses += (sync_gradients([], loss, device) if dist.is_initialized() else loss).values()
+        skipped += fetched["skipped"]
+    set_mode(model, True)
+    return sum(losses) / max(1, len(losses)), skipped
 
 
 def learning_rate(cfg, step):
@@ -414,8 +433,16 @@ def main(argv=None):
     place = {"auto": "" if cfg.data or kinds.keys() != {"latent"} else str(out / "cache"), "none": ""}.get(cfg.cache, cfg.cache)
     if place and kinds.keys() != {"latent"}:
         raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
-    mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, parse_drop(cfg.drop, [r.name for r in readers]),
-                      cfg.isolation, cfg.attention == "n-to-n" and cfg.stage == 2, None, cfg.skip_bad, cfg.stage == 2, rank, world)
+    drop = parse_drop(cfg.drop, [r.name for r in readers])
+    options = {"skip_bad": cfg.skip_bad, "with_next": cfg.stage == 2, "rank": rank, "world": world}
+    mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, drop, cfg.isolation,
+                      cfg.attention == "n-to-n" and cfg.stage == 2, **options)
+    held_out = None
+    if cfg.val_samples:
+        try:
+            held_out = Mixture(train_readers(cfg.data, size, cfg.scenes, "val"), mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
     skipped = []
     if place:
         mixture.cache = LatentCache(place, readers, fingerprint(model.vae), cfg.palette)
@@ -435,12 +462,21 @@ def main(argv=None):
         restore(tensors, parts, optimizer)
         del tensors
     about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks), "palette": cfg.palette, "seed": cfg.seed,
-             "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__}}
+             "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__},
+             "held_out": saved["held_out"] if cfg.resume else {}}       # step: loss
 
     def save():
         if chief:
-            save_state(out, about, step, parts, optimizer)      # first: whatever happens next, --resume continues from here
+            save_state(out, about, step, parts, optimizer)      # first: whatever happens next, --resume continues from here, and does the rest
             save_model(model, out)
+        if held_out and (step % cfg.save_every == 0 or step == cfg.steps):      # not where Ctrl-C happened to fall
+            loss, bad = held_out_loss(model, held_out, cfg.workers, device, autocast)
+            skipped.extend(bad)
+            about["held_out"][str(step)] = loss
+            if chief and loss == min(about["held_out"].values()):
+                save_model(model, out / "best")
+                write_json(out / "best" / "config.json", about)
+        if chief:
             write_json(out / "config.json", about)
 
     if cfg.compile:
@@ -507,7 +543,10 @@ def main(argv=None):
             log.close()
     if chief:
         minutes = (time.time() - start) / 60
-        print(f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}; {len(skipped)} samples skipped; model in {out}")
+        print(f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}; {len(set(skipped))} samples skipped; model in {out}")
+        if held_out:
+            best = min(about["held_out"], key=about["held_out"].get)
+            print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")
     if world > 1:
         dist.destroy_process_group()
     return 0

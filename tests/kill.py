@@ -4,7 +4,8 @@
     python tests/kill.py --kills 20 --stage 2
 
 Every second kill waits until a checkpoint is being written. Tiny model, CPU; minutes for 20 kills. Exit code 0 if
-the weights, Adam's moments, the random state, the latent cache and the log (all but img_per_s) are the same, 1 if not.
+the weights (of the last and of the best checkpoint), Adam's moments, the random state, the latent cache, the held-out losses and the log (all
+but img_per_s) are the same, 1 if not.
 """
 import argparse
 import json
@@ -51,7 +52,7 @@ def finish(argv, log):
 def kill_once(argv, log, out, rng, reach):
     """Start the command and SIGKILL it after at most `reach` seconds. -> whether it was still running"""
     pid, begin, delay, saving = start(argv, log), time.time(), rng.uniform(0, reach), rng.random() < 0.5
-    writing = [out / n for n in ("state.tmp", "model.tmp", "model.new", "config.json.tmp")]
+    writing = [out / n for n in ("state.tmp", "model.tmp", "model.new", "best/model.tmp", "best/model.new", "config.json.tmp")]
     while time.time() - begin < reach:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -82,21 +83,23 @@ def compare(a, b):
     files = {p.relative_to(a) for p in a.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".npy") and "state.prev" not in p.parts}
     assert any(p.name == "state.safetensors" for p in files)
     out = [f"{p} differs" for p in sorted(files) if not (b / p).is_file() or (a / p).read_bytes() != (b / p).read_bytes()]
-    return out + (["log.jsonl differs"] if log_lines(a) != log_lines(b) else [])
+    held_out = lambda folder: json.loads((folder / "config.json").read_text())["held_out"]
+    return out + [f"{what} differ" for what, read in (("log lines", log_lines), ("held-out losses", held_out)) if read(a) != read(b)]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2))
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps (default: three per kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill"))
     steps, whole, killed, log = args.steps or 3 * args.kills + 2, folder / "whole", folder / "killed", folder / "output.txt"
     base = tiny.base(folder / "base")
-    flags = f"--base {base} --scenes 4 --size 16x24 --batch 4 --micro 4 --save-every 1 --picture-every 0 --workers 0 --warmup 2 --threads 1".split()
+    flags = (f"--base {base} --scenes 4 --size 16x24 --batch 4 --micro 4 --save-every 1 --val-samples 1 --picture-every 0 --workers 0 --warmup 2 "
+             "--threads 1").split()
     if args.stage == 2:
         finish([*flags, "--steps", "1", "--out", str(whole)], log)
         shutil.copytree(whole, killed)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
+import kill
 import train
 from checkpoint import run
 from data import Mixture, train_readers, whole_cells
@@ -27,7 +28,7 @@ from tasks import TASKS, registry
 
 ROOT = Path(__file__).parent.parent
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
-TINY = "--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none"
+TINY = "--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none --val-samples 0"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -431,15 +432,65 @@ def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_killed_twice(stage):
     """SIGKILL at random moments, twice, then to the end: bit-identical (python tests/kill.py --kills 20 for a thorough run)."""
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kill.py"), "--kills", "2", "--stage", str(stage), "--seed", "1"],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "bit-identical" in done.stdout, done.stdout + done.stderr
+    assert kill.main(["--kills", "2", "--stage", str(stage), "--seed", "1", "--steps", "4"]) == 0
+
+
+# ---- the best checkpoint ----
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_held_out_loss_by_its_definition(tiny_base, second, stage):
+    """The mean over tasks of the masked squared error in latent space on unseen samples, without masking or randomness, leaving no trace."""
+    model = train.build_model(config(tiny_base, second, f"--stage {stage} --rho 1 --overwrite"))
+    unseen = train_readers(size=(16, 24), scenes=3, split="val")
+    held_out = Mixture(unseen, model.tasks, TASKS, 3, 2, 0, with_next=True)
+    train.set_mode(model, True)
+    before = torch.get_rng_state()
+    losses = [train.held_out_loss(model, held_out, 0, CPU, nullcontext) for _ in range(2)]
+    assert losses[0] == losses[1] and losses[0][1] == [] and torch.equal(before, torch.get_rng_state())
+    assert (model.main or model.unet).training and all(p.grad is None for p in model.parameters())
+    assert {r.split for r in unseen} == {"val"} and {r.name for r in unseen} == set(data.TOY_TRAIN)
+    model.eval()
+    errors = []
+    with torch.no_grad():
+        for s in range(7):
+            squares = []
+            for b in held_out[s]["batches"]:
+                (t, label), = b["labels"].items()
+                error = (model(*map(model.encode, b["frames"]), [t])[t] - model.encode(label)).square().permute(0, 2, 3, 1)
+                squares.append(error[whole_cells(b["valid"][t], model.factor)[:, 0]].flatten())
+            errors.append(torch.cat(squares).mean().item())
+    assert losses[0][0] == pytest.approx(sum(errors) / 7, rel=1e-5)
+
+
+def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
+    """best/ is a whole checkpoint of the step with the lowest held-out loss; it outlives a resumed run, and keeping it changes nothing else."""
+    flags = "--tasks depth,normal --steps 4 --save-every 1 --lr 0.01"
+    assert go(f"{flags} --out {tmp_path / 'plain'}")[0] == 0
+    assert go(f"{flags} --out {tmp_path / 'whole'} --val-samples 2")[0] == 0
+    for name in ("state/state.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert log_lines(tmp_path / "plain") == log_lines(tmp_path / "whole") and not (tmp_path / "plain" / "best").exists()
+    scripted, weights = {0: 5.0, 1: 3.0, 2: 4.0, 3: 6.0, 4: 3.5}, {}
+
+    def loss(model, *_):
+        step = len(log_lines(tmp_path / "out")) if (tmp_path / "out" / "log.jsonl").exists() else 0
+        weights[step] = {k: v.clone() for k, v in model.unet.state_dict().items()}
+        return scripted[step], []
+    monkeypatch.setattr(train, "held_out_loss", loss)
+    stop_at(monkeypatch, "within", 2)
+    assert go(f"{flags} --val-samples 2")[0] == 130
+    code, said, _ = go("--resume")
+    assert code == 0 and "lowest held-out loss: 3.0000 at step 1" in said
+    best = tmp_path / "out" / "best"
+    assert same(StableMTL.load(best).unet.state_dict(), weights[1]) and not same(weights[1], weights[4])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["held_out"] == {str(s): v for s, v in scripted.items()}
+    assert json.loads((best / "config.json").read_text())["held_out"] == {"0": 5.0, "1": 3.0}
 
 
 # ---- several processes ----
 
-def test_two_processes_equal_one(tiny_base, stage1, tmp_path):
-    """Two gloo ranks that share the batch take the same two steps of stage 2 as one process: losses, gradient norms, moments, weights."""
+def test_two_processes_equal_one(tiny_base, stage1, tmp_path, monkeypatch):
+    """Two gloo ranks that share the batch take the same two steps of stage 2 as one process: losses, gradient norms, moments, weights, held-out losses."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -447,14 +498,14 @@ def test_two_processes_equal_one(tiny_base, stage1, tmp_path):
     for out, ranks in zip(outs, (1, 2)):
         shutil.copytree(stage1, out)
         for rank in range(ranks):
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            text = f"--stage 2 --base {tiny_base} --out {out} {TINY} --steps 2 --rho 0 --lr 0.001 --batch 5 --micro 2"
-            jobs.append(subprocess.Popen([sys.executable, str(ROOT / "train.py"), *text.split()], env=env, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT, text=True))
-    for job in jobs:
-        output = job.communicate(timeout=300)[0]
-        assert job.returncode == 0, output[-2000:]
+            with monkeypatch.context() as m:
+                for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+                    m.setenv(name, str(value))
+                text = f"--stage 2 --base {tiny_base} --out {out} {TINY} --steps 2 --rho 0 --lr 0.001 --batch 5 --micro 2 --val-samples 3"
+                jobs.append(kill.start(text.split(), tmp_path / "output.txt"))
+    assert [os.waitpid(job, 0)[1] for job in jobs] == [0] * 3, (tmp_path / "output.txt").read_text()[-2000:]
+    held_out = [json.loads((out / "config.json").read_text())["held_out"] for out in outs]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5) and (outs[1] / "best" / "model.json").is_file()
     one, two = map(log_lines, outs)
     assert len(one) == len(two) == 3
     for a, b in zip(one, two):
