@@ -98,8 +98,8 @@ def main(argv=None):
     rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill"))
     steps, whole, killed, log = args.steps or 3 * args.kills + 2, folder / "whole", folder / "killed", folder / "output.txt"
     base = tiny.base(folder / "base")
-    flags = (f"--base {base} --scenes 4 --size 16x24 --batch 4 --micro 4 --save-every 1 --val-samples 1 --picture-every 0 --workers 0 --warmup 2 "
-             "--threads 1").split()
+    flags = (f"--base {base} --tasks normal,depth,optical_flow --scenes 3 --size 16x24 --batch 2 --micro 2 --save-every 1 --val-samples 1 "
+             "--picture-every 0 --workers 0 --warmup 2 --threads 1").split()
     if args.stage == 2:
         finish([*flags, "--steps", "1", "--out", str(whole)], log)
         shutil.copytree(whole, killed)

@@ -30,6 +30,8 @@ ROOT = Path(__file__).parent.parent
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
 TINY = "--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none --val-samples 0"
 
+THREE = "semantic,depth,optical_flow"
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
@@ -53,9 +55,9 @@ def go(tiny_base, tmp_path, capsys):
 
 @pytest.fixture(scope="session")
 def stage1(tiny_base, tmp_path_factory):
-    """Folder of a finished stage 1 of all tasks. Do not write there."""
+    """Folder of a finished stage 1 of three tasks. Do not write there."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    assert train.main([*f"--base {tiny_base} --out {out} {TINY}".split()]) == 0
+    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --tasks {THREE}".split()]) == 0
     return out
 
 
@@ -63,7 +65,7 @@ def stage1(tiny_base, tmp_path_factory):
 def another(tiny_base, tmp_path_factory):
     """Folder of a finished stage 1 of another seed."""
     out = tmp_path_factory.mktemp("another") / "out"
-    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --seed 5".split()]) == 0
+    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --tasks {THREE} --seed 5".split()]) == 0
     return out
 
 
@@ -121,9 +123,9 @@ def test_a_step_leaves_other_tasks_alone(go, tmp_path, monkeypatch):
         return build(model)
     monkeypatch.setattr(train, "trainable", names)
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    assert go("--stage 2 --steps 9 --lr 0.01")[0] == 0
+    assert go("--stage 2 --steps 6 --lr 0.01 --batch 2")[0] == 0
     trained = [entry["task"][0] for entry in log_lines(tmp_path / "out") if entry["stage"] == 2]
-    assert [sorted(trained[i:i + 3]) for i in (0, 3, 6)] == [sorted(tasks)] * 3
+    assert [sorted(trained[i:i + 3]) for i in (0, 3)] == [sorted(tasks)] * 2
     for s, (before, after, known) in enumerate(history):
         moved = {t for t in tasks if not all(map(torch.equal, before[t], after[t]))}
         assert moved == ({trained[s]} if s else set())      # the output projection starts at zero: nothing reaches the queries before
@@ -242,16 +244,16 @@ def test_loss_flag(go, tmp_path):
 
 
 def test_a_batch_overfits(tiny_base, readers):
-    """Sixty steps on one batch bring the loss of a tiny network below a fifth."""
+    """Thirty steps on one batch bring the loss of a tiny network below a third."""
     torch.manual_seed(0)
     model = from_base(str(tiny_base), ("depth",))
     batch = Mixture(readers, ("depth",), TASKS, 2, 2, seed=1)[0]["batches"]
     optimizer, losses = torch.optim.Adam(model.unet.parameters(), 1e-2), []
-    for _ in range(60):
+    for _ in range(30):
         losses.append(train.step_gradients(model, batch, {"latent": 1.0}, True, CPU, *PLAIN)["latent"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    assert losses[-1] < losses[0] / 5, losses[::10]
+    assert losses[-1] < losses[0] / 3, losses[::5]
 
 
 def test_learning_rate():
@@ -293,7 +295,7 @@ def test_main_stream_starts_where_asked(tiny_base, second):
     assert same(weights(stage1.main), weights(stage1.unet)) and same(weights(base.unet), weights(stage1.unet))
     assert same(weights(base.main), weights(load_base(str(tiny_base))[1])) and not same(weights(base.main), weights(base.unet))
     assert {tuple(layer.task_to_q) for layer in base.attention.values()} == {("shared",)}
-    assert {tuple(layer.task_to_v) for layer in stage1.attention.values()} == {tuple(TASKS)}
+    assert {tuple(layer.task_to_v) for layer in stage1.attention.values()} == {tuple(THREE.split(","))}
 
 
 @pytest.mark.parametrize("flags,depends", [("concat", True), ("average", True), ("none", False)])
@@ -308,7 +310,7 @@ def test_second_frame(go, tmp_path, flags, depends):
 def test_n_to_n_supervises_all_labels_of_an_image(go, tmp_path, second):
     """--attention n-to-n: a step trains every task its images are labelled for, and every query of them moves."""
     assert go("--stage 2 --attention n-to-n --steps 2 --lr 0.01 --batch 2")[0] == 0
-    labelled = {r.name: set(r.tasks) for r in train_readers(size=(16, 24), scenes=2)}
+    labelled = {r.name: set(r.tasks) & set(THREE.split(",")) for r in train_readers(size=(16, 24), scenes=2)}
     for e in log_lines(tmp_path / "out")[-2:]:
         assert set(e["task"]) == set().union(*(labelled[d] for d in e["dataset"]))
 
@@ -331,7 +333,7 @@ def undisturbed(tiny_base, stage1, tmp_path_factory):
         outs[stage] = tmp_path_factory.mktemp("undisturbed") / "out"
         if stage == 2:
             shutil.copytree(stage1, outs[2])
-        assert train.main([*f"--base {tiny_base} --out {outs[stage]} {TINY} --stage {stage} --rho 1 --steps 4".split()]) == 0
+        assert train.main([*f"--base {tiny_base} --out {outs[stage]} {TINY} --tasks {THREE if stage == 1 else 'all'} --stage {stage} --rho 1 --steps 4".split()]) == 0
     return outs
 
 
@@ -361,7 +363,7 @@ def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypa
     if stage == 2:
         shutil.copytree(stage1, tmp_path / "out")
     stop_at(monkeypatch, place, 2)
-    code, _, error = go(f"--stage {stage} --rho 1 --steps 4")
+    code, _, error = go(f"--stage {stage} --tasks {THREE} --rho 1 --steps 4")
     assert code == 130 and "--resume" in error
     assert len(log_lines(tmp_path / "out")) < len(log_lines(undisturbed[stage]))
     assert go("--resume")[0] == 0
@@ -398,7 +400,7 @@ def test_killed_between_two_files_of_a_checkpoint(go, stage1, another, tmp_path,
         return original(*args)
     with monkeypatch.context() as m:
         m.setattr(train, place, killed)
-        assert go("--seed 5 --overwrite --save-every 1")[0] == 130
+        assert go(f"--tasks {THREE} --seed 5 --overwrite --save-every 1")[0] == 130
     assert go("--resume")[0] == 0
     seed = json.loads((out / "config.json").read_text())["train"]["seed"]
     assert compare({0: stage1, 5: another}[seed], out) == [] and (seed == 5 or step == 0)
@@ -415,7 +417,7 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(tensors, path)
     monkeypatch.setattr(checkpoint, "save_file", full)
-    code, _, error = go("--rho 1 --steps 4")
+    code, _, error = go(f"--tasks {THREE} --rho 1 --steps 4")
     assert code == 2 and "No space left" in error and "MiB" in error and "--resume" in error
     assert not (tmp_path / "out" / "state.tmp").exists() and StableMTL.load(tmp_path / "out").main is None
     assert go("--resume")[0] == 0
@@ -440,7 +442,7 @@ def test_killed_twice(stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_held_out_loss_by_its_definition(tiny_base, second, stage):
     """The mean over tasks of the masked squared error in latent space on unseen samples, without masking or randomness, leaving no trace."""
-    model = train.build_model(config(tiny_base, second, f"--stage {stage} --rho 1 --overwrite"))
+    model = train.build_model(config(tiny_base, second, f"--stage {stage} --tasks {THREE} --rho 1 --overwrite"))
     unseen = train_readers(size=(16, 24), scenes=3, split="val")
     held_out = Mixture(unseen, model.tasks, TASKS, 3, 2, 0, with_next=True)
     train.set_mode(model, True)
@@ -452,14 +454,14 @@ def test_held_out_loss_by_its_definition(tiny_base, second, stage):
     model.eval()
     errors = []
     with torch.no_grad():
-        for s in range(7):
+        for s in range(3):
             squares = []
             for b in held_out[s]["batches"]:
                 (t, label), = b["labels"].items()
                 error = (model(*map(model.encode, b["frames"]), [t])[t] - model.encode(label)).square().permute(0, 2, 3, 1)
                 squares.append(error[whole_cells(b["valid"][t], model.factor)[:, 0]].flatten())
             errors.append(torch.cat(squares).mean().item())
-    assert losses[0][0] == pytest.approx(sum(errors) / 7, rel=1e-5)
+    assert losses[0][0] == pytest.approx(sum(errors) / 3, rel=1e-5)
 
 
 def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
