@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import run, write_json
 from model import StableMTL, compile_blocks, widen_input
+from plot import COLOURS, Chart, grid
 from tasks import TASKS
 from toybase import new_unet, new_vae
 from train import PRESETS, parse_size, step_gradients, trainable
@@ -86,6 +86,11 @@ def operations(f):
     return counter.get_total_flops()
 
 
+def step_operations(model, z, task):
+    """Operations of one image's forward and backward pass in training from cached latents z (1,4,h,w)."""
+    return operations(lambda: model(z, z, [task])[task].square().mean().backward())
+
+
 def count(base, size, tasks):
     """Operations for one pair of images of `size` (H, W), on the meta device.
 
@@ -103,7 +108,7 @@ def count(base, size, tasks):
                 parts |= {"VAE encode": operations(lambda: model.encode(image)), "VAE decode": operations(lambda: model.decode(z)), "UNet": forward}
             else:
                 parts[f"main UNet with {len(tasks) - 1} streams"] = forward - operations(lambda: model.streams(z, z, tasks[:-1]))
-        cached = operations(lambda: model(z, z, [task])[task].square().mean().backward())
+        cached = step_operations(model, z, task)
         frames = 3 if stage == 2 else 2 + sum(TASKS[t].frames - 1 for t in tasks) / len(tasks)     # label and one or two images
         out["training"] |= {f"stage {stage}, cached latents": cached, f"stage {stage}, images": cached + frames * parts["VAE encode"]}
     return out
@@ -138,6 +143,11 @@ def memory(base, tasks, size=(288, 384)):
 
 
 # ---- time and memory ----
+
+def hardware(device):
+    """The device in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+
 
 def adapt(module, args):
     """Apply --channels-last and --compile in place."""
@@ -222,27 +232,15 @@ def plot(path, result):
     panels = [(f"operations (10^{power})", {k: {n: v / 10 ** power for n, v in result["counted"][k].items()} for k in kinds})]
     if "inference" in result:
         panels.append(("time (ms)", {k: {n: v["seconds"] * 1e3 for n, v in result["inference"][k].items()} for k in kinds}))
-    width, height, left, top, right, bottom = 460, 340, 70, 50, 20, 50
-    picture = Image.new("RGB", (width * len(panels), height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    for i, (title, curves) in enumerate(panels):
-        x0, x1, y0, y1 = i * width + left, (i + 1) * width - right, height - bottom, top
-        most, last = max(v for c in curves.values() for v in c.values()), max(curves["single"])
-        x, y = (lambda n: x0 + (x1 - x0) * (n - 1) / max(1, last - 1)), (lambda v: y0 + (y1 - y0) * v / (most * 1.1))
-        draw.text(((x0 + x1) / 2, 14), title, "black", font, "ma")
-        draw.text(((x0 + x1) / 2, height - 8), "number of tasks", "black", font, "ms")
-        for v in (most * q / 4 for q in range(5)):
-            draw.line([(x0, y(v)), (x1, y(v))], (225, 225, 225))
-            draw.text((x0 - 8, y(v)), f"{v:.3g}", "black", font, "rm")
-        for n in curves["single"]:
-            draw.text((x(n), y0 + 8), str(n), "black", font, "ma")
-        for row, (kind, colour) in enumerate(zip(kinds, ((31, 119, 180), (214, 39, 40)))):
-            points = [(x(n), y(v)) for n, v in curves[kind].items()]
-            draw.line(points, colour, 3)
-            for px, py in points:
-                draw.ellipse([px - 4, py - 4, px + 4, py + 4], colour)
-            draw.text((x0 + 12, y1 + 18 * row), f"{kind} stream", colour, font)
-    picture.save(path)
+    charts = []
+    for title, curves in panels:
+        numbers, most = curves["single"], max(v for c in curves.values() for v in c.values())
+        charts.append(Chart(title, (1, max(numbers)), (0, 1.1 * most), "number of tasks", {n: str(n) for n in numbers}))
+        for kind, colour in zip(kinds, COLOURS):
+            charts[-1].curve(curves[kind].items(), colour)
+            charts[-1].dots(curves[kind].items(), colour)
+        charts[-1].legend([(f"{kind} stream", colour) for kind, colour in zip(kinds, COLOURS)])
+    grid(charts, len(charts)).save(path)
 
 
 def prefix(v):
@@ -290,8 +288,7 @@ def main(argv=None):
     if args.graph and device.type != "cuda":
         raise ValueError(f"--graph records CUDA kernels, and the device is {device}: leave it out, or give --device cuda")
     tasks = tuple(TASKS)[:args.tasks]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
-    result = {"base": args.base, "size": size, "batch": args.batch, "micro": args.micro, "device": name, "dtype": str(dtype).removeprefix("torch."),
+    result = {"base": args.base, "size": size, "batch": args.batch, "micro": args.micro, "device": hardware(device), "dtype": str(dtype).removeprefix("torch."),
               "torch": torch.__version__, "channels_last": args.channels_last, "compile": args.compile, "graph": args.graph}
     print(", ".join(f"{k} {v}" for k, v in result.items()))
     result["counted"], result["memory"] = count(args.base, size, tasks), memory(args.base, tasks)
