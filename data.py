@@ -251,7 +251,7 @@ class LatentCache:
 
     arrays: frame0, frame1, then <task> and <task>_valid; a task with its own crop has frames of its own (<task>_frame0, ...).
     Training from it opens no image file and runs no VAE. It draws no vertical flip, colour jitter or random crop. An interrupted
-    `build` continues where it stopped; a folder made with another VAE, size, palette or dataset is refused (ValueError).
+    `build` continues where it stopped and adds datasets; a folder made with another VAE, palette, size or state of a dataset is refused (ValueError).
     """
 
     def __init__(self, folder, readers, vae_hash, palette):
@@ -259,8 +259,10 @@ class LatentCache:
         self.about = {"vae": vae_hash, "palette": palette, "datasets": {
             r.name: {"samples": len(r), "size": list(r.size), "tasks": list(r.tasks), "version": r.version} for r in readers}}
         if (self.folder / "cache.json").is_file():
-            old = read_json(self.folder / "cache.json", "")
-            differs = [k for k in self.about if old.get(k) != self.about[k]]
+            old, new = read_json(self.folder / "cache.json", ""), self.about["datasets"]
+            self.about["datasets"] = {**old["datasets"], **new}     # runs of few tasks need few datasets, and share the folder
+            differs = [k for k in ("vae", "palette") if old[k] != self.about[k]]
+            differs += ["datasets"] * any(old["datasets"].get(name, new[name]) != new[name] for name in new)
             if differs:
                 raise ValueError(f"--cache {folder} was made with another {' and '.join(differs)}: name another folder or delete this one")
 

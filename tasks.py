@@ -4,9 +4,9 @@ A Task holds everything that differs from one task to the next; every other file
 to a 3-channel code in [-1, 1] and back, on batches and on any device (StableMTL, arXiv 2506.08013, section 3.1 and appendix B.4).
 Axes are OpenCV camera axes throughout: x right, y down, z forward.
 
-An eighth task is one entry in `registry` below, one metric in evaluate.py, and a reader that delivers its labels.
+An eighth task is one entry in TASKS below, one metric in evaluate.py, and a reader that delivers its labels.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
@@ -191,37 +191,36 @@ def _colour_intensity(label, valid):
 
 # ---- the registry ----
 
+TASKS = {t.name: t for t in [
+    # class ids 0..7 as in CLASSES; 255 = ignore
+    Task("semantic", "semantic", 1, 1, "class id 0..7", "semantic", *_semantic_codec("cityscapes"), _colour_semantic,
+         categorical=True, dense_loss="cross-entropy"),
+    # unit vectors pointing away from the camera: a wall seen frontally is (0,0,+1)
+    Task("normal", "normal", 1, 3, "unit vector, OpenCV axes, pointing away from the camera", "normal",
+         _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine"),
+    # metres along the optical axis; the percentiles' scale and shift are lost
+    Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth", _encode_depth, _decode_unit, _colour_depth,
+         dense_loss="scale-shift"),
+    # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
+    Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
+         _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1)),
+    # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
+    Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
+         _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1)),
+    # grey irradiance
+    Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading", _encode_intensity, _decode_unit, _colour_intensity),
+    # linear RGB reflectance, not gamma-coded
+    Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
+         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity),
+]}
+
+
 def registry(palette="cityscapes"):
-    """All tasks by name. `palette` sets the colours that code the classes: "cityscapes" (the released weights) or "corners"."""
+    """TASKS with the colours that code the classes: "cityscapes" (the released weights) or "corners"."""
     if palette not in PALETTES:
         raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
-    encode_semantic, decode_semantic = _semantic_codec(palette)
-    tasks = [
-        # class ids 0..7 as in CLASSES; 255 = ignore
-        Task("semantic", "semantic", 1, 1, "class id 0..7", "semantic", encode_semantic, decode_semantic, _colour_semantic,
-             categorical=True, dense_loss="cross-entropy"),
-        # unit vectors pointing away from the camera: a wall seen frontally is (0,0,+1)
-        Task("normal", "normal", 1, 3, "unit vector, OpenCV axes, pointing away from the camera", "normal",
-             _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine"),
-        # metres along the optical axis; the percentiles' scale and shift are lost
-        Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth", _encode_depth, _decode_unit, _colour_depth,
-             dense_loss="scale-shift"),
-        # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
-        Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
-             _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1)),
-        # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
-        Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
-             _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1)),
-        # grey irradiance
-        Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading", _encode_intensity, _decode_unit, _colour_intensity),
-        # linear RGB reflectance, not gamma-coded
-        Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
-             lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity),
-    ]
-    return {t.name: t for t in tasks}
-
-
-TASKS = registry()
+    encode, decode = _semantic_codec(palette)
+    return TASKS | {"semantic": replace(TASKS["semantic"], encode=encode, decode=decode)}
 
 
 def parse_tasks(names):

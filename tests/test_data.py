@@ -301,6 +301,17 @@ def test_cache_of_something_else_is_refused(tmp_path, toys, model, tiny_base):
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
+def test_cache_is_shared_by_runs_of_different_tasks(tmp_path, toys, model):
+    """A run that needs one dataset, then one that needs all, then the first again use one folder, and nothing is encoded twice."""
+    first, _ = cached(tmp_path, toys[:1], model)
+    before = first.array(toys[0], "frame0").copy()
+    cached(tmp_path, toys, model)
+    again, _ = cached(tmp_path, toys[:1], model)
+    assert set(again.about["datasets"]) == {r.name for r in toys} and np.array_equal(before, again.array(toys[0], "frame0"))
+    with pytest.raises(ValueError, match="another datasets"):
+        cached(tmp_path, train_readers(size=SIZE, scenes=4)[:1], model)
+
+
 def test_interrupted_build_continues(tmp_path, model, monkeypatch):
     """After Ctrl-C in the middle, finished samples are not read again and the result equals an uninterrupted build."""
     reader, load = Made(n=8), Made.load
