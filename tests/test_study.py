@@ -14,6 +14,7 @@ import evaluate
 import study
 import train
 from checkpoint import run, write_json
+from plot import ticks
 from study import CLAIMS, VARIANTS, verdict
 from tasks import TASKS
 
@@ -37,7 +38,8 @@ def finished(tiny_base, tmp_path_factory):
     """A study of two tasks that was stopped by Ctrl-C within its third of four models and then continued. -> (its folder, train.py's command
     lines of the two calls, when what was finished at the stop had been written)"""
     out, rate, calls = tmp_path_factory.mktemp("study") / "out", train.learning_rate, ([], [])
-    argv = f"--out {out} --tasks shading,albedo --seeds 1 --steps 4 --steps2 2 --limit 1 --only single-task,single,multi -- --base {tiny_base} {FLAGS}".split()
+    flags = "--tasks shading,albedo --seeds 1 --steps 4 --steps2 2 --limit 1 --only single-task,single,multi"
+    argv = f"--out {out} {flags} -- --base {tiny_base} {FLAGS}".split()
 
     def interrupt(cfg, step):
         if cfg.out.endswith("single") and step == 1:
@@ -106,8 +108,8 @@ def made_up(tmp_path, monkeypatch):
             raise FloatingPointError("step 1: loss nan")
         out = Path(cfg.out)
         tasks = train.parse_tasks(cfg.tasks)
-        entries = [{"task": [tasks[s % len(tasks)]] if cfg.isolation else list(tasks), "loss": rng.random(), "grad_norm": rng.random(), "img_per_s": 20.0}
-                   for s in range(cfg.steps)]
+        entries = [{"task": [tasks[s % len(tasks)]] if cfg.isolation else list(tasks), "loss": rng.random(), "grad_norm": rng.random(),
+                    "img_per_s": 20.0} for s in range(cfg.steps)]
         (out / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
         (out / "model.json").write_text(json.dumps({"multi": None if cfg.stage == 1 else {"shared": cfg.shared_qkv}}))
         (out / "tasks.txt").write_text(cfg.tasks)
@@ -143,8 +145,8 @@ def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
     result, text = json.loads((made_up.out / "results.json").read_text()), (made_up.out / "study.md").read_text()
     tables = text.split("\n## ")
     assert list(result["variants"]) == list(VARIANTS) and all(sum(f"| {v.title} |" in t for t in tables) == 3 for v in VARIANTS.values())
-    scores = lambda seed, name, world: {t: x for t, r in json.loads((made_up.out / f"seed{seed}" / name / "results.json").read_text())["results"][world].items()
-                                        for x in r.values()}
+    results = lambda seed, name: json.loads((made_up.out / f"seed{seed}" / name / "results.json").read_text())["results"]
+    scores = lambda seed, name, world: {t: x for t, r in results(seed, name)[world].items() for x in r.values()}
     delta = {name: {where: [] for where in study.WORLDS} for name in VARIANTS}
     for seed in range(3):
         for where, worlds in (("unseen", ["real"]), ("in-domain", ["rooms", "streets", "things"])):
@@ -198,8 +200,8 @@ def test_a_diverged_model_costs_no_other(made_up, capsys):
     assert {named(a, made_up.out) for a in made_up.calls} == {"seed1/single", "seed1/multi", *(f"seed1/single-task-{t}" for t in TASKS)}
 
 
-@pytest.mark.parametrize("flags, more, says", [("--steps 15", "", "steps 14, now 15"), ("--limit 5", "", "limit 64, now 5"), ("", "--lr 0.5", "lr 0.0007, now 0.5"),
-                                               ("--tasks depth,normal --only single", "", "tasks .*, now normal,depth")])
+@pytest.mark.parametrize("flags, more, says", [("--steps 15", "", "steps 14, now 15"), ("--limit 5", "", "limit 64, now 5"),
+                                               ("", "--clip 0.5", "clip 1.0, now 0.5"), ("--tasks depth,normal", "", "tasks .*, now normal,depth")])
 def test_other_settings_are_refused(made_up, capsys, flags, more, says):
     """The same --out with another setting: one sentence that names it, exit code 2, and nothing changes."""
     assert made_up("--seeds 1 --only single") == 0
@@ -210,8 +212,9 @@ def test_other_settings_are_refused(made_up, capsys, flags, more, says):
     assert made_up.calls == [] and before == {p: p.read_bytes() for p in made_up.out.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("flags, more, says", [("--seed 3", "", "--seed"), ("", "--seed 3", "--seed after --"), ("", "--lerning 1", "--lerning"), ("--tasks depth", "", "two --tasks"),
-                                               ("--steps -1", "", "above 0"), ("--only multi", "", "starts from single"), ("--only x", "", "no variant x")])
+@pytest.mark.parametrize("flags, more, says", [("--seed 3", "", "--seed"), ("", "--seed 3", "--seed after --"), ("", "--lerning 1", "--lerning"),
+                                               ("--tasks depth", "", "two --tasks"), ("--steps -1", "", "above 0"),
+                                               ("--only multi", "", "starts from single"), ("--only x", "", "no variant x")])
 def test_mistakes_end_in_a_sentence(made_up, capsys, flags, more, says):
     """Each names the flag; nothing is written."""
     assert made_up(flags, more) == 2
@@ -219,7 +222,18 @@ def test_mistakes_end_in_a_sentence(made_up, capsys, flags, more, says):
     assert says in error and "Traceback" not in error and error.count("\n") == 1 and not made_up.out.exists()
 
 
+def test_ticks():
+    """Axes are marked at round numbers within their limits."""
+    assert list(ticks(-20.6, 22).values()) == ["-20", "0", "20"] and list(ticks(0, 171).values()) == ["0", "50", "100", "150"]
+    assert list(ticks(0, 99999).values()) == ["0", "50000"] and list(ticks(0, 0.0075).values()) == ["0", "0.002", "0.004", "0.006"]
+    assert list(ticks(3, 3).values()) == ["3"]
+
+
 def test_verdict():
-    """Two standard errors of the mean decide, one seed never does."""
+    """The 95% interval of the mean decides, as a trusted t test does; one seed never does, and more seeds need a smaller difference."""
     assert [verdict(d) for d in ([5.0], [1.0, 1.2, 0.9], [-1.0, -1.2, -0.9], [1.0, -0.5, 0.3], [0.0, 0.0])] == [
         "undecided", "reproduced", "not reproduced", "undecided", "undecided"]
+    stats, rng = pytest.importorskip("scipy.stats"), random.Random(0)
+    for n in [k for k in range(2, 11) for _ in range(20)]:
+        d = [rng.gauss(0.7, 0.5) for _ in range(n)]
+        assert (verdict(d) != "undecided") == (stats.ttest_1samp(d, 0).pvalue < 0.05)
