@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import shutil
 import sys
 import time
@@ -37,7 +38,7 @@ from data import TOY_TEST, TOY_TRAIN, tensor_image, test_readers
 from evaluate import METRICS, by_task, delta_m, markdown
 from model import StableMTL
 from plot import COLOURS, Chart, grid
-from sample import attention_table, draw_attention
+from sample import attention_table, draw_attention, whole
 from tasks import TASKS, parse_tasks
 
 
@@ -121,10 +122,12 @@ def perform(job, args):
         if job.task:        # the same share of its steps
             argv += ["--warmup", str(round(args.settings["warmup"] * job.steps / args.steps))]
     with (job.out / "output.txt").open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        if train.main(argv):
-            raise KeyboardInterrupt
+        results = job.out / "evaluation.json"
         device = str(train.parse_device(args.settings["device"]))
-        evaluate.main(["--ckpt", str(job.out), "--trivial", "0", "--limit", str(args.limit), "--device", device])
+        if train.main(argv) or evaluate.main(["--ckpt", str(job.out), "--trivial", "0", "--limit", str(args.limit), "--device", device,
+                                              "--json", str(results)]):
+            raise KeyboardInterrupt     # both have caught it, and saved what they had
+    os.replace(results, job.out / "results.json")       # under this name it is complete
     for state in ("state", "state.prev"):       # most of the disk, and what is finished does not resume
         shutil.rmtree(job.out / state, ignore_errors=True)
     gc.collect()        # a model is a cycle: its taps refer to it
@@ -359,7 +362,8 @@ def report(args):
 
 # flags of train.py that the study sets or cannot use, and settings that may differ from call to call
 OURS = {"--stage", "--out", "--steps", "--seed", "--tasks", "--init", "--resume", "--overwrite", "--data"}
-FREE = {"stage", "out", "steps", "seed", "tasks", "cache", "resume", "overwrite", "threads", "workers", "save_every", "picture_every"}
+FREE = {"stage", "out", "steps", "seed", "tasks", "cache", "resume", "overwrite", "threads", "workers", "save_every", "picture_every",
+        "val_samples"}
 
 
 def parse(argv):
@@ -367,13 +371,13 @@ def parse(argv):
     at = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--out", default="study", help="folder of the study (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many; more can be added later (default: %(default)s)")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="how many; more can be added later (default: %(default)s)")
     parser.add_argument("--only", default=",".join(VARIANTS), help="comma-separated variants; others can be added later (default: %(default)s)")
     parser.add_argument("--tasks", default="all", help="comma-separated task names, at least two (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of a single stream (default: stage 1 of train.py's preset)")
-    parser.add_argument("--steps2", type=int, help="further steps of a multi stream or a continued single stream (default: stage 2 of the preset)")
-    parser.add_argument("--single-steps", type=int, help="steps of each single-task model (default: --steps / number of tasks)")
-    parser.add_argument("--limit", type=int, default=64, help="test scenes per world (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), help="optimizer steps of a single stream (default: stage 1 of train.py's preset)")
+    parser.add_argument("--steps2", type=whole(1), help="further steps of a multi or a continued single stream (default: stage 2 of the preset)")
+    parser.add_argument("--single-steps", type=whole(1), help="steps of each single-task model (default: --steps / number of tasks)")
+    parser.add_argument("--limit", type=whole(1), default=64, help="test scenes per world (default: %(default)s)")
     args, flags = parser.parse_args(argv[:at]), argv[at + 1:]
     if taken := OURS & {f.split("=")[0] for f in flags}:
         raise ValueError(f"{', '.join(sorted(taken))} after --: the study sets this itself, or cannot use it")
@@ -386,10 +390,10 @@ def parse(argv):
     first, second = (train.parse_args([*flags, "--stage", s]) for s in "12")
     args.steps, args.steps2 = args.steps or first.steps, args.steps2 or second.steps
     args.single_steps = args.single_steps or max(1, round(args.steps / len(args.tasks)))
-    if len(args.tasks) < 2 or min(args.seeds, args.steps, args.steps2, args.single_steps, args.limit) < 1:
-        raise ValueError("expected at least two --tasks, and numbers above 0")
+    if len(args.tasks) < 2:
+        raise ValueError(f"--tasks {args.tasks[0]}: expected at least two tasks, for a multi stream needs another one to attend to")
     args.settings = {k: v for k, v in dataclasses.asdict(first).items() if k not in FREE}
-    args.train = flags if "--cache" in flags else [*flags, "--cache", str(Path(args.out) / "cache")]
+    args.train = ["--cache", str(Path(args.out) / "cache"), "--val-samples", "0", *flags]      # the last checkpoint is the one that is measured
     return args
 
 

@@ -217,19 +217,20 @@ def loss_terms(model, kinds, task, z_hat, z, cells, code, valid):
         if "pixel" in kinds:
             out["pixel"] = select((image - code).square(), valid).sum(), int(valid.sum()) * 3
         if "task" in kinds:
-            errors = DENSE[model.codecs[task].dense_loss](image, code, valid, model)
+            errors = DENSE[model.codecs[task].dense_loss](image, code, valid, model.codecs[task])
             out["task"] = select(errors, valid).sum(), int(valid.sum())
     return out
 
 
-def _cross_entropy(image, code, valid, model):
-    """Softmax over the (negative, squared) distances to the palette colours."""
-    colours = torch.tensor(PALETTES[model.palette], device=image.device) / 127.5 - 1
-    logits = -sum((image[:, c, None] - colours[:, c].view(1, -1, 1, 1)) ** 2 for c in range(3)) * 8
-    return F.cross_entropy(logits, model.codecs["semantic"].decode(code)[:, 0], reduction="none")[:, None]
+def _cross_entropy(image, code, valid, codec):
+    """Softmax over the (negative, squared) distances to the classes' colours."""
+    ids = torch.arange(len(CLASSES), device=image.device).view(1, 1, 1, -1)
+    colours = codec.encode(ids, torch.ones_like(ids, dtype=torch.bool))     # (1,3,1,classes)
+    logits = -sum((image[:, c, None] - colours[0, c].view(1, -1, 1, 1)) ** 2 for c in range(3)) * 8
+    return F.cross_entropy(logits, codec.decode(code)[:, 0], reduction="none")[:, None]
 
 
-def _scale_shift(image, code, valid, model):
+def _scale_shift(image, code, valid, codec):
     """L1 after the least-squares scale and shift of each image (MiDaS)."""
     p, y, n = image.mean(1, keepdim=True), code.mean(1, keepdim=True), valid.sum((1, 2, 3), keepdim=True).clamp(min=1)
     mean = lambda x: torch.where(valid, x, torch.zeros_like(x)).sum((1, 2, 3), keepdim=True) / n
@@ -237,8 +238,8 @@ def _scale_shift(image, code, valid, model):
     return (mean(pc * yc) / mean(pc * pc).clamp(min=1e-6) * pc - yc).abs()
 
 
-DENSE = {"l1": lambda image, code, valid, model: (image - code).abs().mean(1, keepdim=True),
-         "cosine": lambda image, code, valid, model: 1 - F.cosine_similarity(image, code, dim=1)[:, None],
+DENSE = {"l1": lambda image, code, valid, codec: (image - code).abs().mean(1, keepdim=True),
+         "cosine": lambda image, code, valid, codec: 1 - F.cosine_similarity(image, code, dim=1)[:, None],
          "cross-entropy": _cross_entropy, "scale-shift": _scale_shift}
 
 
@@ -347,7 +348,7 @@ def build_model(cfg):
     if cfg.tasks != "all" and parse_tasks(cfg.tasks) != model.tasks:
         raise ValueError(f"--tasks {cfg.tasks}: stage 2 has the tasks of the stage 1 in {cfg.out}, {', '.join(model.tasks)}")
     if cfg.main_init == "base":
-        main = load_base(base)[1]
+        main = toybase.new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim) if cfg.widths else load_base(base)[1]
         if main.config.block_out_channels != model.unet.config.block_out_channels:
             raise ValueError(f"--main-init base: the UNet of {base} has other widths than stage 1 in {cfg.out}: give the --base it was trained from")
     else:

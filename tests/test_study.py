@@ -117,9 +117,9 @@ def made_up(tmp_path, monkeypatch):
     def evaluate_main(argv):
         out = Path(argv[argv.index("--ckpt") + 1])
         score = lambda t: {evaluate.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
-        worlds = {w: r.tasks for w, r in ((r.name, r) for r in evaluate.test_readers())}
-        write_json(out / "results.json", {"results": {w: {t: score(t) for t in train.parse_tasks((out / "tasks.txt").read_text()) if t in tasks}
-                                                      for w, tasks in worlds.items()}})
+        tasks = train.parse_tasks((out / "tasks.txt").read_text())
+        results = {r.name: {t: score(t) for t in r.tasks if t in tasks} for r in evaluate.test_readers()}
+        write_json(argv[argv.index("--json") + 1], {"results": results})
 
     class Copied:
         def save(self, folder):
@@ -213,7 +213,7 @@ def test_other_settings_are_refused(made_up, capsys, flags, more, says):
 
 
 @pytest.mark.parametrize("flags, more, says", [("--seed 3", "", "--seed"), ("", "--seed 3", "--seed after --"), ("", "--lerning 1", "--lerning"),
-                                               ("--tasks depth", "", "two --tasks"), ("--steps -1", "", "above 0"),
+                                               ("--tasks depth", "", "at least two tasks"), ("--steps 0", "", "--steps"),
                                                ("--only multi", "", "starts from single"), ("--only x", "", "no variant x")])
 def test_mistakes_end_in_a_sentence(made_up, capsys, flags, more, says):
     """Each names the flag; nothing is written."""

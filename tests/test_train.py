@@ -227,7 +227,7 @@ def test_every_loss_of_every_task(tiny_base, readers):
         for (_, a), (_, b) in zip(results, results[1:]):
             assert not close(a, b, 1e-2)
         code, valid = batch["labels"][t], batch["valid"][t]
-        error = train.DENSE[TASKS[t].dense_loss](code, code, valid, model)
+        error = train.DENSE[TASKS[t].dense_loss](code, code, valid, model.codecs[t])
         assert error.shape == valid.shape and error[valid].max() < (0.2 if TASKS[t].categorical else 1e-4), t
 
 
