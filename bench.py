@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import run, write_json
+from checkpoint import Parser, parse_device, run, write_json
 from model import StableMTL, compile_blocks, widen_input
 from plot import COLOURS, Chart, grid
 from tasks import TASKS
@@ -265,13 +265,13 @@ def table(result):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--base", default="toy", help="toy, sd2, or a diffusers folder: whose shapes (default: %(default)s)")
     parser.add_argument("--size", help="images of HEIGHTxWIDTH (default: 256x256, the paper's; for toy that of its training)")
     parser.add_argument("--tasks", type=int, default=len(TASKS), metavar="N", help="1..N tasks are tried (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="pairs per inference (default: %(default)s)")
     parser.add_argument("--micro", type=int, default=16, help=f"images per training pass; a step has {BATCH} (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on GPUs, fp32 on the CPU")
     parser.add_argument("--channels-last", action="store_true", help="memory format of the convolutions")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (the first call of each takes a while)")
@@ -280,7 +280,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="also write all numbers here")
     parser.add_argument("--plot", metavar="FILE", help="also draw cost and time against the number of tasks (paper Fig. 13), as PNG")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
+    device = parse_device(args.device)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     size = parse_size(args.size or (PRESETS["toy"]["size"] if args.base == "toy" else "256x256"))
     if not 1 <= args.tasks <= len(TASKS) or args.batch < 1 or args.micro < 1:

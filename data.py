@@ -24,7 +24,7 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import read_json, run, write_json
+from checkpoint import Parser, read_json, run, write_json
 from tasks import TASKS
 from toyworld import WORLDS, ToyWorld
 
@@ -391,7 +391,7 @@ def show(reader, index):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--data", default="", help="root folder of the real datasets; empty = the toy worlds")
     parser.add_argument("--check", action="store_true", help="report every dataset under --data: found, samples per task, first unreadable file")
     parser.add_argument("--full", action="store_true", help="with --check: load every sample, not only the first, middle and last of each task")

@@ -5,14 +5,19 @@
     python evaluate.py --oracle                             labels through encode, VAE, decode: what the codec alone costs
     python evaluate.py --ckpt out/ --baseline paper|a.json,b.json       Delta_m against single-task results
 
+A test set whose numbers are in results.json already, from the same settings, weights, samples and code, is not computed again: what was
+interrupted goes on where it stopped.
+
 The formulas are functions of one image: pred, label (C,H,W) floating point, valid (H,W) bool. What lies outside the mask (NaN too) has
 no effect on any number. The accumulators below the formulas hold the protocol: alignment, averaging, counting.
 """
 import argparse
 import contextlib
+import json
 import math
 import sys
 import time
+import zlib
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import toybase
-from checkpoint import read_json, run, write_json
+from checkpoint import Parser, crc, parse_device, read_json, run, whole, write_json
 from data import label_tensors, resize, tensor_image, test_readers, train_readers
 from datasets import READERS
 from model import StableMTL, from_base
@@ -342,34 +347,33 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
     psnr = defaultdict(list)
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     total = min(len(_Items(reader, wanted)), limit or 10**9)
-    bar = tqdm(total=total, desc=reader.name, leave=False)
-    for group in items(reader, wanted, batch, workers, limit, skip_bad):
-        if isinstance(group, str):
-            skipped.append(group)
-            continue
-        tasks = [t for t in group[0][2] if t in TASKS]
-        frames = [torch.stack(f).to(device) for f in zip(*(g[1] for g in group))]
-        if oracle:
-            predicted = {}
-            for t in tasks:
-                label, valid = (torch.stack([g[2][t][i] for g in group]).to(device) for i in (0, 1))
-                code = model.codecs[t].encode(label, valid[:, None])
-                back = reconstruct(model, code)
-                predicted[t] = model.codecs[t].decode(back)
-                for c, b, v in zip(code, back, valid):
-                    if v.any():
-                        psnr[t].append(10 * math.log10(4 / max(1e-10, (c - b.clamp(-1, 1))[:, v].square().mean().item())))
-        else:
-            with autocast:
-                predicted = model.predict(frames[0], frames[1] if len(frames) > 1 else None, tasks, rows)
-        for n, (_, _, maps) in enumerate(group):
-            for name, (label, valid) in maps.items():
-                task = name.split(":")[0]
-                guess = dict(zip(("constant", "per-pixel mean"), (guesses or {}).get(name, ())))
-                for who, p in {"model": predicted[task][n], **guess}.items():
-                    scores[who].setdefault(name, accumulator(task, reader)).add(p, label, valid)
-        bar.update(len(group))
-    bar.close()
+    with tqdm(total=total, desc=reader.name, leave=False) as bar:
+        for group in items(reader, wanted, batch, workers, limit, skip_bad):
+            if isinstance(group, str):
+                skipped.append(group)
+                continue
+            tasks = [t for t in group[0][2] if t in TASKS]
+            frames = [torch.stack(f).to(device) for f in zip(*(g[1] for g in group))]
+            if oracle:
+                predicted = {}
+                for t in tasks:
+                    label, valid = (torch.stack([g[2][t][i] for g in group]).to(device) for i in (0, 1))
+                    code = model.codecs[t].encode(label, valid[:, None])
+                    back = reconstruct(model, code)
+                    predicted[t] = model.codecs[t].decode(back)
+                    for c, b, v in zip(code, back, valid):
+                        if v.any():
+                            psnr[t].append(10 * math.log10(4 / max(1e-10, (c - b.clamp(-1, 1))[:, v].square().mean().item())))
+            else:
+                with autocast:
+                    predicted = model.predict(frames[0], frames[1] if len(frames) > 1 else None, tasks, rows)
+            for n, (_, _, maps) in enumerate(group):
+                for name, (label, valid) in maps.items():
+                    task = name.split(":")[0]
+                    guess = dict(zip(("constant", "per-pixel mean"), (guesses or {}).get(name, ())))
+                    for who, p in {"model": predicted[task][n], **guess}.items():
+                        scores[who].setdefault(name, accumulator(task, reader)).add(p, label, valid)
+            bar.update(len(group))
     results = {who: {t: a.result() for t, a in by_task.items()} for who, by_task in scores.items()}
     for t, values in psnr.items():
         results["model"][t]["PSNR"] = fmean(values)
@@ -448,58 +452,78 @@ def oracle_table(results):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--ckpt", default="", help="folder written by train.py (with --oracle: may be left out, then the toy base)")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
     parser.add_argument("--data", default="", help="root folder of the real test sets (README: Data); empty = the toy worlds")
     parser.add_argument("--split", default="test", choices=("val", "test"), help="which held-out part of the toy worlds")
-    parser.add_argument("--limit", type=int, help="at most this many samples per test set (default: 64 on the toy worlds, all of real data)")
-    parser.add_argument("--batch", type=int, default=0, help="images at once (default: 16 on the toy worlds, 1 on real data)")
-    parser.add_argument("--rows", type=int, help="tasks x images that pass the UNet at once: lowers memory, changes nothing else")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes")
-    parser.add_argument("--trivial", type=int, default=128, help="training labels per dataset behind the trivial rows; 0 = no such rows")
+    parser.add_argument("--limit", type=whole(1), help="at most this many samples per test set (default: 64 on the toy worlds, all of real data)")
+    parser.add_argument("--batch", type=whole(1), help="images at once (default: 16 on the toy worlds, 1 on real data)")
+    parser.add_argument("--rows", type=whole(1), help="tasks x images that pass the UNet at once: lowers memory, changes nothing else")
+    parser.add_argument("--workers", type=whole(0), default=2, help="loader processes")
+    parser.add_argument("--trivial", type=whole(0), default=128, help="training labels per dataset behind the trivial rows; 0 = no such rows")
     parser.add_argument("--baseline", default="", help="results.json of single-task runs (several: comma-separated), or `paper`: prints Delta_m")
     parser.add_argument("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
     parser.add_argument("--palette", choices=tuple(PALETTES), help="with --oracle: other class colours than the checkpoint's")
     parser.add_argument("--kitti-baseline", default="calibration", choices=("calibration", "paper"),
                         help="camera distance behind KITTI 2015's scene flow: each scene's calibration, or the paper's constant 0.54 m")
     parser.add_argument("--skip-bad", action="store_true", help="skip and count unreadable samples instead of stopping")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--overwrite", action="store_true", help="compute finished test sets again")
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--json", default="", help="where to write the results (default: <ckpt>/results.json)")
     args = parser.parse_args(argv)
     if not args.ckpt and not args.oracle:
         raise ValueError("--ckpt is missing: name the folder that train.py wrote, for example --ckpt out/")
+    if args.palette and not args.oracle:
+        raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
+    baseline = PAPER["single-task"] if args.baseline == "paper" else _merge(args.baseline) if args.baseline else None
     torch.manual_seed(0)
-    start = time.time()
+    start, args.device = time.time(), str(parse_device(args.device))
     if args.ckpt:
         model = StableMTL.load(args.ckpt, args.stage, args.device)
     else:
         model = from_base(str(toybase.FOLDER), tuple(TASKS)).to(args.device).eval()
     if args.palette:
-        if not args.oracle:
-            raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     config = read_json(Path(args.ckpt) / "config.json", f"no config.json in {args.ckpt}") if args.ckpt else {}
     size = tuple(config.get("size", (32, 48)))
+    where = args.json or (str(Path(args.ckpt) / ("oracle.json" if args.oracle else "results.json")) if args.ckpt else "")
+    if where and not Path(where).parent.is_dir():
+        raise FileNotFoundError(f"--json {where}: there is no folder {Path(where).parent} to write it to")
     readers = test_readers(args.data, size, split=args.split, kitti_baseline=args.kitti_baseline)
+    readers = [r for r in readers if any(t in model.tasks and len(r.indices(t)) for t in r.tasks)]
     train = []
     if args.trivial and not args.oracle:
         with contextlib.suppress(FileNotFoundError):    # test sets alone: there are no training labels to be trivial with
             train = train_readers(args.data, size)
-    results, trivials, skipped = {}, {}, []
-    for reader in readers:
-        wanted = [t for t in reader.tasks if t in model.tasks and len(reader.indices(t))]
-        if not wanted:
-            continue
-        guesses = trivial_guesses(reader, train, wanted, args.trivial, args.workers) if train else {}
-        results[reader.name], trivials[reader.name], bad = evaluate(
-            model, reader, args.batch or (1 if args.data else 16), args.workers, args.limit, args.rows, args.skip_bad, args.oracle, guesses)
-        skipped += bad
-    lines = oracle_table(results) if args.oracle else table(results, trivials)
+    results, trivials, skipped, made_from = {}, {}, [], {}
     report = {"checkpoint": args.ckpt or "toy base", "stage": 1 if model.main is None else 2, "oracle": args.oracle, "split": args.split,
-              "commit": config.get("commit"), "settings": config.get("train"), "results": results, "trivial": trivials, "skipped": skipped}
-    if args.baseline:
-        baseline = PAPER["single-task"] if args.baseline == "paper" else _merge(args.baseline)
+              "commit": config.get("commit"), "settings": config.get("train"), "results": results, "trivial": trivials, "skipped": skipped,
+              "made_from": made_from, "unfinished": [r.name for r in readers]}
+    old = read_json(where, "") if where and Path(where).is_file() and not args.overwrite else {}
+    common = settings(args, size)
+    try:
+        for reader in readers:
+            name, key = reader.name, fingerprint(common, [reader, *train])
+            if old.get("made_from", {}).get(name) == key:
+                results[name], trivials[name] = old["results"][name], old["trivial"][name]
+                bad = [s for s in old["skipped"] if s.startswith(f"{name}:")]
+                print(f"{name}: kept from {where} (--overwrite computes it again)", file=sys.stderr)
+            else:
+                wanted = [t for t in reader.tasks if t in model.tasks and len(reader.indices(t))]
+                guesses = trivial_guesses(reader, train, wanted, args.trivial, args.workers) if train else {}
+                results[name], trivials[name], bad = evaluate(
+                    model, reader, args.batch or (1 if args.data else 16), args.workers, args.limit, args.rows, args.skip_bad, args.oracle, guesses)
+            skipped += bad
+            made_from[name] = key
+            report["unfinished"].remove(name)
+            if where:
+                write_json(where, report)
+    except KeyboardInterrupt:
+        print(f"\nstopped: {len(results)} of {len(readers)} test sets are in {where or 'no file'}; the same command does the rest", file=sys.stderr)
+        return 130
+    lines = oracle_table(results) if args.oracle else table(results, trivials)
+    if baseline:
         mine = by_task(results)
         common = {t: {d: v for d, v in row.items() if d in baseline.get(t, {})} for t, row in mine.items()}
         common = {t: row for t, row in common.items() if row}
@@ -510,7 +534,6 @@ def main(argv=None):
     if args.data:
         absent = [r.name for r in READERS.values() if "test" in r.use and r.name not in results and r.name != "folder"]
         print(f"\nnot under {args.data}: {', '.join(absent) or 'nothing is missing'}")
-    where = args.json or (str(Path(args.ckpt) / ("oracle.json" if args.oracle else "results.json")) if args.ckpt else "")
     if where:
         write_json(where, report)
     print(f"\nstage {report['stage']} of {report['checkpoint']}, {args.split} split, {len(skipped)} samples skipped, {time.time() - start:.0f} s on {args.device}"
@@ -518,11 +541,27 @@ def main(argv=None):
     return 0
 
 
+def settings(args, size):
+    """Everything but its samples that the numbers of a test set depend on."""
+    folder, code = Path(args.ckpt or toybase.FOLDER), Path(__file__).parent
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*model.safetensors"), *folder.glob("model.json"), *code.glob("*.py")]
+    flags = {k: v for k, v in vars(args).items() if k not in ("ckpt", "workers", "baseline", "overwrite", "json")}
+    return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
+
+
+def fingerprint(common, readers):
+    """Eight hexadecimal digits for `settings` and the samples of the test set and of the training sets behind the trivial predictors."""
+    samples = [(r.name, r.split, len(r), r.size, r.version) for r in readers]
+    return f"{zlib.crc32(json.dumps([common, samples]).encode()):08x}"
+
+
 def _merge(paths):
     """Headlines {task: {dataset: value}} of several results.json, one per single-task run."""
     out = {}
     for path in paths.split(","):
         report = read_json(path, f"no results in {path}: evaluate the single-task runs first, or use --baseline paper")
+        if report.get("unfinished"):
+            raise ValueError(f"{path} is unfinished: evaluate that run again, which does the rest")
         for task, row in by_task(report["results"]).items():
             out.setdefault(task, {}).update(row)
     return out

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -343,7 +344,7 @@ class StableMTL(nn.Module):
     def load(cls, folder, stage=None, device="cpu"):
         """Model of a folder written by `save`. stage=1 loads the single stream alone; None takes stage 2 where it exists.
 
-        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2.
+        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a file is damaged.
         """
         folder = Path(folder)
         spec = read_json(folder / "model.json",
@@ -357,12 +358,16 @@ class StableMTL(nn.Module):
         absent = [w for w in weights if not (folder / w).is_file()]
         if absent:
             raise FileNotFoundError(f"the checkpoint in {folder} is incomplete: no {', '.join(absent)} (copy the whole folder again, or --resume its training)")
-        tokens = load_file(folder / "tokens.safetensors")
-        model = cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2DConditionModel.from_pretrained(folder / "unet"),
-                    {t: tokens[t] for t in spec["tasks"]}, spec["palette"], spec["second_frame"])
-        if second:
-            model.add_main_stream(UNet2DConditionModel.from_pretrained(folder / "main_unet"), **spec["multi"])
-            model.load_task_attention(load_file(folder / "task_attention.safetensors"))
+        try:
+            tokens = load_file(folder / "tokens.safetensors")
+            model = cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2DConditionModel.from_pretrained(folder / "unet"),
+                        {t: tokens[t] for t in spec["tasks"]}, spec["palette"], spec["second_frame"])
+            if second:
+                model.add_main_stream(UNet2DConditionModel.from_pretrained(folder / "main_unet"), **spec["multi"])
+                model.load_task_attention(load_file(folder / "task_attention.safetensors"))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"the checkpoint in {folder} is damaged, or its parts are of different models: copy the whole folder again "
+                             f"({type(error).__name__}: {str(error)[:300]})") from error
         return model.to(device).eval()
 
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from checkpoint import read_json, run, write_json
+from checkpoint import Parser, parse_device, read_json, run, whole, write_json
 from model import StableMTL
 from tasks import CLASSES, TASKS, parse_tasks
 from toyworld import WORLDS, ToyWorld
@@ -247,7 +247,7 @@ def predict(model, frames, tasks, args, trained):
     size = network_size(*frames[0].shape[:2], args.size, trained, model.factor)
     model.attention_log = [] if args.attention else None
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(args.device).type == "cuda"):
+        with torch.autocast("cuda", torch.bfloat16, enabled=args.device.type == "cuda"):
             maps = model.predict(*[to_network(f, size, args.device) for f in frames], tasks=tasks, rows=args.rows)
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of GPU memory at {size[1]}x{size[0]} pixels: use --rows 1, or a smaller --size") from error
@@ -347,21 +347,12 @@ def draw_attention(table):
 
 # ---- command line ----
 
-def whole(least):
-    """argparse type: an integer of at least `least`."""
-    def number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-    return number
-
-
 def parse(argv):
     kind = lambda t: "(H,W) uint8" if t.categorical else f"(H,W,{t.channels}) float32"
     units = "\n".join(f"  {t.name + '.npy':18}{kind(t):17}{t.unit}" for t in TASKS.values())
     classes = ", ".join(f"{i} {c}" for i, c in enumerate(CLASSES))
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f"arrays, at the size of the input:\n{units}\nclasses: {classes}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, epilog=f"arrays, at the size of the input:\n{units}\nclasses: {classes}",
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("paths", nargs="*", metavar="path", help="images, folders, videos, animations")
     parser.add_argument("--toy", metavar="WORLD:N", help=f"sample N of the test split of a toy world: {', '.join(WORLDS)}")
     parser.add_argument("--ckpt", default="out", help="folder written by train.py (default: %(default)s)")
@@ -377,7 +368,7 @@ def parse(argv):
     parser.add_argument("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory, same results")
     parser.add_argument("--vae-slicing", action="store_true", help="decode one map at a time: less memory, same results")
     parser.add_argument("--vae-tiling", action="store_true", help="encode and decode large images in overlapping tiles: much less memory, faint seams")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda (in bfloat16)")
+    parser.add_argument("--device", default="auto", help="cpu, or cuda (in bfloat16; default: where there is one)")
     parser.add_argument("--attention", action="store_true", help="also write attention.png, .json: which tasks a task attends to (stage 2)")
     parser.add_argument("--skip-bad", action="store_true", help="name, skip and count unreadable inputs instead of stopping at the first")
     return parser.parse_args(argv)
@@ -385,10 +376,7 @@ def parse(argv):
 
 def load(args):
     """The model, the tasks asked for, and the (H, W) it was trained at (None if the checkpoint does not say)."""
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not available here: use cpu ({str(error).splitlines()[0]})") from error
+    args.device = parse_device(args.device)
     wanted, model = parse_tasks(args.tasks), StableMTL.load(args.ckpt, args.stage, args.device)
     tasks = [t for t in model.tasks if t in wanted]
     if args.tasks != "all" and len(tasks) < len(wanted):
@@ -412,8 +400,9 @@ def main(argv=None):
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
     model, asked, trained = load(args)
     output, names, tally = Path(args.output), set(), Counter()
+    bar = tqdm(inputs, unit="input", disable=None)
     try:
-        for item in tqdm(inputs, unit="input", disable=None):
+        for item in bar:
             name = next(n for n in chain([item.name], (f"{item.name}-{k}" for k in count(2))) if n not in names)    # a/1.png and b/1.png
             names.add(name)
             tasks, folder = [t for t in asked if TASKS[t].frames == 1 or item.next], output / name
@@ -437,6 +426,8 @@ def main(argv=None):
         finished = tally["done"] + tally["kept"]
         print(f"\nstopped: {finished} finished in {output}; the same command without --overwrite does the rest", file=sys.stderr)
         return 130
+    finally:
+        bar.close()
     motion = ", ".join(t for t in asked if TASKS[t].frames == 2)
     if not tally["done"] + tally["kept"] + tally["bad"]:
         raise ValueError(f"nothing to predict: {motion} need a second frame and no input has one; give two images, a sequence or a video")

@@ -32,7 +32,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 import toybase
-from checkpoint import Parser, read_state, restore, run, save_model, save_state, write_json
+from checkpoint import Parser, parse_device, read_state, restore, run, save_model, save_state, write_json
 from data import LatentCache, Mixture, fingerprint, loader, parse_drop, prepare, train_readers, whole_cells
 from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, compile_blocks, from_base, load_base
 from tasks import CLASSES, PALETTES, TASKS, parse_tasks, registry
@@ -123,9 +123,9 @@ def parse_args(argv=None):
         else:
             parser.add_argument(flag, type=kind, default=f.default, choices=f.metadata["choices"], help=help)
     cfg = Config(**vars(parser.parse_args(argv)))
-    other = [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(cfg) if f.name not in ("resume", "out") and getattr(cfg, f.name) != f.default]
+    other = [f.name for f in dataclasses.fields(cfg) if f.name not in ("resume", "out") and getattr(cfg, f.name) != f.default]
     if cfg.resume and other:
-        raise ValueError(f"--resume continues the run in {cfg.out} with its own settings: leave out {', '.join(other)}")
+        raise ValueError(f"--resume continues the run in {cfg.out} with its own settings: leave out --{', --'.join(other).replace('_', '-')}")
     return check(cfg)
 
 
@@ -159,17 +159,6 @@ def parse_widths(text):
     if widths and (len(widths) != 4 or not all(w.isdecimal() and int(w) > 0 and int(w) % 8 == 0 for w in widths)):
         raise ValueError(f"--widths {text}: expected four multiples of 8, for example 32,32,48,64")
     return tuple(int(w) for w in widths)
-
-
-def parse_device(text):
-    """"auto" -> cuda where there is one, else cpu."""
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {text} is not available here: use cpu, or cuda on a machine with a GPU") from None
-    return torch.device(text)
 
 
 def parse_size(text):
@@ -441,7 +430,8 @@ def main(argv=None):
     held_out = None
     if cfg.val_samples:
         try:
-            held_out = Mixture(train_readers(cfg.data, size, cfg.scenes, "val"), mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
+            others = train_readers(cfg.data, size, cfg.scenes, "val")
+            held_out = Mixture(others, mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
     skipped = []

@@ -1,9 +1,12 @@
 """What several test files share: small checkpoints of both stages."""
 import json
+import os
 
 import pytest
 
-import tiny
+os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: no test waits for a network
+
+import tiny  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """sample.py: every kind of input ends in the promised files, and every mistake in one sentence that leaves nothing behind."""
 import json
+import weakref
 from functools import lru_cache, partial
 
 import numpy as np
@@ -223,11 +224,44 @@ def test_pair_writes_every_task(go, tmp_path, tiny_model):
     assert sorted(p.name for p in folder.iterdir()) == sorted(["panel.png", *(f"{t}.{e}" for t in TASKS for e in ("png", "npy"))])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (13, 29), (17, 600)])
-def test_any_size(go, tmp_path, size):
-    """One pixel, sizes that are no multiple of 8 and extreme strips work, and the arrays have the input's size."""
-    assert go(picture(tmp_path / "x.png", size), "--tasks", "semantic,depth", "--stage", 1)[0] == 0
-    assert np.load(tmp_path / "out/x/depth.npy").shape == (*size, 1) and np.load(tmp_path / "out/x/semantic.npy").shape == size
+@pytest.mark.parametrize("name, mode, size", [
+    ("grey.png", "L", (20, 30)), ("grey_alpha.png", "LA", (20, 30)), ("rgba.png", "RGBA", (20, 30)), ("palette.png", "P", (20, 30)),
+    ("cmyk.jpg", "CMYK", (20, 30)), ("sixteen.png", "I;16", (20, 30)), ("rotated.jpg", "RGB", (20, 30)), ("moves.gif", "RGB", (20, 30)),
+    ("pixel.png", "RGB", (1, 1)), ("odd.png", "RGB", (13, 29)), ("large.jpg", "L", (3000, 4000)), ("strip.png", "RGB", (17, 2000))])
+def test_any_image(go, tmp_path, name, mode, size):
+    """Every mode, an EXIF rotation, an animation, one pixel, 12 megapixels and strips end in arrays of the size that a viewer shows."""
+    path, options = tmp_path / name, {}
+    if name == "rotated.jpg":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    elif name == "moves.gif":
+        options = {"save_all": True, "append_images": [Image.new("RGB", size[::-1], "red")]}
+    if mode == "I;16":
+        Image.fromarray(rng.integers(0, 65536, size, np.uint16)).save(path)
+    else:
+        picture(path, size, mode, **options)
+    assert go(path, "--tasks", "shading", "--stage", 1, "--size", 64)[0] == 0
+    found, shown = list((tmp_path / "out").rglob("shading.npy")), size[::-1] if "exif" in options else size
+    assert len(found) == (2 if "save_all" in options else 1)
+    for array in map(np.load, found):
+        assert array.shape == (*shown, 1) and np.isfinite(array).all()
+
+
+def test_memory_stays_level(go, tmp_path, monkeypatch):
+    """However many images a folder holds, only a few of them are in memory at a time."""
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        picture(tmp_path / "in" / f"f{i:02}.png", (8, 8))
+    seen, most, read = [], [], sample.read_image
+
+    def counted(path):
+        image = read(path)
+        seen.append(weakref.ref(image))
+        most.append(sum(r() is not None for r in seen))
+        return image
+    monkeypatch.setattr(sample, "read_image", counted)
+    assert go(tmp_path / "in", "--tasks", "optical_flow", "--stage", 1)[0] == 0
+    assert len(seen) == 12 and max(most) <= 4
 
 
 def test_single_image_says_what_it_skips(go, tmp_path):
@@ -307,38 +341,6 @@ def test_rows_change_nothing(go, tmp_path):
 
 # ---- mistakes ----
 
-def test_mistakes_are_one_sentence(go, tmp_path, tiny_ckpt_1):
-    """Each user's mistake exits with 2 and one line on stderr that names it, and nothing is written."""
-    x, y, folder = picture(tmp_path / "x.png"), picture(tmp_path / "y.png", (9, 9)), tmp_path / "none"
-    folder.mkdir()
-    (tmp_path / "bad.jpg").write_bytes(b"no image")
-    (tmp_path / "bad.mp4").write_bytes(b"no video" * 99)
-    (tmp_path / "bad.gif").write_bytes(b"GIF89a")
-    for arguments, expected in {
-        (): "nothing to predict",
-        (x, "--toy", "real:3"): "too much",
-        (tmp_path / "absent.png",): "absent.png",
-        (folder,): "no images in",
-        (tmp_path / "bad.jpg",): "bad.jpg",
-        (tmp_path / "bad.mp4",): "bad.mp4",
-        (tmp_path / "bad.gif",): "bad.gif",
-        (x, y): "30x20 pixels",
-        (x, "--tasks", "depth,colour"): "colour",
-        (x, "--tasks", "optical_flow"): "second frame",
-        (x, "--device", "cuda:99"): "cuda:99",
-        ("--toy", "real:x"): "real:x",
-        ("--toy", "real:999999"): "real:999999",
-        ("--toy", "moon:3"): "moon",
-    }.items():
-        code, _, error = go(*arguments)
-        assert code == 2 and expected in error and error.count("\n") == 1, (arguments, error)
-    for arguments, ckpt, expected in (((x, "--attention"), tiny_ckpt_1, "stage 2"), ((x, "--stage", 2), tiny_ckpt_1, "stage 2"),
-                                      ((x,), folder, "no checkpoint")):
-        code, _, error = go(*arguments, ckpt=ckpt)
-        assert code == 2 and expected in error and error.count("\n") == 1, (arguments, error)
-    assert not (tmp_path / "out").exists()
-
-
 def test_skip_bad_goes_on(go, tmp_path):
     """--skip-bad names and counts an unreadable file and predicts the others."""
     folder = tmp_path / "in"
@@ -364,13 +366,9 @@ def test_interrupt_says_how_to_go_on(go, tmp_path, monkeypatch):
     assert code == 130 and "1 finished" in error and outputs(tmp_path) == ["a"]
 
 
-def test_help_states_units_and_rejects_misspelt_flags(capsys):
-    """--help lists every array with its unit; a misspelt or shortened flag and an impossible number are refused."""
+def test_help_states_units(capsys):
+    """--help lists every array with its unit."""
     with pytest.raises(SystemExit) as stop:
         sample.main(["--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"{t.name}.npy" in said and t.unit in said for t in TASKS.values())
-    for wrong in (["--overwrit"], ["--stride", "0"], ["--size", "-3"], ["--rows", "x"]):
-        with pytest.raises(SystemExit) as stop:
-            sample.main(["x.png", *wrong])
-        assert stop.value.code == 2

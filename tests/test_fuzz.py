@@ -1,0 +1,141 @@
+"""Random labels, predictions and damaged files: never NaN where something is valid, never an error but the documented ones."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+import convert
+import datasets
+import evaluate
+import sample
+from tasks import CLASSES, IGNORE, TASKS
+
+cv2, h5py = datasets.opencv(), pytest.importorskip("h5py")
+some = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+SIDES, POISON = st.integers(1, 24), st.sampled_from([float("nan"), float("inf"), float("-inf"), 3e38])
+MASKS, SCALES = st.sampled_from([0.0, 0.02, 0.5, 1.0]), st.sampled_from([0.0, 1e-42, 1e-6, 1.0, 1e6, 1e37])
+SEEDS = st.integers(0, 2 ** 31 - 1)
+
+
+def native(task, height, width, scale, rng):
+    """A label (C,H,W) in the task's range; `scale` stretches what has no range."""
+    x = rng.standard_normal((task.channels, height, width))
+    if task.categorical:
+        return torch.from_numpy(rng.choice([*range(len(CLASSES)), IGNORE], x.shape)).float()
+    if task.dense_loss == "cosine":
+        return torch.from_numpy(x / np.linalg.norm(x, axis=0)).float()
+    bounded = task.metric in ("shading", "albedo")
+    return torch.from_numpy(rng.random(x.shape) if bounded else abs(x) * scale + 1e-3 if task.metric == "depth" else x * scale).float()
+
+
+@pytest.mark.parametrize("name", TASKS)
+@some
+@given(SIDES, SIDES, MASKS, SCALES, POISON, SEEDS)
+def test_codecs(name, height, width, share, scale, poison, seed):
+    """Whatever stands outside the mask, a code is finite and in [-1, 1]; decoding it, or anything a network may say, is finite; so are pictures."""
+    task, rng = TASKS[name], np.random.default_rng(seed)
+    label, valid = native(task, height, width, scale, rng), torch.from_numpy(rng.random((height, width)) < share)
+    finite = task.metric == "epe" and poison == 3e38    # a flow's scale is that of all pixels that hold a number
+    label = torch.where(valid, label, torch.tensor(0.0 if finite else poison))
+    code = task.encode(label[None], valid[None, None])
+    assert code.shape == (1, 3, height, width) and code.isfinite().all() and code.abs().max() <= 1
+    wild = code + torch.from_numpy(rng.standard_normal(code.shape) * scale).float()
+    for decoded in map(task.decode, (code, wild)):
+        assert decoded.shape == (1, task.channels, height, width) and decoded.float().isfinite().all()
+    picture = task.colour(label, valid)
+    assert picture.shape == (height, width, 3) and picture.dtype == np.uint8 and not picture[~valid.numpy()].any()
+
+
+RANGES = {"mIoU": 100, "accuracy": 100, "mAE": 180, "AbsRel": np.inf, "delta1": 100, "EPE": np.inf, "SSIM": 1, "LMSE": 1 + 1e-9, "RMSE": np.inf}
+
+
+@pytest.mark.parametrize("metric", evaluate.METRICS)
+@some
+@given(SIDES, SIDES, MASKS, SCALES, POISON, SEEDS)
+def test_metrics(metric, height, width, share, scale, poison, seed):
+    """Any finite prediction has finite scores within their range, and what stands outside the mask, in either map, changes none of them."""
+    task, rng = next(t for t in TASKS.values() if t.metric == metric), np.random.default_rng(seed)
+    label, valid = native(task, height, width, scale, rng), torch.from_numpy(rng.random((height, width)) < share)
+    pred = torch.from_numpy(rng.integers(0, len(CLASSES), label.shape) if task.categorical else rng.standard_normal(label.shape) * scale).double()
+    results = []
+    for outside in (0.0, poison):
+        make = evaluate.METRICS[metric][0]
+        scores = make(clip=(1e-3, 80.0)) if metric == "depth" else make()
+        for _ in range(2):
+            scores.add(*(torch.where(valid, x, torch.tensor(outside, dtype=x.dtype)) for x in (pred, label)), valid)
+        if not scores.images:
+            with pytest.raises(ValueError, match="found none among 2"):
+                scores.result()
+            return
+        results.append(scores.result())
+    assert results[0] == results[1] and results[0]["images"] == 2
+    for name, value in results[0].items():
+        assert np.isfinite(value), name
+        assert name not in RANGES or (-1 if name == "SSIM" else 0) <= value <= RANGES[name], (name, value)
+
+
+def flo(path, x):
+    path.write_bytes(np.float32(202021.25).tobytes() + np.int32([x.shape[1], x.shape[0]]).tobytes() + x[..., :2].astype("<f4").tobytes())
+
+
+def pfm(path, x):
+    path.write_bytes(b"Pf\n%d %d\n-1.0\n" % x.shape[1::-1] + x[..., 0].astype("<f4").tobytes())
+
+
+def hdf5(path, x):
+    with h5py.File(path, "w") as f:
+        f.create_dataset("dataset", data=x.astype(np.float16), compression="gzip")
+
+
+def picture(path, x):
+    Image.fromarray((255 * x).astype(np.uint8)).save(path)
+
+
+FILES = {"a.flo": (flo, datasets.read_flo), "a.pfm": (pfm, datasets.read_pfm), "a.hdf5": (hdf5, datasets.read_hdf5),
+         "a.npy": (np.save, lambda path: datasets.read_npy(path, 3)), "a.png": (picture, datasets.read_image),
+         "b.png": (picture, lambda path: datasets.read_png(path, "uint8", 3)), "a.jpg": (picture, datasets.read_image),
+         "c.png": (picture, sample.read_image), "c.gif": (picture, sample.read_image),
+         "a.safetensors": (lambda path, x: save_file({"x": torch.from_numpy(x)}, path), convert.read_state),
+         "a.pth": (lambda path, x: torch.save({"x": torch.from_numpy(x)}, path), convert.read_state)}
+
+
+@pytest.mark.parametrize("name", FILES)
+@some
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8), st.floats(0, 1), st.booleans())
+def test_damaged_files(tmp_path_factory, name, changes, length, header):
+    """Bytes changed (anywhere, or in the first 64) and the end cut off: the reader returns something or says in one error which file it is."""
+    path, (write, read) = tmp_path_factory.mktemp("fuzz") / name, FILES[name]
+    write(path, np.random.default_rng(0).random((6, 7, 3)))
+    data = bytearray(path.read_bytes()[:None if length > 0.5 else int(2 * length * path.stat().st_size)])
+    for place, byte in changes if data else ():
+        data[int(place * (min(64, len(data)) if header else len(data)))] = byte
+    path.write_bytes(data)
+    try:
+        read(path)
+    except (ValueError, OSError) as error:
+        assert name in str(error)
+
+
+@pytest.mark.parametrize("name, data", {
+    "a.npy": b"\x93NUMPY\x01\0v\0" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (9000000, 9000000, 3), }".ljust(117) + b"\n" + bytes(99),
+    "a.flo": np.float32(202021.25).tobytes() + np.int32([2 ** 30, 2 ** 30]).tobytes() + bytes(99),
+    "a.pfm": b"Pf\n99999999999999999999 99999999999999999999\n-1.0\n" + bytes(99),
+    "a.safetensors": (2 ** 60).to_bytes(8, "little") + b"{}"}.items())
+def test_absurd_sizes(tmp_path, name, data):
+    """A header that declares far more than the file holds is refused before room is made for it."""
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        FILES[name][1](tmp_path / name)
+
+
+def test_pickles_and_huge_arrays_are_refused(tmp_path):
+    """An array of Python objects is never unpickled; an HDF5 file whose (unwritten) array would fill the memory is not read."""
+    np.save(tmp_path / "a.npy", np.array([{}, []], dtype=object), allow_pickle=True)
+    with h5py.File(tmp_path / "a.hdf5", "w") as f:
+        f.create_dataset("dataset", (2 ** 20, 2 ** 20), "f4", chunks=(64, 64))
+    for name, says in (("a.npy", "Python objects"), ("a.hdf5", "declares 1099511627776 numbers")):
+        with pytest.raises(ValueError, match=f"{name}.*{says}"):
+            FILES[name][1](tmp_path / name)

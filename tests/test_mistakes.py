@@ -1,0 +1,224 @@
+"""Every mistake a user can make with the commands: exit code 2, one sentence on stderr that names it, no traceback, and no file written or changed."""
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bench
+import convert
+import data
+import evaluate
+import sample
+import tiny
+import train
+from checkpoint import run
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "data": data, "bench": bench, "convert": convert}
+BARS = re.compile("[^\r\n]*\\d+%\\|[^\r\n]*[\r\n]*|\r")     # progress bars
+
+
+def png_header(width, height):
+    """A PNG that declares a size and holds nothing."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
+    """A working folder: out/ is stage 1, multi/ stage 2, both/ stage 2 with a broken stage-1 file, and whatever else the mistakes are about."""
+    root = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_ckpt_1, root / "out")
+    for name in ("damaged", "mixed", "half_ckpt"):
+        shutil.copytree(tiny_ckpt, root / name)
+    (root / "damaged" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes((2 ** 60).to_bytes(8, "little") + b"{}")
+    tiny.unet(widths=(8, 8, 8, 8)).save_pretrained(root / "mixed" / "main_unet")
+    (root / "half_ckpt" / "tokens.safetensors").unlink()
+    (root / "part").mkdir()
+    (root / "part" / "vae").symlink_to(tiny_base / "vae")
+    (root / "base").symlink_to(tiny_base)
+    tiny.unet(4).save_pretrained(root / "other" / "unet")
+    for name in ("vae", "tokenizer", "text_encoder"):
+        (root / "other" / name).symlink_to(tiny_base / name)
+    for folder in ("none", "empty_root/virtual_kitti_2", "half_root/kitti_2015/training/image_2", "half_root/hypersim/ai_001_001", "own/images", "own/depth"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, size in {"photo.png": (20, 30), "small.png": (9, 9), "half_root/kitti_2015/training/image_2/000000_10.png": (20, 30),
+                       "own/images/a.png": (20, 30), "cut.png": (64, 64)}.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
+    (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:2000])
+    np.save(root / "own" / "depth" / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (root / "bad.jpg").write_bytes(b"no image")
+    (root / "bad.mp4").write_bytes(b"no video" * 99)
+    (root / "bad.gif").write_bytes(b"GIF89a")
+    (root / "zero.png").touch()
+    (root / "bomb.png").write_bytes(png_header(60000, 60000))
+    (root / "bad.json").write_text("{")
+    torch.save({"x": print}, root / "code.pth")
+    torch.save({"x": torch.zeros(1)}, root / "few.pth")
+    return root
+
+
+def contents(folder):
+    """{path: checksum} of all that is below a folder."""
+    return {p: zlib.crc32(p.read_bytes()) if p.is_file() else None for p in folder.rglob("*")}
+
+
+NEW, SHORT = "--out new --base base", "--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
+MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
+    "--lerning-rate 1": "--lerning-rate",
+    "--rh 0.5": "--rh",
+    "--stage 3": "--stage",
+    "--rho 1.5": "from 0 to 1",
+    "--rho -0.1": "from 0 to 1",
+    "--rho nan": "from 0 to 1",
+    "--mask foo": "--mask",
+    "--attention all": "--attention",
+    "--tasks deph": "deph.*depth",
+    "--tasks ,": "unknown task",
+    "--palette pink": "--palette",
+    "--size 30x49": "not a multiple",
+    "--size 30": "HEIGHTxWIDTH",
+    "--size 4x4": "at least",
+    "--size axb": "HEIGHTxWIDTH",
+    "--steps 0": "above 0",
+    "--steps x": "--steps",
+    "--batch 0": "above 0",
+    "--micro -1": "above 0",
+    "--lr 0": "above 0",
+    "--lr nan": "above 0",
+    "--scenes 0": "above 0",
+    "--workers -1": "--workers",
+    "--warmup -1": "--warmup",
+    "--seed -1": "--seed",
+    "--val-samples -1": "--val-samples",
+    "--picture-every -1": "--picture-every",
+    "--device tpu": "--device",
+    "--widths 8,8": "--widths",
+    "--widths a,b,c,d": "--widths",
+    "--loss dense": "expected latent, pixel or task",
+    "--loss pixel --cache new/cache": "--cache none",
+    "--drop nonsense": "--drop nonsense",
+    "--drop streets:deph": "--drop streets:deph",
+    "--drop town:depth": "--drop town:depth",
+    "--drop rooms:shading": "no training labels for shading",
+    "--base nowhere": "could not load.*existing diffusers folder",
+    "--base part": "incomplete: no unet",
+    "--data nowhere": "no train dataset in",
+    "--data none": "no train dataset in",
+    "--data empty_root": "no virtual_kitti_2 train samples: expected .* is empty",
+    "--data half_root": "no hypersim train samples: expected metadata_images.*holds 1 entries",
+    "--init nowhere": "no checkpoint in nowhere",
+    "--init damaged": "damaged is damaged",
+    "--stage 2": "run python train.py --stage 1",
+}.items()] + [(f"train --base base {SHORT} {flags}", says) for flags, says in {     # beside a finished stage 1
+    "": "already holds stage 1.*--overwrite",
+    "--stage 2 --heads 3": "--heads 3 does not divide",
+    "--stage 2 --rho 2": "from 0 to 1",
+    "--stage 2 --drop rooms": "--drop rooms",
+    "--stage 2 --size 15x24": "not a multiple",
+    "--stage 2 --tasks depth": "stage 2 has the tasks of",
+    "--stage 2 --main-init base": "other widths than stage 1",
+    "--stage 2 --out damaged --overwrite": "damaged is damaged",
+    "--stage 2 --out half_ckpt --overwrite": "incomplete: no tokens",
+}.items()] + [
+    ("train --resume", "nothing to resume in out.*no state"),
+    ("train --resume --steps 9 --batch 2", "own settings: leave out --batch, --steps|own settings: leave out --steps, --batch"),
+    ("evaluate", "--ckpt is missing"),
+    ("evaluate --ckpt nowhere", "no checkpoint in nowhere"),
+    ("evaluate --ckpt half_ckpt", "incomplete: no tokens"),
+    ("evaluate --ckpt damaged", "damaged is damaged"),
+    ("evaluate --ckpt mixed", "mixed is damaged, or its parts are of different models"),
+    ("evaluate --ckpt out --stage 2", "holds no stage 2"),
+    ("evaluate --ckpt out --stage 3", "--stage"),
+    ("evaluate --ckpt out --limt 1", "--limt"),
+    ("evaluate --ckpt out --limit 0", "whole number of at least 1"),
+    ("evaluate --ckpt out --workers -1", "--workers"),
+    ("evaluate --ckpt out --split train", "--split"),
+    ("evaluate --ckpt out --device tpu", "--device tpu"),
+    ("evaluate --ckpt out --palette corners", "--oracle only"),
+    ("evaluate --ckpt out --palette pink", "--palette"),
+    ("evaluate --ckpt out --baseline none.json", "no results in none.json"),
+    ("evaluate --ckpt out --baseline bad.json", "bad.json is damaged"),
+    ("evaluate --ckpt out --json nowhere/results.json", "no folder nowhere"),
+    ("evaluate --ckpt out --data nowhere", "no test dataset in nowhere"),
+    ("evaluate --ckpt out --data none", "no test dataset in none"),
+    ("evaluate --ckpt out --data half_root", "no kitti_2015 training samples: expected training/flow_occ.*holds 1 entries"),
+    ("evaluate --ckpt out --data own --trivial 0 --workers 0", "own/depth/a.npy .*Python objects.*--skip-bad"),
+    ("data", "add --check or --show"),
+    ("data --chek", "--chek"),
+    ("data --check", "add --data"),
+    ("data --check --data nowhere", "nowhere is no folder"),
+    ("data --show moon:3", "moon"),
+    ("data --show streets:x", "samples 0 to"),
+    ("data --show moon:0 --data none", "expected NAME:INDEX with one of hypersim"),
+    ("data --show hypersim:0 --data half_root", "no hypersim train samples"),
+    ("bench --taks 3", "--taks"),
+    ("bench --tasks 8", "expected 1 to 7 tasks"),
+    ("bench --device tpu", "--device tpu"),
+    ("bench --graph --device cpu", "--graph records CUDA"),
+    ("bench --base nowhere", "no vae/config.json"),
+    ("bench --size big", "HEIGHTxWIDTH"),
+    ("convert", "an import needs --base and --single"),
+    ("convert --exprt back", "--exprt"),
+    ("convert --export back --ckpt nowhere", "no checkpoint in nowhere"),
+    ("convert --base base --single few.pth", "out already holds a checkpoint"),
+    ("convert --base base --single nowhere.pth --out new", "no weights at nowhere.pth"),
+    ("convert --base base --single code.pth --out new", "code.pth is not a plain state dict"),
+    ("convert --base base --single few.pth --out new", "few.pth does not fit"),
+    ("sample", "nothing to predict"),
+    ("sample photo.png --overwrit", "--overwrit"),
+    ("sample photo.png --stride 0", "--stride"),
+    ("sample photo.png --size -3", "--size"),
+    ("sample photo.png --rows x", "--rows"),
+    ("sample photo.png --toy real:3", "too much"),
+    ("sample photo.png --device tpu", "--device tpu"),
+    ("sample photo.png --tasks depth,colour", "colour"),
+    ("sample photo.png --tasks optical_flow", "second frame"),
+    ("sample photo.png --attention", "stage 2"),
+    ("sample photo.png --stage 2", "holds no stage 2"),
+    ("sample photo.png --ckpt none", "no checkpoint in none"),
+    ("sample photo.png --ckpt damaged", "damaged is damaged"),
+    ("sample photo.png small.png", "30x20 pixels and its next frame 9x9"),
+    ("sample absent.png", "absent.png"),
+    ("sample none", "no images in none"),
+    ("sample bad.jpg", "bad.jpg cannot be read as an image"),
+    ("sample cut.png", "cut.png cannot be read as an image"),
+    ("sample zero.png", "zero.png is empty"),
+    ("sample bomb.png", "bomb.png cannot be read.*decompression bomb.*at most"),
+    ("sample bad.mp4", "bad.mp4"),
+    ("sample bad.gif", "bad.gif"),
+    ("sample --toy real:x", "real:x"),
+    ("sample --toy real:999999", "real:999999"),
+    ("sample --toy moon:3", "moon"),
+]
+
+
+@pytest.mark.parametrize("command, says", MISTAKES, ids=[c for c, _ in MISTAKES])
+def test_a_mistake_ends_in_a_sentence(place, monkeypatch, capsys, command, says):
+    """In this process, through the same `run` as from the shell."""
+    monkeypatch.chdir(place)
+    before = contents(place)
+    name, *flags = command.split()
+    assert run(lambda: COMMANDS[name].main(flags)) == 2
+    error = BARS.sub("", capsys.readouterr().err)
+    assert re.fullmatch(f"[^\n]*({says})[^\n]*\n", error) and "Traceback" not in error, error
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("command, says", [("train --stage 2 --rho 1.5", "from 0 to 1"), ("sample bomb.png --ckpt out", "decompression bomb")])
+def test_a_mistake_in_the_shell(place, command, says):
+    """The commands themselves: the sentence begins with the command's name."""
+    before, (name, *flags) = contents(place), command.split()
+    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *flags], cwd=place, capture_output=True, text=True)
+    error = BARS.sub("", done.stderr)
+    assert done.returncode == 2 and done.stdout == "" and re.fullmatch(f"{name}.py: [^\n]*{says}[^\n]*\n", error), error
+    assert contents(place) == before
