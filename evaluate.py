@@ -530,7 +530,8 @@ def main(argv=None):
         report["delta_m"] = delta_m(common, {t: {d: baseline[t][d] for d in row} for t, row in common.items()},
                                     {t: METRICS[TASKS[t].metric][2] for t in TASKS})
         lines.append(f"\nDelta_m against {args.baseline} over {len(common)} tasks: {report['delta_m']:+.2f} %")
-    print("\n".join(lines))
+    report["stage1"] = config.get("stage1")
+    print("\n".join([*trained(config), *lines]))
     if args.data:
         absent = [r.name for r in READERS.values() if "test" in r.use and r.name not in results and r.name != "folder"]
         print(f"\nnot under {args.data}: {', '.join(absent) or 'nothing is missing'}")
@@ -553,6 +554,15 @@ def fingerprint(common, readers):
     """Eight hexadecimal digits for `settings` and the samples of the test set and of the training sets behind the trivial predictors."""
     samples = [(r.name, r.split, len(r), r.size, r.version) for r in readers]
     return f"{zlib.crc32(json.dumps([common, samples]).encode()):08x}"
+
+
+def trained(config):
+    """Lines that say how the checkpoint was trained: what the paper varies, of stage 1 (the one it started from, too) and of stage 2."""
+    flags = {1: ("tasks", "drop", "palette", "second_frame", "isolation", "loss"),
+             2: ("heads", "shared_qkv", "main_init", "attention", "rho", "mask", "drop", "isolation", "loss")}
+    settings = [s for s in (config.get("stage1"), config.get("train")) if s]
+    told = lambda s: ", ".join(f"{k} {s[k]}" for k in flags[s["stage"]] if s[k] != "")
+    return [f"stage {s['stage']}, {s['steps']} steps of {s['batch']}, seed {s['seed']}: {told(s)}" for s in settings] + [""]
 
 
 def _merge(paths):

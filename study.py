@@ -110,11 +110,12 @@ def runs(args):
 def perform(job, args):
     """Train and evaluate one model, or what is left of that; KeyboardInterrupt after Ctrl-C, with a checkpoint to continue from."""
     flags, argv = VARIANTS[job.variant].flags, ["--resume", "--out", str(job.out)]
-    if not (job.out / "config.json").is_file():     # train.py has not written its first checkpoint
+    if not (job.out / "state").is_dir():        # train.py has not written its first checkpoint
         shutil.rmtree(job.out, ignore_errors=True)
         job.out.mkdir(parents=True)
         if "--stage 2" in flags:
             StableMTL.load(job.parent, stage=1).save(job.out)
+            shutil.copy(job.parent / "config.json", job.out)
         # train.py draws the batches from seed + 1000 x stage: a single stream that is continued gets those of stage 2
         seed = job.seed + 1000 * ("--init" in flags)
         argv = [*args.train, "--tasks", ",".join(args.tasks), "--out", str(job.out), "--steps", str(job.steps), "--seed", str(seed),

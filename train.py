@@ -343,6 +343,7 @@ def build_model(cfg):
     else:
         main = UNet2DConditionModel.from_config(model.unet.config)
         main.load_state_dict(model.unet.state_dict())
+    torch.manual_seed(cfg.seed)     # the projections start alike, wherever the main stream starts
     model.add_main_stream(main, cfg.heads, cfg.shared_qkv, cfg.attention)
     model.rho, model.mask = cfg.rho, cfg.mask
     return model
@@ -370,6 +371,13 @@ def keep_memory():
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)):   # mmap threshold, trim threshold, top pad
             libc.mallopt(option, value)
+
+
+def stage1_settings(folder):
+    """Settings of the stage 1 in a checkpoint; None if it does not say (imported weights)."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {"train": None}
+    return config["stage1"] if config["train"] and config["train"]["stage"] == 2 else config["train"]
 
 
 def commit():
@@ -454,6 +462,7 @@ def main(argv=None):
         del tensors
     about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks), "palette": cfg.palette, "seed": cfg.seed,
              "commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "diffusers": diffusers.__version__},
+             "stage1": saved["stage1"] if cfg.resume else stage1_settings(cfg.init or cfg.out) if cfg.init or cfg.stage == 2 else None,
              "held_out": saved["held_out"] if cfg.resume else {}}       # step: loss
 
     def save():

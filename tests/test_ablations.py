@@ -1,0 +1,148 @@
+"""Every flag of the paper's ablations changes what it says and nothing else, is stored in the checkpoint, and is shown by evaluate.py.
+
+What each does in detail is proved where it is built: test_model.py (masks, heads, second frame, N-to-N), test_train.py, test_data.py."""
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+import model
+import train
+from checkpoint import run
+from data import train_readers
+from model import StableMTL, draw_mask
+from tasks import TASKS
+
+TINY = ("--steps 4 --scenes 2 --size 16x24 --batch 4 --micro 4 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none --val-samples 0 "
+        "--tasks semantic,normal,depth,optical_flow")
+
+
+@pytest.fixture(scope="module")
+def stage1(tiny_base, tmp_path_factory):
+    """Folder of a stage 1 of four tasks, trained without isolation and without a label. Do not write there."""
+    out = tmp_path_factory.mktemp("ablations") / "out"
+    assert train.main(f"--base {tiny_base} --out {out} {TINY} --steps 1 --no-isolation --drop rooms:depth".split()) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def begin(tiny_base, stage1, tmp_path_factory):
+    """begin(flags) -> what train.py is about to do with them: initial weights, batches, losses, stored settings. No step is computed."""
+    @functools.cache
+    def call(text=""):
+        seen, out = {"batches": []}, tmp_path_factory.mktemp("begin") / "out"
+        shutil.copytree(stage1, out) if "--stage 2" in text else out.mkdir()
+
+        def no_step(model, batches, kinds, *_):
+            if not seen["batches"]:
+                seen.update(model=model, kinds=kinds, weights={k: v.clone() for k, v in model.state_dict().items()}, tasks=model.tasks,
+                            acts=(model.rho, model.mask, model.second_frame, model.multi, model.training))
+            seen["batches"].append([(tuple(b["tasks"]), b["names"], [f.sum().item() for f in b["frames"]]) for b in batches])
+            return {"latent": 1.0}
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(train, "step_gradients", no_step)
+            m.setattr(train, "save_state", lambda *args: None)
+            m.setattr(train, "save_model", lambda *args: None)
+            assert train.main(f"--base {tiny_base} --out {out} {TINY} {text}".split()) == 0
+        seen["settings"] = json.loads((out / "config.json").read_text())["train"]
+        return seen
+    return call
+
+
+def differing(a, b):
+    """Names of what differs between two beginnings; weights by the module they belong to."""
+    weights = {k.split(".")[0] for k in a["weights"].keys() | b["weights"].keys()
+               if k not in a["weights"] or k not in b["weights"] or not torch.equal(a["weights"][k], b["weights"][k])}
+    settings = {f"--{k}" for k in a["settings"] if a["settings"][k] != b["settings"][k] and k != "out"}
+    return weights | settings | {k for k in ("tasks", "batches", "kinds", "acts") if a[k] != b[k]}
+
+
+@pytest.mark.parametrize("flags, differs", {
+    "--no-isolation": {"--isolation", "batches"},
+    "--second-frame average": {"--second_frame", "acts"},
+    "--second-frame none": {"--second_frame", "acts"},
+    "--drop streets:depth": {"--drop", "batches"},
+    "--tasks semantic,depth": {"--tasks", "tasks", "batches"},
+    "--palette corners": {"--palette"},
+    "--loss latent,task:0.5": {"--loss", "kinds"},
+    "--stage 2 --rho 1": {"--rho", "acts"},
+    "--stage 2 --mask score-k": {"--mask", "acts"},
+    "--stage 2 --heads 2": {"--heads", "acts"},
+    "--stage 2 --shared-qkv": {"--shared_qkv", "attention", "acts"},
+    "--stage 2 --main-init base": {"--main_init", "main"},
+    "--stage 2 --attention n-to-n": {"--attention", "batches", "acts"},
+    "--stage 2 --loss latent,pixel": {"--loss", "kinds"},
+    "--stage 2 --no-isolation": {"--isolation", "batches"},
+    "--stage 2 --drop streets:normal": {"--drop", "batches"},
+}.items())
+def test_a_flag_changes_what_it_says_and_nothing_else(begin, flags, differs):
+    """Against the run without it, with the same seed: which initial weights, which batches, which settings differ."""
+    plain, with_flag = begin("--stage 2" if "--stage 2" in flags else ""), begin(flags)
+    assert differing(plain, with_flag) == differs
+
+
+def test_a_dropped_label_leaves_other_steps_alone(begin):
+    """--drop: the tasks come in the same order, the others with the same samples, and the dropped label never."""
+    plain, dropped = begin(), begin("--drop streets:depth")
+    for a, b in zip(plain["batches"], dropped["batches"]):
+        assert [t for t, _, _ in a][0] == [t for t, _, _ in b][0]
+        assert (a == b) == (a[0][0] != ("depth",)) and not any(n.startswith("streets") for t, names, _ in b if t == ("depth",) for n in names)
+
+
+def test_n_to_n_supervises_every_label_an_image_has(begin):
+    """One image, all tasks its world labels; the others keep one task."""
+    labels = {r.name: [t for t in r.tasks if t in ("semantic", "normal", "depth", "optical_flow")] for r in train_readers(size=(16, 24), scenes=2)}
+    for step in begin("--stage 2 --attention n-to-n")["batches"]:
+        assert all(list(tasks) == [t for t in TASKS if t in labels[names[0].split(":")[0]]] for tasks, names, _ in step)
+    assert all(len(tasks) == 1 for step in begin("--stage 2")["batches"] for tasks, _, _ in step)
+
+
+def test_masks_follow_the_attention_of_the_trained_layer(begin, monkeypatch):
+    """--mask score: what is left out in a layer is drawn from that layer's own mean attention, --rho says how often, per layer."""
+    m, drawn = begin("--stage 2 --rho 0.5")["model"], []
+    for layer in m.attention.values():      # attention that is not even
+        for i, t in enumerate(m.tasks):
+            layer.task_to_q[t].net[-1].bias.data += 1
+            layer.task_to_k[t].fc2.bias.data += 0.3 * i
+
+    def spy(scores, rho, how):
+        drawn.append((scores, draw_mask(scores, rho, how), rho, how))
+        return drawn[-1][1]
+    monkeypatch.setattr(model, "draw_mask", spy)
+    z, n = torch.randn(2, 4, 8, 12), 60
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(n):
+            m(z, z, ["depth"])
+    layers = len(m.attention)
+    assert len(drawn) == n * layers and {d[2:] for d in drawn} == {(0.5, "score")}
+    assert torch.stack([d[1].any() for d in drawn]).float().mean().item() == pytest.approx(0.5, abs=0.11)
+    left_out = sum(d[1] for d in drawn if d[1].any()).float()      # three other tasks; expected: the sum of the scores
+    expected = sum(d[0] for d in drawn if d[1].any())
+    assert expected.max() > 1.3 * expected.min(), "even attention would show nothing"
+    assert ((left_out - expected) ** 2 / expected).sum() < 13.8     # chi-square, 2 degrees of freedom, p > 0.001
+
+
+def test_settings_of_both_stages_are_kept_and_shown(tiny_base, stage1, tmp_path, capsys):
+    """Stage 2 keeps stage 1's settings beside its own, also over --resume, --overwrite and --init; evaluate.py prints and writes both."""
+    out = shutil.copytree(stage1, tmp_path / "out")
+    go = lambda text: run(lambda: train.main(text.split()))
+    config = lambda folder: json.loads((folder / "config.json").read_text())
+    start = f"--base {tiny_base} --out {out} {TINY} --steps 1 --stage 2"
+    for flags in ("--rho 0.7 --mask argmax --heads 2", "--rho 0.2 --mask uniform --heads 1 --overwrite"):
+        assert go(f"{start} {flags}") == 0
+    assert go(f"--resume --out {out}") == 0
+    saved = config(out)
+    assert saved["stage1"] == config(stage1)["train"] and config(stage1)["stage1"] is None
+    assert (saved["train"]["rho"], saved["train"]["mask"], saved["train"]["heads"]) == (0.2, "uniform", 1) == (
+        0.2, "uniform", StableMTL.load(out).multi["heads"])
+    assert go(f"--base {tiny_base} --out {tmp_path / 'longer'} {TINY} --steps 1 --init {out}") == 0
+    assert config(tmp_path / "longer")["stage1"] == saved["stage1"]
+    capsys.readouterr()
+    assert evaluate.main(["--ckpt", str(out), "--limit", "1", "--trivial", "0", "--workers", "0"]) == 0
+    shown, report = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert "isolation False" in shown and "drop rooms:depth" in shown and "rho 0.2" in shown and "mask uniform" in shown and "heads 1" in shown
+    assert report["settings"] == saved["train"] and report["stage1"] == saved["stage1"]
