@@ -33,12 +33,12 @@ import torch
 import evaluate
 import train
 from bench import hardware, step_operations
-from checkpoint import Parser, read_json, run, write_json
+from checkpoint import Parser, parse_device, read_json, run, whole, write_json
 from data import TOY_TEST, TOY_TRAIN, tensor_image, test_readers
 from evaluate import METRICS, by_task, delta_m, markdown
 from model import StableMTL
 from plot import COLOURS, Chart, grid
-from sample import attention_table, draw_attention, whole
+from sample import attention_table, draw_attention
 from tasks import TASKS, parse_tasks
 
 
@@ -124,7 +124,7 @@ def perform(job, args):
             argv += ["--warmup", str(round(args.settings["warmup"] * job.steps / args.steps))]
     with (job.out / "output.txt").open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         results = job.out / "evaluation.json"
-        device = str(train.parse_device(args.settings["device"]))
+        device = str(parse_device(args.settings["device"]))
         if train.main(argv) or evaluate.main(["--ckpt", str(job.out), "--trivial", "0", "--limit", str(args.limit), "--device", device,
                                               "--json", str(results)]):
             raise KeyboardInterrupt     # both have caught it, and saved what they had
@@ -213,7 +213,7 @@ def summary(args):
                 claims.append({"claim": claim, "where": where, "better": better, "worse": worse, "differences": differences,
                                "verdict": verdict(differences), "paper": paper if where == "unseen" else None})
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
-    device = hardware(train.parse_device(args.settings["device"]))
+    device = hardware(parse_device(args.settings["device"]))
     return about | {"hardware": device, "torch": torch.__version__, "commit": train.commit(), "variants": rows, "claims": claims}
 
 

@@ -113,6 +113,7 @@ def made_up(tmp_path, monkeypatch):
         (out / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
         (out / "model.json").write_text(json.dumps({"multi": None if cfg.stage == 1 else {"shared": cfg.shared_qkv}}))
         (out / "tasks.txt").write_text(cfg.tasks)
+        (out / "config.json").write_text("{}")
 
     def evaluate_main(argv):
         out = Path(argv[argv.index("--ckpt") + 1])
