@@ -202,7 +202,7 @@ def train_unet(unet, token, latents, steps, generator, batch=16, lr=2e-3):
     _optimise(unet, loss, steps, lr, generator, "pre-training the UNet")
 
 
-def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=1600, seed=0, workers=2):
+def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=2400, seed=0, workers=2):
     """Train all of it and write the folder in half precision. An existing vae/ in the folder is kept: delete it to train it anew."""
     folder, generator = Path(folder), torch.Generator()
 

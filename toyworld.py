@@ -133,10 +133,10 @@ def street(rng, style):
             z, r, leaf = rng.uniform(5, 14), rng.uniform(0.4, 0.9), hsv(rng, *style.leaf)
             x = side * (wide + rng.uniform(0.6, 2) + r)
             s.add(BALL, (x, -r * 0.6, z), (r, r, r), leaf, leaf * 0.5, BLOBS, 0.5, VEGETATION, grain=0.5)
-    for i in range(rng.integers(3, 6)):  # thin things are sized in pixels of a 96-pixel-wide image, so that it resolves them
+    for i in range(rng.integers(3, 6)):  # thin things are sized in pixels of a 64-pixel-wide image, so that 48 pixels resolve them
         z, side, grey = rng.uniform(4.5, 11), (-1, 1)[i % 2], hsv(rng, (0, 1), (0, 0.25), (0.15, 0.7))
-        px = z / (96 * s.focal)
-        x, top, r = side * (wide + rng.uniform(0.2, 0.6)), -eye - px * rng.uniform(8, 26), px * rng.uniform(1.0, 1.7)
+        px = z / (64 * s.focal)
+        x, top, r = side * (wide + rng.uniform(0.2, 0.6)), -eye - px * rng.uniform(5, 16), px * rng.uniform(1.0, 1.7)
         s.add(TUBE, (x, top / 2, z), (r, -top / 2, r), grey, grey * 0.5, pick(rng, style.patterns), 0.6, POLE, grain=0.2)
         kind, front = pick(rng, (SIGN, SIGN, SIGN, LIGHT, LIGHT, POLE)), z - r - px
         if kind == SIGN:
@@ -227,11 +227,13 @@ def build(world, split, index, seed=0):
     s.freeze(rng)
     if real:
         s.cast, s.vignette, s.noise = rng.uniform(0.85, 1.05, 3), rng.uniform(0.1, 0.3), rng.uniform(0.01, 0.025)
-    # Motion of any direction, scaled so that the flow is about one latent cell (4 of 96 pixels): that is what makes it learnable.
+    # Motion scaled so that the flow is about one latent cell (4 of 96 pixels): that is what makes it learnable. Up, down and sideways alike, but
+    # forwards only, as vehicles drive, and turning little: whether a small motion along the optical axis comes or goes is hardly visible.
     rays, unit = pixel_rays(s.focal, 16, 24, 1), 96 * s.focal
     t, hit = trace(s, 0, s.C[0], s.R[0], rays, np.arange(len(s.shape)))
     points = (t * rays)[:, hit >= 0].astype(float)
-    turn, go = rng.normal(0, (2, 1.5, 0.7)) / unit, rng.normal(0, (1, 0.3, 1))
+    turn, go = rng.normal(0, (1, 0.8, 0.4)) / unit, rng.normal(0, (1, 0.7, 0.6))
+    go[2] = abs(go[2])
 
     def flow(turn, go):
         q = rotation(*turn).T @ (points - go[:, None])
