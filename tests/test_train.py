@@ -29,11 +29,6 @@ TINY = ("--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --
 THREE = "semantic,depth,optical_flow"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def go(tiny_base, tmp_path, capsys):
     """go("--stage 1 ...") -> (exit code, stdout, stderr); the run is in tmp_path/out unless --out says otherwise."""
