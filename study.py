@@ -6,9 +6,9 @@
 
 VARIANTS below says what is compared; a new row there is all that a further comparison needs. Models are trained by train.py, measured by
 evaluate.py. Optimizer steps are equal: every single stream takes --steps; every multi stream starts from the single stream of its seed and
-takes --steps2 more, and `continued` takes as many further steps, on the same batches and at the same learning rate, as a single stream. A
-single-task model takes --steps divided by the number of tasks: as many steps of its task as the single stream takes of it, so that all of
-them together cost one single stream (the paper trains each for its own full schedule: --single-steps).
+takes --steps2 more, and `continued` takes the same number of further steps, on the same batches, as a single stream. A single-task model
+takes --steps divided by the number of tasks: as many steps of its task as the single stream takes of it, so that all of them together cost
+one single stream (the paper trains each for its own full schedule: --single-steps).
 
 Delta_m is against the single-task models of the same seed: on `real`, the world that training never sees (paper Table 2), and on held-out
 scenes of the training worlds (Table 10). Differences between variants are paired by seed.
@@ -54,7 +54,7 @@ VARIANTS = {
     "single-task": Variant("single-task models", "--stage 1 --tasks {task}"),
     "single": Variant("single stream", "--stage 1"),
     "no-isolation": Variant("single stream w/o task-gradient isolation", "--stage 1 --no-isolation"),
-    "continued": Variant("single stream, continued", "--stage 1 --init {parent} --lr {lr2}", "single"),
+    "continued": Variant("single stream, continued", "--stage 1 --init {parent}", "single"),
     "multi": Variant("multi stream, rho 0.4", "--stage 2 --rho 0.4", "single"),
     # the paper's Table 4 takes parts away from the multi stream without masking: its differences are to that row
     "rho-0": Variant("multi stream, rho 0", "--stage 2 --rho 0", "single"),
@@ -119,7 +119,7 @@ def perform(job, args):
         # train.py draws the batches from seed + 1000 x stage: a single stream that is continued gets those of stage 2
         seed = job.seed + 1000 * ("--init" in flags)
         argv = [*args.train, "--tasks", ",".join(args.tasks), "--out", str(job.out), "--steps", str(job.steps), "--seed", str(seed),
-                *flags.format(task=job.task, parent=job.parent, lr2=args.lr2).split()]
+                *flags.format(task=job.task, parent=job.parent).split()]
         if job.task:        # the same share of its steps
             argv += ["--warmup", str(round(args.settings["warmup"] * job.steps / args.steps))]
     with (job.out / "output.txt").open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
@@ -137,7 +137,7 @@ def perform(job, args):
 def keep(args):
     """Write the study's settings to study.json, or refuse (ValueError) if they differ from those already there. New rows and seeds do not."""
     path = Path(args.out) / "study.json"
-    now = {k: getattr(args, k) for k in ("steps", "steps2", "single_steps", "limit", "lr2")} | {"tasks": ",".join(args.tasks)} | args.settings
+    now = {k: getattr(args, k) for k in ("steps", "steps2", "single_steps", "limit")} | {"tasks": ",".join(args.tasks)} | args.settings
     now |= {f"variant {name}": " ".join(VARIANTS[name]) for name in args.only}
     old = read_json(path, "") if path.is_file() else {}
     differs = [f"{k} {old[k]}, now {now[k]}" for k in now if k in old and old[k] != now[k]]
@@ -393,7 +393,7 @@ def parse(argv):
     args.single_steps = args.single_steps or max(1, round(args.steps / len(args.tasks)))
     if len(args.tasks) < 2:
         raise ValueError(f"--tasks {args.tasks[0]}: expected at least two tasks, for a multi stream needs another one to attend to")
-    args.settings, args.lr2 = {k: v for k, v in dataclasses.asdict(first).items() if k not in FREE}, second.lr
+    args.settings = {k: v for k, v in dataclasses.asdict(first).items() if k not in FREE}
     args.train = ["--cache", str(Path(args.out) / "cache"), "--val-samples", "0", *flags]      # the last checkpoint is the one that is measured
     return args
 

@@ -102,8 +102,8 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(scenes=400, size="32x48", widths="", batch=16, micro=16, lr={1: 7e-4, 2: 3.5e-4}, beta2=0.99,
-                schedule="cosine", clip=1.0, steps={1: 1000, 2: 330}),
+    "toy": dict(scenes=400, size="32x48", widths="", batch=16, micro=16, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
+                steps={1: 1000, 2: 300}),
     "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, beta2=0.999, schedule="cosine", clip=1.0,
                     steps={1: 20000, 2: 10000}),
     "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, beta2=0.999, schedule="exponential", clip=5.0,
