@@ -102,8 +102,8 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(scenes=400, size="32x48", widths="", batch=16, micro=16, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
-                steps={1: 1000, 2: 300}),
+    "toy": dict(scenes=400, size="32x48", widths="", batch=8, micro=8, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
+                steps={1: 1300, 2: 450}),
     "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, beta2=0.999, schedule="cosine", clip=1.0,
                     steps={1: 20000, 2: 10000}),
     "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, beta2=0.999, schedule="exponential", clip=5.0,
@@ -285,9 +285,16 @@ def sync_gradients(params, losses, device):
     used = torch.tensor([p.grad is not None for p in params], dtype=torch.float32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
     for p, u in zip(params, used.tolist()):
-        if u:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+        if u and p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p, u in zip(params, used.tolist()) if u]
+    bucket = np.cumsum([g.numel() for g in grads]) // 2**24
+    for k in np.unique(bucket):         # a few large messages instead of hundreds of small ones
+        part = [g for g, b in zip(grads, bucket) if b == k]
+        flat = torch.cat([g.flatten() for g in part])
+        dist.all_reduce(flat)
+        for g, total in zip(part, flat.split([g.numel() for g in part])):
+            g.copy_(total.view_as(g))
     values = torch.tensor([losses[k] for k in sorted(losses)], device=device)
     dist.all_reduce(values)
     return dict(zip(sorted(losses), values.tolist()))
