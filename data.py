@@ -122,13 +122,17 @@ def prepare(reader, index, tasks, codecs, flips=(False, False), rng=None, with_n
         label, mask = (crop(x) for x in label_tensors(sample, t))
         labels[t] = resize(codecs[t].encode(label[None], mask[None])[0], reader.size)
         valid[t] = resize(mask, reader.size)
+    item = {"frames": frames, "labels": labels, "valid": valid}
     for axis, flip in ((-1, flips[0]), (-2, flips[1])):
-        if flip:
-            signs = {t: torch.tensor(codecs[t].hflip if axis == -1 else codecs[t].vflip).view(3, 1, 1) for t in tasks}
-            frames = [f.flip(axis) for f in frames]
-            labels = {t: x.flip(axis) * signs[t] for t, x in labels.items()}
-            valid = {t: m.flip(axis) for t, m in valid.items()}
-    return {"frames": frames, "labels": labels, "valid": valid}
+        item = mirror(item, codecs, axis) if flip else item
+    return item
+
+
+def mirror(item, codecs, axis):
+    """What `prepare` returns, flipped along an axis (-1 horizontally, -2 vertically): vectors change the sign of that component."""
+    signs = {t: torch.tensor(codecs[t].hflip if axis == -1 else codecs[t].vflip).view(3, 1, 1) for t in item["labels"]}
+    return {"frames": [f.flip(axis) for f in item["frames"]], "labels": {t: x.flip(axis) * signs[t] for t, x in item["labels"].items()},
+            "valid": {t: m.flip(axis) for t, m in item["valid"].items()}}
 
 
 def whole_cells(valid, factor):
@@ -356,8 +360,10 @@ class _CacheJobs(Dataset):
         try:
             for prefix, tasks in self.views:
                 tasks = tuple(t for t in tasks if index in self.wanted[t])
-                for flip in (0, 1) if tasks else ():
-                    s = prepare(self.reader, index, tasks, self.codecs, (bool(flip), False))
+                if not tasks:
+                    continue
+                upright = prepare(self.reader, index, tasks, self.codecs)
+                for flip, s in enumerate((upright, mirror(upright, self.codecs, -1))):
                     items += [((f"{prefix}frame{n}", flip), x) for n, x in enumerate(s["frames"])]
                     items += [((t, flip), x) for t, x in s["labels"].items()] + [((f"{t}_valid", flip), m) for t, m in s["valid"].items()]
         except (OSError, ValueError) as error:
