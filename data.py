@@ -143,13 +143,13 @@ def whole_cells(valid, factor):
 # ---- the mixture: what step s trains on ----
 
 class Mixture(Dataset):
-    """Element s is optimizer step s: a list of micro-batches (dicts), each of one task and one dataset.
+    """Element s is optimizer step s: a list of micro-batches (dicts), each of one task and one image size.
 
     Isolation (the default): all samples of a step belong to one task; the tasks come in a fresh random order per cycle.
     Within a task, a sample's dataset is drawn with the readers' `mix` weights, renormalised over those that label the task, so that
     leaving out tasks never shifts them. The draws do not depend on `micro`, nor on the number of ranks (rank r takes every world-th).
 
-    Micro-batch: task(s) in "tasks", "dataset", "names", "frames" [i, j], "labels" and "valid" {task: tensor}; as images in [-1,1] with
+    Micro-batch: task(s) in "tasks", "names" ("dataset:index"), "frames" [i, j], "labels" and "valid" {task: tensor}; as images in [-1,1] with
     pixel masks, or with a `cache` as latents with masks of latent cells.
     """
 
@@ -202,13 +202,13 @@ class Mixture(Dataset):
                     raise ValueError(f"step {step}, {reader.name} sample {index}: {error} (--skip-bad skips and counts such files)") from error
                 skipped.append(f"{reader.name}:{index}")
                 continue
-            groups.setdefault((tasks, reader.name), []).append((f"{reader.name}:{index}", item))
+            groups.setdefault((tasks, item["frames"][0].shape), []).append((f"{reader.name}:{index}", item))
         batches = []
-        for (tasks, name), items in groups.items():
+        for (tasks, _), items in groups.items():
             for i in range(0, len(items), self.micro):
                 names, part = zip(*items[i:i + self.micro])
                 stack = lambda pick: torch.stack([pick(p) for p in part])
-                batches.append({"tasks": tasks, "dataset": name, "names": names,
+                batches.append({"tasks": tasks, "names": names,
                                 "frames": [stack(lambda p: p["frames"][0]), stack(lambda p: p["frames"][1])],
                                 "labels": {t: stack(lambda p: p["labels"][t]) for t in tasks},
                                 "valid": {t: stack(lambda p: p["valid"][t]) for t in tasks}})

@@ -103,7 +103,7 @@ class Config:
 
 PRESETS = {
     "toy": dict(scenes=400, size="32x48", widths="", batch=8, micro=8, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
-                steps={1: 1300, 2: 450}),
+                steps={1: 1800, 2: 600}),
     "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, beta2=0.999, schedule="cosine", clip=1.0,
                     steps={1: 20000, 2: 10000}),
     "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, beta2=0.999, schedule="exponential", clip=5.0,
@@ -525,7 +525,7 @@ def main(argv=None):
             # one log line per step
             if chief:
                 entry = {"stage": cfg.stage, "step": step, "task": sorted({t for b in batches for t in b["tasks"]}, key=list(TASKS).index),
-                         "dataset": sorted({b["dataset"] for b in batches}), "loss": sum(kinds[k] * v for k, v in losses.items()), "lr": lr,
+                         "dataset": sorted({n.split(":")[0] for b in batches for n in b["names"]}), "loss": sum(kinds[k] * v for k, v in losses.items()), "lr": lr,
                          "grad_norm": norm, "img_per_s": round(seen / (time.time() - start), 1)}
                 log.write(json.dumps(entry) + "\n")
                 bar.set_postfix(task=entry["task"][0], loss=f"{entry['loss']:.3f}", refresh=False)
