@@ -92,6 +92,17 @@ def test_micro_batches_partition_the_step(toys):
     assert all(torch.equal(torch.cat([p["labels"][t] for p in parts]), b["labels"][t]) for t in b["tasks"])
 
 
+def test_one_size_per_forward_pass():
+    """Datasets share a micro-batch where their sizes agree, and only there."""
+    readers = [Made("a", ("depth",)), Made("b", ("depth",)), Made("c", ("depth",))]
+    readers[2].size = (24, 16)
+    for step in range(8):
+        batches = mixture(readers, ("depth",), batch=8, micro=8)[step]["batches"]
+        seen = {tuple(b["frames"][0].shape[-2:]): {n[0] for n in b["names"]} for b in batches}
+        assert len(seen) == len(batches) and seen.get((24, 16), {"c"}) == {"c"} and seen.get(SIZE, set()) <= {"a", "b"}
+    assert {"a", "b"} in [{n[0] for n in b["names"]} for b in batches]
+
+
 def test_workers_change_nothing(toys):
     """Two loader processes deliver, in order, the bits that none delivers, and draw nothing from the global random state."""
     m, state = mixture(toys), torch.get_rng_state()
@@ -326,7 +337,7 @@ def test_interrupted_build_continues(tmp_path, model, monkeypatch):
     monkeypatch.undo()
     reader.loads.clear()
     cached(tmp_path / "twice", [reader], model)
-    assert set(reader.loads) == {4, 5, 6, 7}
+    assert reader.loads == [4, 5, 6, 7]         # each of them once, for both flips
     for path in (tmp_path / "whole").rglob("*.npy"):
         assert path.read_bytes() == (tmp_path / "twice" / path.relative_to(tmp_path / "whole")).read_bytes(), path
 
