@@ -284,10 +284,11 @@ def sync_gradients(params, losses, device):
     """Sum gradients and losses over the ranks. A parameter that no rank has used keeps None, so that Adam leaves it alone."""
     used = torch.tensor([p.grad is not None for p in params], dtype=torch.float32, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
+    grads = []
     for p, u in zip(params, used.tolist()):
-        if u and p.grad is None:
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p, u in zip(params, used.tolist()) if u]
+        if u:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads.append(p.grad)
     bucket = np.cumsum([g.numel() for g in grads]) // 2**24
     for k in np.unique(bucket):         # a few large messages instead of hundreds of small ones
         part = [g for g, b in zip(grads, bucket) if b == k]
@@ -525,8 +526,8 @@ def main(argv=None):
             # one log line per step
             if chief:
                 entry = {"stage": cfg.stage, "step": step, "task": sorted({t for b in batches for t in b["tasks"]}, key=list(TASKS).index),
-                         "dataset": sorted({n.split(":")[0] for b in batches for n in b["names"]}), "loss": sum(kinds[k] * v for k, v in losses.items()), "lr": lr,
-                         "grad_norm": norm, "img_per_s": round(seen / (time.time() - start), 1)}
+                         "dataset": sorted({n.split(":")[0] for b in batches for n in b["names"]}),
+                         "loss": sum(kinds[k] * v for k, v in losses.items()), "lr": lr, "grad_norm": norm, "img_per_s": round(seen / (time.time() - start), 1)}
                 log.write(json.dumps(entry) + "\n")
                 bar.set_postfix(task=entry["task"][0], loss=f"{entry['loss']:.3f}", refresh=False)
             bar.update()
