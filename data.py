@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import Parser, read_json, run, write_json
 from tasks import TASKS
-from toyworld import WORLDS, ToyWorld
+from readers.toyworld import WORLDS, ToyWorld
 
 TOY_TRAIN, TOY_TEST = ("rooms", "streets", "things"), ("rooms", "streets", "things", "real")
 
@@ -48,7 +48,7 @@ def train_readers(root="", size=(32, 48), scenes=800, split="train"):
     """The training datasets, or ("val") what they hold out: the toy worlds, or those found under `root` (FileNotFoundError if none)."""
     if not root:
         return [ToyWorld(w, split, scenes, size) for w in TOY_TRAIN]
-    from datasets import found
+    from readers import found
     return found(root, split)
 
 
@@ -56,7 +56,7 @@ def test_readers(root="", size=(32, 48), scenes=64, split="test", kitti_baseline
     """The held-out datasets: the same worlds' test split and the unseen world, or those found under `root`."""
     if not root:
         return [ToyWorld(w, split, scenes, size) for w in TOY_TEST]
-    from datasets import found
+    from readers import found
     readers = found(root, split)
     for reader in readers:
         if reader.name == "kitti_2015":
@@ -408,7 +408,7 @@ def main(argv=None):
     if args.check:
         if not args.data:
             raise ValueError("--check looks at real datasets: add --data <root> (the toy worlds are always there)")
-        from datasets import check
+        from readers import check
         print("\n".join(check(args.data, args.full)))
     if args.show:
         name, _, index = args.show.partition(":")

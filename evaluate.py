@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import toybase
+from toy import make as toybase
 from checkpoint import Parser, crc, parse_device, read_json, run, whole, write_json
 from data import label_tensors, resize, tensor_image, test_readers, train_readers
-from datasets import READERS
+from readers import READERS
 from model import StableMTL, from_base
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 

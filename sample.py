@@ -34,7 +34,7 @@ from tqdm import tqdm
 from checkpoint import Parser, parse_device, read_json, run, whole, write_json
 from model import StableMTL
 from tasks import CLASSES, TASKS, parse_tasks
-from toyworld import WORLDS, ToyWorld
+from readers.toyworld import WORLDS, ToyWorld
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")

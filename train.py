@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-import toybase
+from toy import make as toybase
 from checkpoint import Parser, parse_device, read_state, restore, run, save_model, save_state, write_json
 from data import LatentCache, Mixture, fingerprint, loader, parse_drop, prepare, train_readers, whole_cells
 from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, compile_blocks, from_base, load_base

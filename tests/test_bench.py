@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
+from tools import bench
 from tasks import TASKS
 
 ALL = tuple(TASKS)

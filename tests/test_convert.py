@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import convert
+from tools import convert
 import tiny
 from model import StableMTL, TaskAttention, transformer_blocks
 from tasks import TASKS
-from toybase import new_text
+from toy.make import new_text
 
 NAMES = ("normal", "depth", "semantic", "optical_flow", "scene_flow", "albedo", "shading")     # the released order
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import datasets as D
+import readers as D
 from tasks import TASKS
 
 cv2 = pytest.importorskip("cv2")

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 import evaluate
 import sample
 import train
-from datasets import Folder, read_npy
+from readers import Folder, read_npy
 from kill import log_lines
 from model import StableMTL
 from tasks import TASKS, Task
-from toyworld import ToyWorld
+from readers.toyworld import ToyWorld
 
 TINY = "--batch 2 --micro 2 --save-every 9 --picture-every 3 --workers 0 --warmup 1 --threads 1 --val-samples 0"
 

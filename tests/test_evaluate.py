@@ -12,7 +12,7 @@ import evaluate
 import train
 from checkpoint import run
 from tasks import TASKS
-from toyworld import ToyWorld
+from readers.toyworld import ToyWorld
 
 
 @pytest.fixture(scope="session")

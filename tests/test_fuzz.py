@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import convert
-import datasets
+from tools import convert
+import readers as datasets
 import evaluate
 import sample
 from tasks import CLASSES, IGNORE, TASKS

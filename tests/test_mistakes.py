@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
-import convert
+from tools import bench
+from tools import convert
 import data
 import evaluate
 import sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-import bench
+from tools import bench
 import tiny
 from model import StableMTL, TaskAttention, draw_mask, transformer_blocks, widen_input
 from tasks import TASKS

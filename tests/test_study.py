@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import evaluate
-import study
+from tools import study
 import train
 from checkpoint import run, write_json
-from plot import ticks
-from study import CLAIMS, VARIANTS, verdict
+from draw import ticks
+from tools.study import CLAIMS, VARIANTS, verdict
 from tasks import TASKS
 
 FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1"

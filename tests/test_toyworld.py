@@ -4,8 +4,8 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-import toyworld
-from toyworld import CLASSES, IGNORE, WORLDS, ToyWorld
+from readers import toyworld
+from readers.toyworld import CLASSES, IGNORE, WORLDS, ToyWorld
 
 EVERY = pytest.mark.parametrize("world", WORLDS)
 scene = lru_cache(toyworld.render)  # renders each scene once for all tests

@@ -2,7 +2,7 @@
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-import toybase
+from toy import make as toybase
 from model import StableMTL
 from tasks import TASKS
 

@@ -32,12 +32,12 @@ import torch
 
 import evaluate
 import train
-from bench import hardware, step_operations
+from tools.bench import hardware, step_operations
 from checkpoint import Parser, parse_device, read_json, run, whole, write_json
 from data import TOY_TEST, TOY_TRAIN, tensor_image, test_readers
 from evaluate import METRICS, by_task, delta_m, markdown
 from model import StableMTL
-from plot import COLOURS, Chart, grid
+from draw import COLOURS, Chart, grid
 from sample import attention_table, draw_attention
 from tasks import TASKS, parse_tasks
 

@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import Parser, parse_device, run, write_json
 from model import StableMTL, compile_blocks, widen_input
-from plot import COLOURS, Chart, grid
+from draw import COLOURS, Chart, grid
 from tasks import TASKS
-from toybase import new_unet, new_vae
+from toy.make import new_unet, new_vae
 from train import PRESETS, parse_size, step_gradients, trainable
 
 SD2_VAE = dict(latent_channels=4, sample_size=768, scaling_factor=0.18215, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
