@@ -24,9 +24,12 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import Parser, read_json, run, write_json
+from checkpoint import read_json, write_json
+from cli import Parser, run
+from draw import cell, draw_panel
+from readers import READERS, check, found
+from readers.toyworld import ToyWorld
 from tasks import TASKS
-from readers.toyworld import WORLDS, ToyWorld
 
 TOY_TRAIN, TOY_TEST = ("rooms", "streets", "things"), ("rooms", "streets", "things", "real")
 
@@ -48,7 +51,6 @@ def train_readers(root="", size=(32, 48), scenes=800, split="train"):
     """The training datasets, or ("val") what they hold out: the toy worlds, or those found under `root` (FileNotFoundError if none)."""
     if not root:
         return [ToyWorld(w, split, scenes, size) for w in TOY_TRAIN]
-    from readers import found
     return found(root, split)
 
 
@@ -56,7 +58,6 @@ def test_readers(root="", size=(32, 48), scenes=64, split="test", kitti_baseline
     """The held-out datasets: the same worlds' test split and the unseen world, or those found under `root`."""
     if not root:
         return [ToyWorld(w, split, scenes, size) for w in TOY_TEST]
-    from readers import found
     readers = found(root, split)
     for reader in readers:
         if reader.name == "kitti_2015":
@@ -385,7 +386,6 @@ def fingerprint(module):
 
 def show(reader, index):
     """A Pillow image of one sample at the size training sees: the frames and every label, its invalid pixels black."""
-    from sample import cell, draw_panel
     tasks = tuple(t for t in reader.tasks if index in reader.indices(t))
     sample = reader.load(index, tasks, with_next=True)
     picture = lambda x: ((resize(tensor_image(x), reader.size) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
@@ -408,12 +408,10 @@ def main(argv=None):
     if args.check:
         if not args.data:
             raise ValueError("--check looks at real datasets: add --data <root> (the toy worlds are always there)")
-        from readers import check
         print("\n".join(check(args.data, args.full)))
     if args.show:
         name, _, index = args.show.partition(":")
         if args.data:
-            from datasets import READERS
             if name not in READERS or args.split not in READERS[name].use:
                 use = ", ".join(f"{r.name} ({', '.join(r.use)})" for r in READERS.values())
                 raise ValueError(f"--show {args.show} --split {args.split}: expected NAME:INDEX with one of {use}")

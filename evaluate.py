@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from toy import make as toybase
-from checkpoint import Parser, crc, parse_device, read_json, run, whole, write_json
+import toy
+from checkpoint import crc, read_json, write_json
+from cli import Parser, parse_device, run, whole
 from data import label_tensors, resize, tensor_image, test_readers, train_readers
-from readers import READERS
 from model import StableMTL, from_base
+from readers import READERS
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
 # ---- alignment: what a prediction is not asked to know is fitted to the ground truth first ----
@@ -489,7 +490,7 @@ def main(argv=None):
     if args.ckpt:
         model = StableMTL.load(args.ckpt, args.stage, args.device)
     else:
-        model = from_base(str(toybase.FOLDER), tuple(TASKS)).to(args.device).eval()
+        model = from_base(str(toy.BASE), tuple(TASKS)).to(args.device).eval()
     if args.palette:
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     config = read_json(Path(args.ckpt) / "config.json", f"no config.json in {args.ckpt}") if args.ckpt else {}
@@ -552,8 +553,8 @@ def main(argv=None):
 
 def settings(args, size):
     """Everything but its samples that the numbers of a test set depend on."""
-    folder, code = Path(args.ckpt or toybase.FOLDER), Path(__file__).parent
-    files = [*folder.glob("*.safetensors"), *folder.glob("*/*model.safetensors"), *folder.glob("model.json"), *code.glob("*.py")]
+    folder, code = Path(args.ckpt or toy.BASE), Path(__file__).parent
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/*model.safetensors"), *folder.glob("model.json"), *code.glob("*.py"), *code.glob("readers/*.py")]
     flags = {k: v for k, v in vars(args).items() if k not in ("ckpt", "workers", "baseline", "overwrite", "json")}
     return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
 

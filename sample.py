@@ -12,7 +12,6 @@ Each input gets a folder <output>/<file name without ending>/ (a video: one per 
 <task>.png, <task>.npy and panel.png, which shows all of it. A finished input is not computed again unless --overwrite is given.
 """
 import argparse
-import json
 import os
 import re
 import sys
@@ -28,17 +27,18 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from checkpoint import Parser, parse_device, read_json, run, whole, write_json
+from checkpoint import read_json, write_json
+from cli import Parser, parse_device, run, whole
+from draw import attention_table, cell, draw_attention, draw_panel
 from model import StableMTL
-from tasks import CLASSES, TASKS, parse_tasks
 from readers.toyworld import WORLDS, ToyWorld
+from tasks import CLASSES, TASKS, parse_tasks
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
-FONT = ImageFont.load_default(13)
 
 
 # ---- reading ----
@@ -256,29 +256,6 @@ def predict(model, frames, tasks, args, trained):
 
 # ---- what is written ----
 
-def cell(picture):
-    """(H,W,3) uint8 -> a Pillow image of readable size: small ones enlarged by a whole number, large ones reduced to 512 pixels."""
-    image = Image.fromarray(picture)
-    enlarge = max(1, 288 // max(image.size))
-    if enlarge > 1:
-        return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
-    image.thumbnail((512, 512))
-    return image
-
-
-def draw_panel(cells, columns):
-    """[(title, Pillow image), ...] -> one Pillow image, row by row."""
-    width = int(max(max(image.width, FONT.getlength(title)) for title, image in cells)) + 10
-    height = max(image.height for _, image in cells) + 28
-    panel = Image.new("RGB", (min(columns, len(cells)) * width + 10, -(-len(cells) // columns) * height + 8), "white")
-    draw = ImageDraw.Draw(panel)
-    for k, (title, image) in enumerate(cells):
-        x, y = 10 + k % columns * width, 6 + k // columns * height
-        draw.text((x, y), title, "black", FONT)
-        panel.paste(image, (x, y + 18))
-    return panel
-
-
 def write(folder, frames, maps, truth=None, table=None):
     """frames: 1 or 2 of (H,W,3) uint8; maps: {task: (1,C,h,w)}; truth: sample with labels; table: attention. panel.png comes last."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -299,50 +276,6 @@ def write(folder, frames, maps, truth=None, table=None):
         draw_attention(table).save(folder / "attention.png")
     draw_panel(cells, 4 if truth else 3).save(folder / "panel.png.tmp", "PNG")
     os.replace(folder / "panel.png.tmp", folder / "panel.png")
-
-
-# ---- which task looks at which (paper Figs. 7 and 9) ----
-
-def attention_table(log, tasks):
-    """model.attention_log -> {"tasks": [...], "mean": {main: {task: weight}}, "attention": {main: {block: {task: weight}}}}.
-
-    weight: mean over pixels and heads of the attention that predicting `main` pays to the auxiliary stream of `task`; each row sums to
-    1. Blocks are in running order; "mean" is over blocks.
-    """
-    attention = {}
-    for block, main, weights in log:
-        attention.setdefault(main, {})[re.sub(r"_blocks?|attentions\.|\.transformer_blocks\.0$", "", block)] = weights
-    attention = {t: attention[t] for t in tasks if t in attention}
-    mean = {main: {t: sum(row[t] for row in rows.values()) / len(rows) for t in tasks if t != main} for main, rows in attention.items()}
-    return {"tasks": list(tasks), "mean": mean, "attention": attention}
-
-
-def draw_attention(table):
-    """The table as heat maps, in percent: main tasks averaged over blocks, then the blocks of each main task. -> Pillow image"""
-    tasks, font, (cw, ch), (left, top) = table["tasks"], ImageFont.load_default(11), (28, 17), (84, 76)
-    weights = [w for rows in table["attention"].values() for row in rows.values() for w in row.values()]
-    peak = max(2 / (len(tasks) - 1), *weights)      # the darkest colour is at least twice an even share
-
-    def heat(rows):
-        image = Image.new("RGB", (left + cw * len(tasks), top + ch * len(rows)), "white")
-        draw = ImageDraw.Draw(image)
-        for j, t in enumerate(tasks):
-            upright = Image.new("RGB", (top - 4, ch), "white")
-            ImageDraw.Draw(upright).text((0, ch // 2), t, "black", font, anchor="lm")
-            image.paste(upright.rotate(90, expand=True), (left + j * cw + 5, 0))
-        for i, (name, row) in enumerate(rows.items()):
-            y = top + i * ch
-            draw.text((left - 6, y + ch // 2), name, "black", font, anchor="rm")
-            for x, t in zip(range(left, image.width, cw), tasks):
-                w = row.get(t, 0.0) / peak
-                colour = tuple(round(a + (b - a) * w) for a, b in ((247, 8), (251, 48), (255, 107))) if t in row else (225, 225, 225)
-                draw.rectangle((x, y, x + cw - 2, y + ch - 2), colour)
-                if t in row:
-                    draw.text((x + cw // 2, y + ch // 2), f"{100 * row[t]:.0f}", "white" if w > 0.55 else "black", font, anchor="mm")
-        return image
-
-    cells = [("attention in %, mean of the blocks", heat(table["mean"]))]
-    return draw_panel(cells + [(f"{main} attends to (by block)", heat(rows)) for main, rows in table["attention"].items()], 4)
 
 
 # ---- command line ----

@@ -31,12 +31,14 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-from toy import make as toybase
-from checkpoint import Parser, parse_device, read_state, restore, run, save_model, save_state, write_json
+import toy
+from checkpoint import read_state, restore, save_model, save_state, write_json
+from cli import Parser, parse_device, run
 from data import LatentCache, Mixture, fingerprint, loader, parse_drop, prepare, train_readers, whole_cells
+from draw import cell, draw_panel
 from model import ATTENTIONS, MASKS, SECOND_FRAMES, StableMTL, compile_blocks, from_base, load_base
 from tasks import CLASSES, PALETTES, TASKS, parse_tasks, registry
-
+from toy.make import make, new_unet
 
 # ---- settings: every field is a flag; what a preset sets has no default here ----
 
@@ -327,7 +329,7 @@ def learning_rate(cfg, step):
 
 def build_model(cfg):
     """Stage 1: from the base. Stage 2: from the stage 1 in --out, with a main stream added. FileNotFoundError if that is not there."""
-    base, found = cfg.base or str(toybase.FOLDER), Path(cfg.out) / "model.json"
+    base, found = cfg.base or str(toy.BASE), Path(cfg.out) / "model.json"
     stages = 0 if not found.is_file() else 2 if json.loads(found.read_text())["multi"] else 1
     if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, or replace it with --overwrite")
@@ -336,7 +338,7 @@ def build_model(cfg):
     if cfg.stage == 1:
         model = from_base(base, parse_tasks(cfg.tasks), cfg.palette, cfg.second_frame)
         if cfg.widths:
-            model.unet = toybase.new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
+            model.unet = new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
         return model
     if not stages:
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
@@ -345,7 +347,7 @@ def build_model(cfg):
     if cfg.tasks != "all" and parse_tasks(cfg.tasks) != model.tasks:
         raise ValueError(f"--tasks {cfg.tasks}: stage 2 has the tasks of the stage 1 in {cfg.out}, {', '.join(model.tasks)}")
     if cfg.main_init == "base":
-        main = toybase.new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim) if cfg.widths else load_base(base)[1]
+        main = new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim) if cfg.widths else load_base(base)[1]
         if main.config.block_out_channels != model.unet.config.block_out_channels:
             raise ValueError(f"--main-init base: the UNet of {base} has other widths than stage 1 in {cfg.out}: give the --base it was trained from")
     else:
@@ -405,7 +407,7 @@ def main(argv=None):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.stage == 0:
-        return toybase.make(Path(cfg.out), seed=cfg.seed)
+        return make(Path(cfg.out), seed=cfg.seed)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = parse_device(cfg.device)
     if world > 1:
@@ -578,7 +580,6 @@ def open_log(path, stage, step):
 @torch.no_grad()
 def save_picture(model, readers, path):
     """The first sample of every dataset: the image, then each of its labels beside the prediction."""
-    from sample import cell, draw_panel
     training, device, cells = model.training, next(model.parameters()).device, []
     model.eval()
     for reader in readers:

@@ -11,7 +11,6 @@ shadows and the labels. image = tonemap(albedo * shading); only `real` then adds
 The same (world, split, index, seed) always gives the same sample.
 """
 import zlib
-from pathlib import Path
 from types import SimpleNamespace as Style
 
 import numpy as np
@@ -471,7 +470,7 @@ class ToyWorld:
 
     train_crop, jitter, mix, vflip = {}, {}, {}, False    # augmentation and mixing as data.py reads them: flips only, evenly mixed
     depth_range = (0.1, 80.0)                             # metres, to which aligned depth is clipped in evaluation
-    version = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"   # of the generator: a latent cache of other scenes is refused
+    version = "37082f39"    # of the scenes: a latent cache of others is refused. Change it with them (tests/test_toyworld.py tells)
 
     def __init__(self, world, split, n=None, size=(32, 48), seed=0, all_labels=False):
         if world not in WORLDS or split not in SPLITS:

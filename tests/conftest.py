@@ -6,9 +6,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: no test waits for a network
 
-import torch  # noqa: E402
-
 import tiny  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)    # two tests run at a time (pytest.ini), and some fork
 

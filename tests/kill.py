@@ -20,11 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import tiny  # noqa: E402
 import torch  # noqa: E402
 
-import tiny  # noqa: E402
 import train  # noqa: E402
-from checkpoint import run  # noqa: E402
+from cli import run  # noqa: E402
 
 
 def start(argv, log):

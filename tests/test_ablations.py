@@ -11,7 +11,7 @@ import torch
 import evaluate
 import model
 import train
-from checkpoint import run
+from cli import run
 from data import train_readers
 from model import StableMTL, draw_mask
 from tasks import TASKS

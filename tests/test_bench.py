@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools import bench
 from tasks import TASKS
+from tools import bench
 
 ALL = tuple(TASKS)
 

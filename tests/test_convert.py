@@ -3,15 +3,15 @@ import io
 import re
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from tools import convert
-import tiny
 from model import StableMTL, TaskAttention, transformer_blocks
 from tasks import TASKS
+from tools import convert
 from toy.make import new_text
 
 NAMES = ("normal", "depth", "semantic", "optical_flow", "scene_flow", "albedo", "shading")     # the released order

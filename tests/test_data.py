@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import data
-from toy import make as toybase
 from data import LatentCache, Mixture, fingerprint, jitter, loader, parse_drop, prepare, train_readers, whole_cells
 from model import StableMTL, from_base
 from tasks import TASKS
+from toy import make as toybase
 
 SIZE = (16, 24)
 

@@ -5,14 +5,13 @@ import weakref
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import evaluate
 import train
-from checkpoint import run
-from tasks import TASKS
+from cli import run
 from readers.toyworld import ToyWorld
+from tasks import TASKS
 
 
 @pytest.fixture(scope="session")

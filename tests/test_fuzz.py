@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from tools import convert
-import readers as datasets
 import evaluate
 import sample
+from readers import formats
 from tasks import CLASSES, IGNORE, TASKS
+from tools import convert
 
-cv2, h5py = datasets.opencv(), pytest.importorskip("h5py")
+cv2, h5py = formats.opencv(), pytest.importorskip("h5py")
 some = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 SIDES, POISON = st.integers(1, 24), st.sampled_from([float("nan"), float("inf"), float("-inf"), 3e38])
 MASKS, SCALES = st.sampled_from([0.0, 0.02, 0.5, 1.0]), st.sampled_from([0.0, 1e-42, 1e-6, 1.0, 1e6, 1e37])
@@ -94,9 +94,9 @@ def picture(path, x):
     Image.fromarray((255 * x).astype(np.uint8)).save(path)
 
 
-FILES = {"a.flo": (flo, datasets.read_flo), "a.pfm": (pfm, datasets.read_pfm), "a.hdf5": (hdf5, datasets.read_hdf5),
-         "a.npy": (np.save, lambda path: datasets.read_npy(path, 3)), "a.png": (picture, datasets.read_image),
-         "b.png": (picture, lambda path: datasets.read_png(path, "uint8", 3)), "a.jpg": (picture, datasets.read_image),
+FILES = {"a.flo": (flo, formats.read_flo), "a.pfm": (pfm, formats.read_pfm), "a.hdf5": (hdf5, formats.read_hdf5),
+         "a.npy": (np.save, lambda path: formats.read_npy(path, 3)), "a.png": (picture, formats.read_image),
+         "b.png": (picture, lambda path: formats.read_png(path, "uint8", 3)), "a.jpg": (picture, formats.read_image),
          "c.png": (picture, sample.read_image), "c.gif": (picture, sample.read_image),
          "a.safetensors": (lambda path, x: save_file({"x": torch.from_numpy(x)}, path), convert.read_state),
          "a.pth": (lambda path, x: torch.save({"x": torch.from_numpy(x)}, path), convert.read_state)}

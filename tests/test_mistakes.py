@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
-from tools import bench
-from tools import convert
 import data
 import evaluate
 import sample
-import tiny
 import train
-from checkpoint import run
+from cli import run
+from tools import bench, convert
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "data": data, "bench": bench, "convert": convert}

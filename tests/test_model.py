@@ -5,13 +5,13 @@ import shutil
 from collections import Counter
 
 import pytest
+import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
-from tools import bench
-import tiny
 from model import StableMTL, TaskAttention, draw_mask, transformer_blocks, widen_input
 from tasks import TASKS
+from tools import bench
 
 ALL = tuple(TASKS)
 FLOWS = [t for t in ALL if TASKS[t].frames == 2]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import sample
-from checkpoint import run
+from cli import run
 from model import StableMTL
 from tasks import TASKS
 

@@ -2,11 +2,11 @@
 import json
 
 import pytest
+import tiny
 import torch
 
-import tiny
 import train
-from checkpoint import run
+from cli import run
 from model import compile_blocks
 
 SMALL = "--steps 2 --scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 1 --threads 1 --cache none --val-samples 0"

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 import evaluate
-from tools import study
 import train
-from checkpoint import run, write_json
+from checkpoint import write_json
+from cli import run
 from draw import ticks
-from tools.study import CLAIMS, VARIANTS, verdict
 from tasks import TASKS
+from tools import study
+from tools.study import CLAIMS, VARIANTS, verdict
 
 FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1"
 

@@ -8,18 +8,17 @@ import signal
 import socket
 from contextlib import nullcontext
 
+import kill
 import pytest
 import torch
-import torch.nn.functional as F
+from kill import compare, log_lines
 from safetensors.torch import load_file
 
 import checkpoint
 import data
-import kill
 import train
-from checkpoint import run
+from cli import run
 from data import Mixture, train_readers, whole_cells
-from kill import compare, log_lines
 from model import StableMTL, from_base, load_base
 from tasks import TASKS, registry
 

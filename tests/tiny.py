@@ -2,9 +2,9 @@
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from toy import make as toybase
 from model import StableMTL
 from tasks import TASKS
+from toy import make as toybase
 
 WIDTHS = (16, 24, 32, 32)
 

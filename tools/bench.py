@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import Parser, parse_device, run, write_json
-from model import StableMTL, compile_blocks, widen_input
+from checkpoint import write_json
+from cli import Parser, parse_device, run
 from draw import COLOURS, Chart, grid
+from model import StableMTL, compile_blocks, widen_input
 from tasks import TASKS
 from toy.make import new_unet, new_vae
 from train import PRESETS, parse_size, step_gradients, trainable

@@ -18,7 +18,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from checkpoint import Parser, run, save_model, write_json
+from checkpoint import save_model, write_json
+from cli import Parser, run
 from model import StableMTL, from_base
 from tasks import TASKS
 from train import commit

@@ -32,15 +32,14 @@ import torch
 
 import evaluate
 import train
-from tools.bench import hardware, step_operations
-from checkpoint import Parser, parse_device, read_json, run, whole, write_json
+from checkpoint import read_json, write_json
+from cli import Parser, parse_device, run, whole
 from data import TOY_TEST, TOY_TRAIN, tensor_image, test_readers
+from draw import COLOURS, Chart, attention_table, draw_attention, grid
 from evaluate import METRICS, by_task, delta_m, markdown
 from model import StableMTL
-from draw import COLOURS, Chart, grid
-from sample import attention_table, draw_attention
 from tasks import TASKS, parse_tasks
-
+from tools.bench import hardware, step_operations
 
 # ---- what is compared ----
 

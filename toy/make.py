@@ -19,10 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data import TOY_TRAIN, label_tensors, tensor_image
 from model import TIMESTEP, encode_prompts
-from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 from readers.toyworld import ToyWorld
+from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
-FOLDER = Path(__file__).parent / "base"
 THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
 
 

@@ -7,12 +7,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import readers as D
+from readers import (
+    READERS,
+    Cityscapes,
+    Diode,
+    FlyingThings3D,
+    Folder,
+    Hypersim,
+    Kitti2015,
+    KittiEigen,
+    Mid,
+    VirtualKitti2,
+    check,
+    formats,
+    found,
+    geometry,
+)
 from tasks import TASKS
 
 cv2 = pytest.importorskip("cv2")
 h5py = pytest.importorskip("h5py")
-D.opencv()
+formats.opencv()
 rng = np.random.default_rng(0)
 needs_exr = pytest.mark.skipif(bool(re.search(r"OpenEXR:\s+NO", cv2.getBuildInformation())), reason="this OpenCV is built without OpenEXR")
 
@@ -62,24 +77,24 @@ def test_png_gives_stored_numbers_in_rgb_order(tmp_path):
     """16-bit values survive untouched, channels are RGB, and another dtype or channel count is refused by name."""
     x = rng.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
     path = write(tmp_path / "a.png", x)
-    assert (D.read_png(path, "uint16", 3) == x).all()
-    assert (D.read_png(write(tmp_path / "b.png", x[..., 0]), "uint16", 1) == x[..., 0]).all()
+    assert (formats.read_png(path, "uint16", 3) == x).all()
+    assert (formats.read_png(write(tmp_path / "b.png", x[..., 0]), "uint16", 1) == x[..., 0]).all()
     for dtype, channels in (("uint8", 3), ("uint16", 1)):
         with pytest.raises(ValueError, match="a.png has 3 channels of uint16"):
-            D.read_png(path, dtype, channels)
+            formats.read_png(path, dtype, channels)
 
 
 def test_image_is_rgb_whatever_the_file(tmp_path):
     """Colour order is RGB; grey, alpha, 16-bit and palette files become (H,W,3) uint8."""
     from PIL import Image
     x = picture(6, 8)
-    assert (D.read_image(write(tmp_path / "a.png", x)) == x).all()
-    assert (D.read_image(write(tmp_path / "g.png", x[..., 0])) == x[..., :1]).all()
-    assert (D.read_image(write(tmp_path / "s.png", x.astype(np.uint16) * 257)) == x).all()
+    assert (formats.read_image(write(tmp_path / "a.png", x)) == x).all()
+    assert (formats.read_image(write(tmp_path / "g.png", x[..., 0])) == x[..., :1]).all()
+    assert (formats.read_image(write(tmp_path / "s.png", x.astype(np.uint16) * 257)) == x).all()
     Image.fromarray(np.dstack([x, np.full((6, 8), 9, np.uint8)])).save(tmp_path / "alpha.png")
-    assert (D.read_image(tmp_path / "alpha.png") == x).all()
+    assert (formats.read_image(tmp_path / "alpha.png") == x).all()
     Image.fromarray(x).quantize(4).save(tmp_path / "p.png")
-    assert (D.read_image(tmp_path / "p.png") == np.array(Image.open(tmp_path / "p.png").convert("RGB"))).all()
+    assert (formats.read_image(tmp_path / "p.png") == np.array(Image.open(tmp_path / "p.png").convert("RGB"))).all()
 
 
 @pytest.mark.parametrize("scale, order", [(b"-1.0", "<f4"), (b"1.0", ">f4")])
@@ -87,39 +102,39 @@ def test_pfm_rows_are_stored_bottom_up(tmp_path, scale, order):
     """The last row of the file is the top of the picture, in either byte order."""
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     (tmp_path / "a.pfm").write_bytes(b"Pf\n4 3\n" + scale + b"\n" + x[::-1].astype(order).tobytes())
-    assert (D.read_pfm(tmp_path / "a.pfm") == x).all()
+    assert (formats.read_pfm(tmp_path / "a.pfm") == x).all()
 
 
 def test_flo_hdf5_npy_round_trip(tmp_path):
     """Flow rows run top to bottom with u before v; HDF5 and NPY keep their dtype; pickled arrays and wrong shapes are refused."""
     flow = rng.normal(size=(4, 5, 2)).astype(np.float32)
-    assert (D.read_flo(write(tmp_path / "a.flo", flow)) == flow).all()
+    assert (formats.read_flo(write(tmp_path / "a.flo", flow)) == flow).all()
     x = rng.normal(size=(3, 4)).astype(np.float16)
-    assert D.read_hdf5(write(tmp_path / "a.hdf5", x)).dtype == np.float16
-    assert (D.read_npy(write(tmp_path / "a.npy", x), 1) == x[..., None]).all()
+    assert formats.read_hdf5(write(tmp_path / "a.hdf5", x)).dtype == np.float16
+    assert (formats.read_npy(write(tmp_path / "a.npy", x), 1) == x[..., None]).all()
     np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
     for name in ("o.npy", "a.npy"):
         with pytest.raises(ValueError, match=name):
-            D.read_npy(tmp_path / name, 3)
+            formats.read_npy(tmp_path / name, 3)
 
 
 @needs_exr
 def test_exr_is_rgb_and_unbounded(tmp_path):
     """EXR channels come back as R, G, B, values above 1 included."""
     x = np.float32([[[1, 2, 3], [40, 0.5, 0]]])
-    assert (D.read_exr(write(tmp_path / "a.exr", x)) == x).all()
+    assert (formats.read_exr(write(tmp_path / "a.exr", x)) == x).all()
 
 
 def test_exr_without_the_codec_says_what_to_install(tmp_path, monkeypatch):
     """An OpenCV built without OpenEXR (5.0 wheels) is named as the cause, with the remedy, instead of blaming the file."""
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "    OpenEXR:                     NO")
     with pytest.raises(ValueError, match="opencv-python-headless<5"):
-        D.read_exr(tmp_path / "a.exr")
+        formats.read_exr(tmp_path / "a.exr")
 
 
-@pytest.mark.parametrize("name, read", [("a.png", D.read_image), ("a.jpg", D.read_image), ("a.pfm", D.read_pfm), ("a.flo", D.read_flo),
-                                        ("a.hdf5", D.read_hdf5), ("a.npy", lambda p: D.read_npy(p, 3)),
-                                        pytest.param("a.exr", D.read_exr, marks=needs_exr)])
+@pytest.mark.parametrize("name, read", [("a.png", formats.read_image), ("a.jpg", formats.read_image), ("a.pfm", formats.read_pfm), ("a.flo", formats.read_flo),
+                                        ("a.hdf5", formats.read_hdf5), ("a.npy", lambda p: formats.read_npy(p, 3)),
+                                        pytest.param("a.exr", formats.read_exr, marks=needs_exr)])
 def test_broken_and_missing_files_name_themselves(tmp_path, name, read):
     """A truncated, an empty and a missing file of every format raise an error that holds the path."""
     x = {"pfm": np.ones((20, 30)), "flo": np.ones((20, 30, 2)), "exr": np.ones((20, 30, 3), np.float32)}.get(name[2:], picture(20, 30))
@@ -140,7 +155,7 @@ def test_broken_and_missing_files_name_themselves(tmp_path, name, read):
 def test_scene_flow_inverts_projection():
     """Projecting a moving surface gives flow and depths from which the 3-D motion returns."""
     flow, z0, z1, motion = two_frames(40, 60, 50.0, 31.0, 18.0)
-    assert np.allclose(D.scene_flow(flow, z0, z1, 50.0, 31.0, 18.0), motion, atol=1e-5)
+    assert np.allclose(geometry.scene_flow(flow, z0, z1, 50.0, 31.0, 18.0), motion, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["wall", "ground", "slanted", "sphere"])
@@ -161,7 +176,7 @@ def test_normals_from_depth_in_centimetre_steps(shape):
         n = np.array(n) / np.linalg.norm(n)
         z = distance / np.maximum(ray @ n, 1e-6)
         hit, n = (z < 80), np.broadcast_to(n, ray.shape)
-    out = D.normals_from_depth((np.round(z * 100) / 100).astype(np.float32), f, cx - 500, cy - 100)
+    out = geometry.normals_from_depth((np.round(z * 100) / 100).astype(np.float32), f, cx - 500, cy - 100)
     assert hit.sum() > 5000 and np.median(angle(out, n)[hit]) < 4
     assert ((out * ray).sum(-1) > 0).all() and np.allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-4)
 
@@ -170,7 +185,7 @@ def test_normals_do_not_smear_across_depth_edges():
     """A pole two metres before a wall keeps the wall's pixels beside it right: the window moves away from the edge."""
     z = np.full((60, 80), 10, np.float32)
     z[:, 30:50] = 8
-    n = D.normals_from_depth(z, 100.0, 40, 30)
+    n = geometry.normals_from_depth(z, 100.0, 40, 30)
     assert (angle(n, np.array([0, 0, 1.0])) < 1).mean() > 0.99
 
 
@@ -179,12 +194,12 @@ def test_exposure_and_tone_map():
     x = np.random.default_rng(1).gamma(2, 3, (50, 60, 3)).astype(np.float32)
     where = np.zeros((50, 60), bool)
     where[10:40] = True
-    s = D.exposure(x, where)
+    s = geometry.exposure(x, where)
     p = np.percentile((x * [0.3, 0.59, 0.11]).sum(-1)[where], 90)
     assert s == pytest.approx(0.8 ** 2.2 / p, rel=1e-5)
-    assert D.tonemap(np.full((1, 1, 3), s * p, np.float32))[0, 0, 0] in (203, 204)
-    assert D.exposure(x, where & False) == 1 and D.exposure(x * 1e-6, where) == 0
-    assert (D.tonemap(np.float32([[[-1, 0.5, 7]]])) == [[[0, int(0.5 ** (1 / 2.2) * 255), 255]]]).all()
+    assert geometry.tonemap(np.full((1, 1, 3), s * p, np.float32))[0, 0, 0] in (203, 204)
+    assert geometry.exposure(x, where & False) == 1 and geometry.exposure(x * 1e-6, where) == 0
+    assert (geometry.tonemap(np.float32([[[-1, 0.5, 7]]])) == [[[0, int(0.5 ** (1 / 2.2) * 255), 255]]]).all()
 
 
 # ---- Hypersim ----
@@ -227,7 +242,7 @@ def hypersim(root, frames=(("ai_001_001", "cam_00", 0, "train"),), depth_nan=(),
 def test_hypersim_depth_is_plane_depth(tmp_path):
     """Distance to the optical centre becomes z: the frontal wall is flat; entity -1 is invalid."""
     hypersim(tmp_path)
-    s = D.Hypersim(tmp_path, "train").load(0, ["depth"])
+    s = Hypersim(tmp_path, "train").load(0, ["depth"])
     assert s["labels"]["depth"].shape == (H, W, 1) and s["labels"]["depth"].dtype == np.float32
     assert np.allclose(s["labels"]["depth"], 5, rtol=2e-3)
     assert not s["valid"]["depth"][0].any() and s["valid"]["depth"][1:].all()
@@ -237,7 +252,7 @@ def test_hypersim_depth_is_plane_depth(tmp_path):
 def test_hypersim_normals_point_away_whatever_side_is_stored(tmp_path):
     """Both sides of the stored wall become (0,0,1), y and z change sign from the y-up axes, bad pixels are invalid and finite."""
     folder = hypersim(tmp_path)
-    reader = D.Hypersim(tmp_path, "train")
+    reader = Hypersim(tmp_path, "train")
     s = reader.load(0, ["normal"])
     n, valid = s["labels"]["normal"], s["valid"]["normal"]
     assert np.allclose(n[valid], (0, 0, 1)) and np.isfinite(n).all()
@@ -254,13 +269,13 @@ def test_hypersim_light(tmp_path):
     """The exposure counts pixels with geometry only, albedo shares it, shading is colour over reflectance, dark pixels are invalid."""
     folder = hypersim(tmp_path, scale=0.5)
     final = folder / "ai_001_001/images/scene_cam_00_final_hdf5"
-    color = D.read_hdf5(final / "frame.0000.color.hdf5")
+    color = formats.read_hdf5(final / "frame.0000.color.hdf5")
     color[:4] = 1000  # where nothing was hit: must not count for the exposure
     entity = np.repeat(np.int16([-1, 2, 3]), 4)[:, None].repeat(W, 1)
     write(folder / "ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0000.render_entity_id.hdf5", entity)
     color[7, 7] = np.inf
     write(final / "frame.0000.color.hdf5", color)
-    s = D.Hypersim(tmp_path, "train").load(0, ["albedo", "shading"])
+    s = Hypersim(tmp_path, "train").load(0, ["albedo", "shading"])
     linear = np.nan_to_num(color.astype(np.float32), posinf=65504)
     exposure = 0.8 ** 2.2 / np.percentile((linear[4:] * [0.3, 0.59, 0.11]).sum(-1), 90)
     assert (s["image"] == (np.clip(exposure * linear, 0, 1) ** (1 / 2.2) * 255).astype(np.uint8)).mean() > 0.99  # float32 rounding
@@ -275,24 +290,24 @@ def test_hypersim_training_list(tmp_path, capsys):
     frames = [("ai_001_001", "cam_00", 0, "train"), ("ai_001_001", "cam_00", 1, "train"), ("ai_001_001", "cam_01", 0, "train"),
               ("ai_004_009", "cam_01", 0, "train"), ("ai_002_001", "cam_00", 0, "val")]
     folder = hypersim(tmp_path, frames, depth_nan=[("ai_001_001", "cam_00", 1), ("ai_002_001", "cam_00", 0)])
-    reader = D.Hypersim(tmp_path, "train")
+    reader = Hypersim(tmp_path, "train")
     assert [key[1:] for key in reader.samples] == [("cam_00", "0000"), ("cam_00", "0001"), ("cam_01", "0000")]
     assert not (folder / "nan_frames.json").exists()  # listing opens no file
     assert list(reader.indices("normal")) == [0, 1, 2] and list(reader.indices("depth")) == [0, 2] == list(reader.indices("albedo"))
     assert "2 of 3" in capsys.readouterr().out
     assert list(reader.indices("semantic")) == []
     (folder / "ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0001.depth_meters.hdf5").unlink()
-    assert list(D.Hypersim(tmp_path, "train").indices("shading")) == [0, 2]  # from nan_frames.json
-    assert list(D.Hypersim(tmp_path, "val").indices("depth")) == [0]
+    assert list(Hypersim(tmp_path, "train").indices("shading")) == [0, 2]  # from nan_frames.json
+    assert list(Hypersim(tmp_path, "val").indices("depth")) == [0]
     (folder / "nan_frames.json").write_text("{")
     with pytest.raises(ValueError, match="nan_frames.json"):
-        D.Hypersim(tmp_path, "train").indices("depth")
+        Hypersim(tmp_path, "train").indices("depth")
 
 
 def test_hypersim_scan_on_a_read_only_disk(tmp_path, capsys):
     """If the answer cannot be written beside the data, the scan still counts for this run and says so."""
     (hypersim(tmp_path) / "nan_frames.tmp").mkdir()
-    assert list(D.Hypersim(tmp_path, "train").indices("depth")) == [0]
+    assert list(Hypersim(tmp_path, "train").indices("depth")) == [0]
     assert "cannot be written" in capsys.readouterr().out
 
 
@@ -300,7 +315,7 @@ def test_hypersim_scan_on_a_read_only_disk(tmp_path, capsys):
 
 def virtual_kitti(root, top="", frames=3, h=16, w=11, scenes=("Scene02",), variations=("clone", "fog")):
     folder = root / "virtual_kitti_2"
-    colours = list(D.VirtualKitti2.colours)
+    colours = list(VirtualKitti2.colours)
     made = {}
     for scene in scenes:
         for variation in variations:
@@ -326,7 +341,7 @@ def virtual_kitti(root, top="", frames=3, h=16, w=11, scenes=("Scene02",), varia
 def test_virtual_kitti_values(tmp_path):
     """Centimetres, 80 m limit and sky; flow scaled by (W-1), (H-1) from R, G; scene flow in [-10,10] m; zero where there is no flow."""
     virtual_kitti(tmp_path)
-    reader = D.VirtualKitti2(tmp_path, "train")
+    reader = VirtualKitti2(tmp_path, "train")
     s = reader.load(0, ["depth", "normal", "optical_flow", "scene_flow"])
     assert s["labels"]["depth"][5, 5, 0] == np.float32(12.34) and not s["valid"]["depth"][:2].any() and s["valid"]["depth"][2:].all()
     assert (s["valid"]["normal"] == s["valid"]["depth"]).all() and np.allclose(s["labels"]["normal"][-1], (0, 0, 1), atol=1e-3)
@@ -340,14 +355,14 @@ def test_virtual_kitti_values(tmp_path):
 def test_virtual_kitti_classes(tmp_path):
     """Each of the 15 colours becomes its class or 255, and a colour of no class is reported with the file."""
     made = virtual_kitti(tmp_path)
-    reader = D.VirtualKitti2(tmp_path, "train")
+    reader = VirtualKitti2(tmp_path, "train")
     i = reader.samples.index(("Scene02", "clone", "Camera_1", "00001"))
     s = reader.load(i, ["semantic"])
-    ids = np.array(list(D.VirtualKitti2.colours.values()))[made["clone", 1, 1]]
+    ids = np.array(list(VirtualKitti2.colours.values()))[made["clone", 1, 1]]
     assert (s["labels"]["semantic"][..., 0] == ids).all() and s["labels"]["semantic"].dtype == np.uint8 and "next" not in s
     assert (s["valid"]["semantic"] == (ids != 255)).all() and (ids == 255).any()
     known = {(210, 0, 200): 255, (255, 255, 0): 4, (200, 200, 0): 3, (0, 139, 139): 7, (255, 130, 0): 2, (90, 200, 255): 6}
-    assert known.items() <= D.VirtualKitti2.colours.items()
+    assert known.items() <= VirtualKitti2.colours.items()
     write(tmp_path / "virtual_kitti_2/Scene02/clone/frames/classSegmentation/Camera_1/classgt_00001.png", np.full((16, 11, 3), 7, np.uint8))
     with pytest.raises(ValueError, match=r"classgt_00001.png .*\[7, 7, 7\]"):
         reader.load(i, ["semantic"])
@@ -356,19 +371,19 @@ def test_virtual_kitti_classes(tmp_path):
 def test_virtual_kitti_pairs_end_one_frame_early(tmp_path):
     """The last frame of each camera has no flow and no next frame; only the six variations and the split's scenes are listed."""
     virtual_kitti(tmp_path, scenes=("Scene02", "Scene01"), frames=3)
-    reader = D.VirtualKitti2(tmp_path, "train")
+    reader = VirtualKitti2(tmp_path, "train")
     assert len(reader) == 6 and {k[:2] for k in reader.samples} == {("Scene02", "clone")}
     assert [reader.samples[i][2:] for i in reader.indices("optical_flow")] == [(f"Camera_{c}", f"0000{t}") for c in (0, 1) for t in (0, 1)]
     assert list(reader.indices("depth")) == list(range(6)) and list(reader.indices("albedo")) == []
     assert "next" not in reader.load(2, ["depth"], with_next=True) and "next" in reader.load(1, ["depth"], with_next=True)
     assert "next" not in reader.load(1, ["depth"])
-    assert {k[0] for k in D.VirtualKitti2(tmp_path, "test").samples} == {"Scene01"}
+    assert {k[0] for k in VirtualKitti2(tmp_path, "test").samples} == {"Scene01"}
 
 
 def test_archives_may_bring_a_folder_of_their_own(tmp_path):
     """Each modality is found in a folder of its own too, as some unpack one folder per archive."""
     virtual_kitti(tmp_path, top="vkitti_2.0.3_{}")
-    s = D.VirtualKitti2(tmp_path, "train").load(0, ["semantic", "depth", "scene_flow"])
+    s = VirtualKitti2(tmp_path, "train").load(0, ["semantic", "depth", "scene_flow"])
     assert s["valid"]["depth"].any() and s["valid"]["scene_flow"].any()
 
 
@@ -386,7 +401,7 @@ def test_flyingthings(tmp_path):
     write(top / "disparity_change/left/into_future/0000003.pfm", -(d1 - d0))
     for t in (3, 4, 9):
         write(top / f"image_clean/left/{t:07d}.png", picture(540, 960, t))
-    reader = D.FlyingThings3D(tmp_path, "train")
+    reader = FlyingThings3D(tmp_path, "train")
     assert len(reader) == 1 and list(reader.indices("scene_flow")) == [0] and reader.vflip
     s = reader.load(0, ["optical_flow", "scene_flow"])
     assert (s["image"] == picture(540, 960, 3)[2:-2]).all() and (s["next"] == picture(540, 960, 4)[2:-2]).all()
@@ -414,7 +429,7 @@ def test_cityscapes_classes_and_rows(tmp_path):
     write(tmp_path / "cityscapes/leftImg8bit/val/lindau/lindau_000010_000019_leftImg8bit.png", image)
     write(tmp_path / "cityscapes/gtFine/val/lindau/lindau_000010_000019_gtFine_labelIds.png", ids)
     write(tmp_path / "cityscapes/leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png", image)
-    reader = D.Cityscapes(tmp_path, "val")
+    reader = Cityscapes(tmp_path, "val")
     assert len(reader) == 1
     s = reader.load(0, ["semantic"])
     want = np.full(256, 255)
@@ -446,7 +461,7 @@ def test_kitti_eigen(tmp_path, capsys, level, top):
     """1/256 m depth, bottom centre crop of images of two sizes, the Eigen window measured on the uncropped image, three layouts."""
     sizes = [(375, 1242), (370, 1226)]
     eigen(tmp_path, sizes, level, top)
-    reader = D.KittiEigen(tmp_path, "test")
+    reader = KittiEigen(tmp_path, "test")
     assert "stand in for the Eigen split" in capsys.readouterr().out and len(reader) == 2
     for i, (h, w) in enumerate(sizes):
         s = reader.load(i, ["depth"])
@@ -465,10 +480,10 @@ def test_kitti_eigen_list(tmp_path):
     line = lambda date, drive, frame, depth: f"{date}/{drive}/image_02/data/{frame}.png {depth} 721.5377"
     path = tmp_path / "kitti_eigen/eigen_test_files_with_gt.txt"
     path.write_text("\n".join([line(*keys[1], "x/y.png"), line(*keys[0], "None")]))
-    assert D.KittiEigen(tmp_path, "test").samples == [keys[1]]
+    assert KittiEigen(tmp_path, "test").samples == [keys[1]]
     path.write_text(line(*keys[1], "x/y.png") + "\n" + line("2011_09_26", "2011_09_26_drive_0002_sync", "0000000069", "x/z.png"))
     with pytest.raises(FileNotFoundError, match="1 of the 2 samples .*drive_0002_sync/0000000069"):
-        D.KittiEigen(tmp_path, "test")
+        KittiEigen(tmp_path, "test")
 
 
 def kitti_2015(root, h=375, w=1242, scene="000010", f=721.5, cx=609.6, cy=172.9, baseline=0.5327):
@@ -493,7 +508,7 @@ def kitti_2015(root, h=375, w=1242, scene="000010", f=721.5, cx=609.6, cy=172.9,
 def test_kitti_2015(tmp_path, h, w):
     """Flow /64 and disparities /256 give back a synthetic 3-D motion with the uncropped image's camera; masks; a scene id with 10 in it."""
     flow, motion, _ = kitti_2015(tmp_path, h, w)
-    reader = D.Kitti2015(tmp_path, "training")
+    reader = Kitti2015(tmp_path, "training")
     s = reader.load(0, ["optical_flow", "scene_flow"])
     left = (w - 1216) // 2
     cut = lambda x: x[h - 352:, left:left + 1216]
@@ -507,11 +522,11 @@ def test_kitti_2015(tmp_path, h, w):
     assert np.abs(s["labels"]["optical_flow"] - cut(flow))[cut(valid)].max() <= 0.5 / 64 + 1e-4
     error = np.linalg.norm(s["labels"]["scene_flow"] - cut(motion), axis=-1)[s["valid"]["scene_flow"]]
     assert np.median(error) < 0.01 and error.max() < 0.01  # disparity has steps of 1/256
-    paper = D.Kitti2015(tmp_path, "training", baseline="paper").load(0, ["scene_flow"])
+    paper = Kitti2015(tmp_path, "training", baseline="paper").load(0, ["scene_flow"])
     assert "extra" not in paper
     assert np.allclose(paper["labels"]["scene_flow"], s["labels"]["scene_flow"] * 0.54 / 0.5327, atol=1e-4)
     with pytest.raises(ValueError, match="baseline"):
-        D.Kitti2015(tmp_path, "training", baseline="0.54")
+        Kitti2015(tmp_path, "training", baseline="0.54")
 
 
 def test_kitti_2015_broken_calibration(tmp_path):
@@ -520,7 +535,7 @@ def test_kitti_2015_broken_calibration(tmp_path):
     path = tmp_path / "kitti_2015/training/calib_cam_to_cam/000010.txt"
     path.write_text(path.read_text().split("P_rect_03")[0])
     with pytest.raises(ValueError, match="calib_cam_to_cam/000010.txt"):
-        D.Kitti2015(tmp_path, "training").load(0, ["scene_flow"])
+        Kitti2015(tmp_path, "training").load(0, ["scene_flow"])
 
 
 # ---- DIODE, MID ----
@@ -535,19 +550,19 @@ def test_diode(tmp_path):
     n = np.tile([0.36, 0.48, 0.8], (6, 8, 1))
     n[2, 2] = 0
     write(path("_depth.npy"), z), write(path("_depth_mask.npy"), mask), write(path("_normal.npy"), n)
-    s = D.Diode(tmp_path, "val").load(0, ["depth", "normal"])
+    s = Diode(tmp_path, "val").load(0, ["depth", "normal"])
     assert (s["labels"]["depth"] == np.nan_to_num(z)).all() and s["valid"]["depth"].sum() == 46
     assert not s["valid"]["depth"][0, 0] and not s["valid"]["depth"][1, 1]
     assert np.allclose(s["labels"]["normal"][s["valid"]["normal"]], (-0.36, 0.48, 0.8)) and s["valid"]["normal"].sum() == 47
-    assert D.Diode.depth_range == (0.6, 350) and D.KittiEigen.depth_range == (1e-5, 80)
+    assert Diode.depth_range == (0.6, 350) and KittiEigen.depth_range == (1e-5, 80)
     write(path("_normal.npy"), n[..., :2])
     with pytest.raises(ValueError, match="_normal.npy"):
-        D.Diode(tmp_path, "val").load(0, ["normal"])
+        Diode(tmp_path, "val").load(0, ["normal"])
 
 
 def test_mid(tmp_path, monkeypatch):
     """Exposure over all pixels; shading is exposed light over albedo, per channel and then grey; albedo of 0 is guarded and invalid."""
-    monkeypatch.setattr(D, "read_exr", lambda path: np.load(path.open("rb")))  # arrays under the names of EXR files
+    monkeypatch.setattr("readers.mid.read_exr", lambda path: np.load(path.open("rb")))  # arrays under the names of EXR files
     albedo = np.full((6, 8, 3), (0.5, 0.8, 1.5), np.float32)
     albedo[0, 0, 1], albedo[1, 1] = 0, 0.003
     hdr = np.random.default_rng(3).gamma(2, 5, (6, 8, 3)).astype(np.float32)
@@ -555,7 +570,7 @@ def test_mid(tmp_path, monkeypatch):
         path = tmp_path / "mid/everett" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.open("wb"), x)
-    reader = D.Mid(tmp_path, "test")
+    reader = Mid(tmp_path, "test")
     assert sorted(reader.samples) == [("everett", "10"), ("everett", "3")]
     with np.errstate(all="raise"):
         s = reader.load(1, ["albedo", "shading"])
@@ -588,7 +603,7 @@ def test_folder_reads_all_tasks(tmp_path):
     values = own(tmp_path)
     values["optical_flow"][0, 0] = np.nan
     write(tmp_path / "optical_flow/p0.flo", values["optical_flow"])
-    reader = D.Folder(tmp_path, "train")
+    reader = Folder(tmp_path, "train")
     assert set(reader.tasks) == set(TASKS) and reader.size == (6, 8) and len(reader) == 2
     s = reader.load(0, list(TASKS))
     for task, x in values.items():
@@ -609,14 +624,14 @@ def test_folder_pictures_as_labels(tmp_path):
     write(tmp_path / "albedo/p0.png", np.tile(np.uint16([65535, 13107, 0]), (6, 8, 1)))
     colours = np.array([(128, 64, 128), (250, 170, 30), (0, 0, 142), (0, 0, 0)], np.uint8)
     write(tmp_path / "semantic/p0.png", colours[np.arange(48).reshape(6, 8) % 4])
-    s = D.Folder(tmp_path, "train").load(0, ["semantic", "depth", "shading", "albedo"])
+    s = Folder(tmp_path, "train").load(0, ["semantic", "depth", "shading", "albedo"])
     assert (s["labels"]["semantic"][0, :4, 0] == (0, 3, 7, 255)).all() and not s["valid"]["semantic"][0, 3]
     assert s["labels"]["depth"][0, 1, 0] == 1.5 and not s["valid"]["depth"][0, 0]
     assert np.allclose(s["labels"]["shading"], 0.2) and np.allclose(s["labels"]["albedo"], (1, 0.2, 0))
     for bad, message in ((np.full((6, 8), 9, np.uint8), "id 9"), (np.full((6, 8, 3), 9, np.uint8), r"\[9, 9, 9\]")):
         write(tmp_path / "semantic/p0.png", bad)
         with pytest.raises(ValueError, match=f"semantic/p0.png .*{message}"):
-            D.Folder(tmp_path, "train").load(0, ["semantic"])
+            Folder(tmp_path, "train").load(0, ["semantic"])
 
 
 def test_folder_subsets_and_splits(tmp_path):
@@ -624,17 +639,17 @@ def test_folder_subsets_and_splits(tmp_path):
     own(tmp_path, 3)
     (tmp_path / "albedo/p1.npy").unlink()
     (tmp_path / "val.txt").write_text("p2\np1\n")
-    assert list(D.Folder(tmp_path, "train").indices("albedo")) == [0, 2] and len(D.Folder(tmp_path, "test")) == 3
-    val = D.Folder(tmp_path, "val")
+    assert list(Folder(tmp_path, "train").indices("albedo")) == [0, 2] and len(Folder(tmp_path, "test")) == 3
+    val = Folder(tmp_path, "val")
     assert val.samples == [("p2",), ("p1",)] and list(val.indices("albedo")) == [0] and list(val.indices("depth")) == [0, 1]
     with pytest.raises(ValueError, match="p1 .*no albedo label"):
         val.load(1, ["albedo"])
     (tmp_path / "val.txt").write_text("p9")
     with pytest.raises(ValueError, match="val.txt names 'p9'"):
-        D.Folder(tmp_path, "val")
+        Folder(tmp_path, "val")
     (tmp_path / "next/p0.png").unlink()
     with pytest.raises(ValueError, match="next/p0"):
-        D.Folder(tmp_path, "train")
+        Folder(tmp_path, "train")
 
 
 def test_folder_rejects_labels_that_cannot_be_right(tmp_path):
@@ -644,18 +659,18 @@ def test_folder_rejects_labels_that_cannot_be_right(tmp_path):
                              ("depth", np.ones((5, 8)), "p0 .*depth label is 5x8"), ("normal", np.ones((6, 8)), "normal/p0.npy")):
         write(tmp_path / f"{task}/p0.npy", x)
         with pytest.raises(ValueError, match=message):
-            D.Folder(tmp_path, "train").load(0, [task])
+            Folder(tmp_path, "train").load(0, [task])
     write(tmp_path / "images/p0.jpg", picture(6, 8))
     with pytest.raises(ValueError, match="same sample twice"):
-        D.Folder(tmp_path, "train")
+        Folder(tmp_path, "train")
 
 
 # ---- what is there ----
 
-@pytest.mark.parametrize("name", [n for n in D.READERS if n != "folder"])
+@pytest.mark.parametrize("name", [n for n in READERS if n != "folder"])
 def test_missing_and_empty_folders_say_what_was_expected(tmp_path, name):
     """One sentence: which files, in which folder, what is there instead, where to get them."""
-    reader = D.READERS[name]
+    reader = READERS[name]
     for there in ("is empty or does not exist", "holds 1 entries"):
         with pytest.raises(FileNotFoundError) as e:
             reader(tmp_path, reader.splits[0])
@@ -668,7 +683,7 @@ def test_missing_and_empty_folders_say_what_was_expected(tmp_path, name):
 def test_wrong_use_is_refused(tmp_path):
     """A task without labels, a label of another size and a file missing from a half-extracted archive are named."""
     virtual_kitti(tmp_path)
-    reader = D.VirtualKitti2(tmp_path, "train")
+    reader = VirtualKitti2(tmp_path, "train")
     with pytest.raises(ValueError, match="no labels for albedo"):
         reader.load(0, ["albedo"])
     depth = tmp_path / "virtual_kitti_2/Scene02/clone/frames/depth/Camera_0/depth_00000.png"
@@ -685,26 +700,26 @@ def test_found_and_check(tmp_path):
     virtual_kitti(tmp_path)
     own(tmp_path / "folder")
     kitti_2015(tmp_path)
-    assert [r.name for r in D.found(tmp_path, "train")] == ["virtual_kitti_2", "folder"]
-    assert [(r.name, r.split) for r in D.found(tmp_path, "test")] == [("kitti_2015", "training"), ("folder", "test")]
+    assert [r.name for r in found(tmp_path, "train")] == ["virtual_kitti_2", "folder"]
+    assert [(r.name, r.split) for r in found(tmp_path, "test")] == [("kitti_2015", "training"), ("folder", "test")]
     write(tmp_path / "virtual_kitti_2/Scene02/clone/frames/depth/Camera_1/depth_00001.png", np.ones((16, 11), np.uint8))
-    quick, full = "\n".join(D.check(tmp_path)), "\n".join(D.check(tmp_path, full=True))
+    quick, full = "\n".join(check(tmp_path)), "\n".join(check(tmp_path, full=True))
     for text in (quick, full):
         for part in ("virtual_kitti_2 train: 6 samples", "hypersim: not here", "virtual_kitti_2 test: no virtual_kitti_2 test",
                      "optical_flow      4  ", "kitti_2015 training: 1 samples"):
             assert part in text
     assert "depth_00001.png" in full and "depth_00001.png" not in quick
     with pytest.raises(FileNotFoundError, match="no train dataset"):
-        D.found(tmp_path / "folder" / "images", "train")
+        found(tmp_path / "folder" / "images", "train")
     with pytest.raises(FileNotFoundError, match="is no folder"):
-        D.check(tmp_path / "nothing")
+        check(tmp_path / "nothing")
 
 
 def test_mixture_facts():
     """The weights of each task add up to one over its datasets, and every fact names a task the dataset labels."""
-    training = [D.Hypersim, D.VirtualKitti2, D.FlyingThings3D]
+    training = [Hypersim, VirtualKitti2, FlyingThings3D]
     for task in TASKS:
         assert sum(r.mix[task] for r in training if task in r.tasks) == pytest.approx(1)
-    for r in D.READERS.values():
+    for r in READERS.values():
         assert {*r.mix, *r.jitter, *r.train_crop} <= set(r.tasks) and set(r.use.values()) <= set(r.splits)
         assert r.page and set(r.tasks) <= set(TASKS) and tuple(t for t in TASKS if t in r.tasks) == r.tasks

@@ -1,0 +1,42 @@
+"""The house: what imports what, so that a reader can go from the readers up to the tools and never has to look ahead."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if p.parent.name != "tests")
+# Floors from the ground up: a file imports from lower floors, and within its own room.
+FLOORS = [("cli", "checkpoint", "tasks", "draw"), ("readers", "model"), ("data",), ("toy", "baselines"),
+          ("sample", "evaluate"), ("train",), ("tools",)]
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room(path):
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(path):
+    """The rooms of this project that a file imports from, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively: name the room"
+            names.add(node.module.split(".")[0])
+    return names & FLOOR.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    """tools -> train -> sample, evaluate -> toy, baselines -> data -> readers, model -> tasks, checkpoint, cli, draw."""
+    own = room(path)
+    wrong = [other for other in imported(path) if other != own and FLOOR[other] > FLOOR[own]]
+    assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(wrong)}, which is further up"
+
+
+def test_every_file_has_a_floor():
+    """A new file on top, or a new room, finds its place in FLOORS: that is where its imports are settled."""
+    assert {room(path) for path in FILES} <= FLOOR.keys()
+    assert not {"model", "data"} & {name for path in FILES if room(path) == "readers" for name in imported(path)}
