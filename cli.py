@@ -1,11 +1,24 @@
-"""What a user sees of flags and mistakes: one sentence that names the cause and the remedy, exit code 2, no traceback."""
+"""What a user sees of flags and mistakes: one sentence that names the cause and the remedy, exit code 2, no traceback.
+
+A command imports this file before torch, which takes seconds: from then on Ctrl-C ends in one line, whatever goes on.
+"""
 import argparse
+import codecs
+import io
+import math
+import os
+import signal
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
+ROOT = Path(__file__).resolve().parent
+COMMAND = Path(*sys.argv[:1]).resolve()
+COMMANDS = [ROOT / f"{name}.py" for name in ("train", "evaluate", "sample", "data")]    # and all in tools/
 
+
+# ---- flags ----
 
 class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of printing its usage: a wrong flag ends as any other mistake does, in one sentence."""
@@ -14,17 +27,53 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists every flag)")
 
 
-def whole(least):
-    """argparse type: an integer of at least `least`."""
-    def number(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+def whole(least=0, most=2**31 - 1):
+    """argparse type: an integer from `least` to `most`."""
+    def parse(text):
+        if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
-    return number
+    return parse
+
+
+def number(low=-math.inf, high=math.inf, ends=True):
+    """argparse type: a finite number from `low` to `high`; these themselves only if `ends`."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = low <= value <= high if ends else low < value < high
+        if not (inside and math.isfinite(value)):
+            limits = f"from {low:g} to {high:g}" if ends else f"above {low:g} and below {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {limits}")
+        return value
+    return parse
+
+
+def writable(path, folder=False):
+    """The path, if a file (with `folder`: a folder of files) can be written there; also an argparse type.
+
+    OSError names what is in the way: better before hours of work than after. Nothing is left behind.
+    """
+    place = Path(path) if folder else Path(path).parent
+    while folder and not place.exists():
+        place = place.parent    # the nearest one there is: what is missing below it will be made
+    if not folder and Path(path).is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder, name a file in it")
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: there is no folder {place}")
+    try:
+        with tempfile.TemporaryFile(dir=place) as f:
+            f.write(b"0")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror} in {place.resolve()}") from None
+    return path
 
 
 def parse_device(text):
     """"auto" -> cuda where there is one, else cpu."""
+    import torch
     if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,14 +83,72 @@ def parse_device(text):
     return torch.device(text)
 
 
-def run(main):
-    """Call main(); a user's mistake ends in one sentence on stderr and exit code 2, without a traceback."""
+# ---- Ctrl-C and its kin ----
+
+STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]    # not every system has the last
+
+
+def _answer(handler):
+    """Let `handler` answer all STOPS but those ignored (SIGHUP under nohup). -> {signal: who answered before}"""
+    heard = [s for s in STOPS if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+    return {s: signal.signal(s, handler) for s in heard}
+
+
+@contextmanager
+def on_stop(handler):
+    """While the block runs, Ctrl-C, SIGTERM and SIGHUP call handler(number, frame)."""
+    before = _answer(handler)
     try:
-        return main() or 0
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+
+
+def _interrupt(*_):
+    """The first time: whatever is going on may tidy up. It is not waited for when asked a second time."""
+    _answer(_leave)
+    raise KeyboardInterrupt
+
+
+def _leave(*_):
+    """At once, without a traceback: every file is written under another name first, so what is on disk is whole."""
+    os.write(2, f"{COMMAND.name}: interrupted\n".encode())
+    os._exit(130)
+
+
+if COMMAND in COMMANDS or COMMAND.parent == ROOT / "tools":     # still importing, and later on its way out
+    _answer(_leave)
+
+
+# ---- the frame of every command ----
+
+PLAIN = {"↓": "v", "↑": "^", "±": "+-"}
+
+
+def _plain(error):
+    """For a stdout that is not UTF-8: stand-ins for what tables are made of, a question mark for other characters."""
+    return "".join(PLAIN.get(c, "?") for c in error.object[error.start:error.end]), error.end
+
+
+codecs.register_error("plain", _plain)
+
+
+def run(main):
+    """Call main(). -> exit code: what it returns, or 2 after a mistake and 130 after a stop, both told in one line."""
+    import torch
+    from safetensors import SafetensorError
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="plain")
+    code, told = 2, ""
+    try:
+        with on_stop(_interrupt):
+            return main() or 0
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        told = error
     except KeyboardInterrupt:
-        return 130
+        code, told = 130, "interrupted"
     except torch.OutOfMemoryError as error:
-        print(f"{Path(sys.argv[0]).name}: out of GPU memory: lower --micro, add --checkpointing, or use smaller images ({error})", file=sys.stderr)
-    return 2
+        told = f"out of GPU memory: use smaller images, lower --rows, or in training --micro ({error})"
+    print(f"{COMMAND.name}: {' '.join(str(told).split())}", file=sys.stderr)
+    return code

@@ -144,7 +144,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("evaluate --ckpt out --stage 2", "holds no stage 2"),
     ("evaluate --ckpt out --stage 3", "--stage"),
     ("evaluate --ckpt out --limt 1", "--limt"),
-    ("evaluate --ckpt out --limit 0", "whole number of at least 1"),
+    ("evaluate --ckpt out --limit 0", "whole number from 1"),
     ("evaluate --ckpt out --workers -1", "--workers"),
     ("evaluate --ckpt out --split train", "--split"),
     ("evaluate --ckpt out --device tpu", "--device tpu"),
