@@ -5,13 +5,17 @@
 
 Nothing is pickled. The sampler has no state: what step s sees follows from (seed, s) alone (data.Mixture).
 """
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+import socket
 import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -157,3 +161,68 @@ def restore(tensors, parts, optimizer):
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+# ---- one run at a time ----
+
+@contextlib.contextmanager
+def locked(out):
+    """Hold `out` for this process; BlockingIOError says which other one has it. The system lets go when a process ends,
+    however it ends, so that no lock is ever stale."""
+    path = Path(out) / "lock.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            f.seek(0)
+            raise BlockingIOError(f"another training writes to {out} ({f.read().strip() or 'just started'}): "
+                                  "wait for it, stop it, or name another --out") from None
+        f.seek(0)
+        if before := f.read().strip():
+            print(f"notice: the run that had {out} ({before}) has ended without saying so; going on", file=sys.stderr)
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        try:
+            yield
+        finally:
+            f.truncate(0)
+
+
+# ---- records: what can be computed again, and is cheaper to read ----
+
+class Records:
+    """`count` vectors of `numbers` float16 in one file, each with a checksum: one that was never finished, or is damaged,
+    reads as None. A full disk or a file that cannot be written ends the writing with a notice, not the run."""
+
+    def __init__(self, path, count, numbers):
+        self.path, self.count, self.bytes = Path(path), count, 2 * numbers
+        self.file = None
+
+    def _open(self):
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        return self.file
+
+    def read(self, k):
+        """Record k: (numbers,) float16, or None."""
+        if not 0 <= k < self.count:
+            return None
+        data = os.pread(self._open(), self.bytes + 4, k * (self.bytes + 4))
+        if len(data) < self.bytes + 4 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            return None
+        return np.frombuffer(data[:-4], np.float16).copy()
+
+    def write(self, k, vector):
+        """Keep a (numbers,) float16 vector as record k, if there is room for it."""
+        if not 0 <= k < self.count:
+            return
+        data = vector.tobytes()
+        try:
+            os.pwrite(self._open(), data + zlib.crc32(data).to_bytes(4, "little"), k * (self.bytes + 4))
+        except OSError as error:
+            print(f"notice: {self.path} keeps no more ({error.strerror}); what is missing is computed anew each time",
+                  file=sys.stderr)
+            self.count = 0
