@@ -4,8 +4,10 @@ A command imports this file before torch, which takes seconds: from then on Ctrl
 """
 import argparse
 import codecs
+import ctypes
 import io
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -119,6 +121,72 @@ def _leave(*_):
 
 if COMMAND in COMMANDS or COMMAND.parent == ROOT / "tools":     # still importing, and later on its way out
     _answer(_leave)
+
+
+# ---- several processes as one ----
+
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def spread(work, world):
+    """work(rank) in `world` processes at once, rank 0 in this one -> [what each returned].
+
+    On the CPU several processes of one thread each are faster than one of several threads, and do not collapse when
+    other programs run beside them: threads that wait for each other spin. `work` is a function that can be pickled.
+    The other processes leave Ctrl-C to this one and never outlive it. A mistake in one of them is raised here as
+    ValueError, its death as ChildProcessError.
+    """
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    others = {}
+    for rank in range(1, world):
+        here, there = context.Pipe(False)
+        process = context.Process(target=_other, args=(work, rank, there, os.getpid()))
+        process.start()
+        there.close()
+        others[process] = here
+    try:
+        try:
+            first = work(0)
+        except RuntimeError:    # what a collective raises when a peer is gone: the peer knows the reason
+            for process, pipe in others.items():
+                _report(process, pipe, 1)
+            raise
+        return [first, *(_report(process, pipe, None) for process, pipe in others.items())]
+    finally:
+        for process in others:
+            process.kill()
+            process.join()
+
+
+def _report(process, pipe, patience):
+    """What a process of `spread` returned, waiting up to `patience` seconds (None: as long as it takes, and it must)."""
+    if not pipe.poll(patience):
+        return None
+    try:
+        well, result = pipe.recv()
+    except EOFError:
+        process.join()
+        raise ChildProcessError(f"{process.name} ended with exit code {process.exitcode} before it was done, perhaps for "
+                                "lack of memory: try again with --processes 1") from None
+    if not well:
+        raise ValueError(result)
+    return result
+
+
+def _other(work, rank, pipe, parent):
+    """The life of a process of `spread`."""
+    for stop in STOPS:
+        signal.signal(stop, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: the kernel ends it with its parent
+        if os.getppid() != parent:
+            os._exit(1)
+    try:
+        pipe.send((True, work(rank)))
+    except (ValueError, OSError, FloatingPointError) as error:
+        pipe.send((False, str(error)))
 
 
 # ---- the frame of every command ----
