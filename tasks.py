@@ -28,7 +28,9 @@ class Task:
 
     encode(label, valid): (B,C,H,W) native label, (B,1,H,W) bool -> (B,3,H,W) code in [-1,1]; invalid pixels get a finite filler
     decode(code): (B,3,H,W), any values -> (B,C,H,W) native prediction, up to what the encoding's normalisation destroyed
-    colour(label, valid): (C,H,W), (H,W) bool -> (H,W,3) uint8 picture; invalid pixels black
+    colour(label, valid, like=None): (C,H,W), (H,W) bool -> (H,W,3) uint8 picture; invalid pixels black
+    tell(label, valid): the scale of these colours in words, in the label's unit; "" = they have none
+    key(): what the colours mean, [(text, small map (C,h,w) to be coloured, NaN where nothing is to be seen)]
     """
     name: str            # key in files, folders and state dicts
     prompt: str          # what the text encoder reads: the task token
@@ -43,6 +45,8 @@ class Task:
     vflip: tuple = (1, 1, 1)   # and under a vertical flip
     categorical: bool = False
     dense_loss: str = "l1"     # the task's own usual loss on the decoded map (train.py --loss task): l1, cosine, cross-entropy, scale-shift
+    tell: Callable = lambda label, valid: ""   # the last two: see above
+    key: Callable = list
 
 
 # ---- helpers ----
@@ -137,10 +141,12 @@ def _encode_intensity(label, valid):
 
 
 # ---- pictures (paper appendix B.5) ----
+# Depth and motion are coloured in the scale of `like`, a (label, valid) pair, or without it in that of the map itself:
+# a prediction beside its label has the label's colours where it is right.
 
 # ColorBrewer's Spectral, near = red, far = blue
-SPECTRAL = torch.tensor([[158, 1, 66], [213, 62, 79], [244, 109, 67], [253, 174, 97], [254, 224, 139], [255, 255, 191],
-                         [230, 245, 152], [171, 221, 164], [102, 194, 165], [50, 136, 189], [94, 79, 162]], dtype=torch.float32) / 255
+SPECTRAL = torch.tensor([(158, 1, 66), (213, 62, 79), (244, 109, 67), (253, 174, 97), (254, 224, 139), (255, 255, 191),
+                         (230, 245, 152), (171, 221, 164), (102, 194, 165), (50, 136, 189), (94, 79, 162)]) / 255
 
 
 def _picture(rgb, valid):
@@ -149,18 +155,25 @@ def _picture(rgb, valid):
     return (torch.where(valid, rgb, torch.zeros_like(rgb)) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-def _colour_semantic(label, valid):
+def _colour_semantic(label, valid, like=None):
     colours = torch.tensor(CITYSCAPES, dtype=torch.float32) / 255
-    return _picture(colours[label[0].long().cpu().clamp(0, len(CLASSES) - 1)].permute(2, 0, 1), (valid & (label[0] < len(CLASSES))).cpu())
+    ids, valid = label[0].cpu(), valid.cpu()
+    return _picture(colours[ids.long().clamp(0, len(CLASSES) - 1)].permute(2, 0, 1), valid & (ids < len(CLASSES)))
 
 
-def _colour_normal(label, valid):
+def _colour_normal(label, valid, like=None):
     return _picture(label / 2 + 0.5, valid)
 
 
-def _colour_depth(label, valid):
+def _depth_range(label, valid):
+    """2nd and 98th percentile over the valid pixels."""
     lo, hi = _percentiles(label[None], valid[None, None])
-    x = _filled(label, valid[None]).sub(lo[0]).div((hi - lo)[0].clamp(min=1e-9)).clamp(0, 1)[0] * (len(SPECTRAL) - 1)
+    return lo.item(), hi.item()
+
+
+def _colour_depth(label, valid, like=None):
+    lo, hi = _depth_range(*(like or (label, valid)))
+    x = _filled(label, valid[None]).sub(lo).div(max(hi - lo, 1e-9)).clamp(0, 1)[0] * (len(SPECTRAL) - 1)
     i = x.long().clamp(max=len(SPECTRAL) - 2)
     table, t = SPECTRAL.to(x.device), (x - i)[..., None]
     return _picture((table[i] * (1 - t) + table[i + 1] * t).permute(2, 0, 1), valid)
@@ -172,21 +185,85 @@ def _hsv(h, s, v):
     return v * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
-def _colour_flow(label, valid):
-    """Hue = direction atan2(-vy, -vx), saturation = magnitude; scene flow also value = inverse of v_z. Scaled per image."""
+def _flow_range(label, valid):
+    """(longest vector in the image plane, least v_z, largest v_z) over the valid pixels; v_z is 0 without that channel."""
+    x = label[:, valid & label.isfinite().all(0)].float()
+    if not x.numel():
+        return 0.0, 0.0, 0.0
+    z = x[2] if len(x) == 3 else torch.zeros(1)
+    return x[:2].norm(dim=0).max().item(), z.min().item(), z.max().item()
+
+
+def _colour_flow(label, valid, like=None):
+    """Hue = direction atan2(-vy, -vx), saturation = magnitude; scene flow also value = inverse of v_z."""
+    longest, near, far = _flow_range(*(like or (label, valid)))
     x = _filled(label.float(), valid[None])
-    magnitude = x[:2].norm(dim=0)
-    s = magnitude / magnitude.max().clamp(min=1e-9)
+    s = (x[:2].norm(dim=0) / max(longest, 1e-9)).clamp(max=1)
     h = (torch.atan2(-x[1], -x[0]) / (2 * torch.pi)) % 1
     v = torch.ones_like(s)
     if len(x) == 3:
-        z = x[2][valid] if valid.any() else x[2].flatten()
-        v = 1 - 0.7 * ((x[2] - z.min()) / (z.max() - z.min()).clamp(min=1e-9)).clamp(0, 1)
+        v = 1 - 0.7 * ((x[2] - near) / max(far - near, 1e-9)).clamp(0, 1)
     return _picture(_hsv(h, s, v), valid)
 
 
-def _colour_intensity(label, valid):
-    return _picture(label.expand(3, -1, -1), valid)
+def _colour_intensity(label, valid, like=None):
+    """Linear light, gamma-coded as screens expect it."""
+    return _picture(label.float().clamp(0, 1).pow(1 / 2.2).expand(3, -1, -1), valid)
+
+
+# The scale of a label's colours in words: what beside the key below one needs to read numbers off a picture.
+
+def _tell_depth(label, valid):
+    return "{:.3g} to {:.3g} m".format(*_depth_range(label, valid))
+
+
+def _tell_optical_flow(label, valid):
+    return f"up to {_flow_range(label, valid)[0]:.3g} px"
+
+
+def _tell_scene_flow(label, valid):
+    return "up to {:.2g} m, z {:+.2g} to {:+.2g} m".format(*_flow_range(label, valid))
+
+
+# Keys: [(text, map of a few pixels that `colour` shows beside it, NaN where nothing is to be seen)]
+
+def _ramp(low=0.0, high=1.0):
+    """(1,12,72), growing to the right."""
+    return torch.linspace(low, high, 72).expand(1, 12, 72)
+
+
+def _disc(size=45):
+    """x, y in [-1,1], (2,size,size), right and down; NaN outside the circle."""
+    axis = torch.linspace(-1, 1, size)
+    xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))
+    return torch.where(xy.norm(dim=0) <= 1, xy, torch.nan)
+
+
+def _key_semantic():
+    return [(name, torch.full((1, 12, 12), float(i))) for i, name in enumerate(CLASSES)]
+
+
+def _key_normal():
+    xy = _disc()    # of a ball: what faces right points left when it points away from the camera
+    return [("of a ball", torch.cat([-xy, (1 - xy.square().sum(0, keepdim=True)).clamp(min=0).sqrt()]))]
+
+
+def _key_depth():
+    return [("near to far", _ramp())]
+
+
+def _key_optical_flow():
+    return [("direction, from pale (slow)\nto strong (fast)", _disc())]
+
+
+def _key_scene_flow():
+    zero = torch.zeros(2, 12, 72)
+    return [("x, y as optical flow", torch.cat([_disc(), torch.zeros(1, 45, 45)])),
+            ("z: coming to going", torch.cat([zero, _ramp(-1)]))]
+
+
+def _key_intensity():
+    return [("0 to 1, shown as x^(1/2.2)", _ramp())]
 
 
 # ---- the registry ----
@@ -194,24 +271,28 @@ def _colour_intensity(label, valid):
 TASKS = {t.name: t for t in [
     # class ids 0..7 as in CLASSES; 255 = ignore
     Task("semantic", "semantic", 1, 1, "class id 0..7", "semantic", *_semantic_codec("cityscapes"), _colour_semantic,
-         categorical=True, dense_loss="cross-entropy"),
+         categorical=True, dense_loss="cross-entropy", key=_key_semantic),
     # unit vectors pointing away from the camera: a wall seen frontally is (0,0,+1)
     Task("normal", "normal", 1, 3, "unit vector, OpenCV axes, pointing away from the camera", "normal",
-         _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine"),
+         _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine",
+         key=_key_normal),
     # metres along the optical axis; the percentiles' scale and shift are lost
     Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth", _encode_depth, _decode_unit, _colour_depth,
-         dense_loss="scale-shift"),
+         dense_loss="scale-shift", tell=_tell_depth, key=_key_depth),
     # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
     Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
-         _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1)),
+         _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1),
+         tell=_tell_optical_flow, key=_key_optical_flow),
     # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
     Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
-         _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1)),
+         _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1),
+         tell=_tell_scene_flow, key=_key_scene_flow),
     # grey irradiance
-    Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading", _encode_intensity, _decode_unit, _colour_intensity),
+    Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading", _encode_intensity, _decode_unit, _colour_intensity,
+         key=_key_intensity),
     # linear RGB reflectance, not gamma-coded
     Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
-         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity),
+         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity, key=_key_intensity),
 ]}
 
 
