@@ -38,7 +38,7 @@ from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
 # ---- alignment: what a prediction is not asked to know is fitted to the ground truth first ----
 
-def align_scale_shift(pred, label, valid, lo, hi):
+def align_scale_shift(pred, label, valid, lo=-math.inf, hi=math.inf):
     """Least-squares scale and shift over all valid pixels, then clip to [lo, hi] (label's unit) -> (C,H,W)."""
     p, l = pred[:, valid], label[:, valid]
     d = p - p.mean()
@@ -60,6 +60,17 @@ def align_scale(pred, label, valid, lo=0.0, hi=1.0):
     p, l = pred[:, valid], label[:, valid]
     pl, pp = (p * l).sum(), p.square().sum()
     return ((pl / pp if pp > 0 else 0.0) * pred).clamp(lo, hi)
+
+
+# Task.metric -> its alignment; what is not here is compared as it comes
+ALIGN = {"depth": align_scale_shift, "epe": align_scale_nonneg, "shading": align_scale, "albedo": align_scale}
+
+
+def aligned(task, pred, label, valid):
+    """The prediction (C,H,W) of a tasks.Task fitted to its label as for the metric, to be drawn beside it; as it is without
+    a valid pixel. Depth is not clipped to a dataset's range."""
+    align = ALIGN.get(task.metric)
+    return align(pred, label, valid) if align and valid.any() else pred
 
 
 # ---- formulas ----
