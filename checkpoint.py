@@ -1,6 +1,7 @@
 """Files that survive: everything is written under a temporary name, flushed to disk, and renamed.
 
-    out/state/         what --resume needs: settings, step, trained weights, Adam's moments, random state (json + safetensors, with a checksum)
+    out/state/         what --resume needs: settings, step, trained weights, Adam's moments, random state
+                       (json + safetensors, with a checksum)
     out/state.prev/    the one before, used with a notice if state/ turns out damaged
 
 Nothing is pickled. The sampler has no state: what step s sees follows from (seed, s) alone (data.Mixture).
@@ -20,15 +21,92 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+# ---- json ----
 
-def read_json(path, absent):
-    """The parsed file; FileNotFoundError(absent) if there is none, ValueError if it is damaged."""
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a whole number",
+         float: "a number", None: "null"}
+
+
+def misfit(value, shape, name="it"):
+    """What of a parsed json is not as its shape says, as a phrase; "" if all is.
+
+    shape: dict, list, str, bool, int, float (takes whole numbers too) or None; {"key": shape, ...}, an object with at
+    least these keys; {str: shape}, an object with any keys; [shape], a list of such; [shape, shape], a list of so many;
+    (shape, shape), one of them. What may be None may also be missing.
+    """
+    if isinstance(shape, tuple):
+        reasons = [misfit(value, one, name) for one in shape]
+        return reasons[-1] if all(reasons) else ""
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    fits = type(value) in (int, float) if kind is float else type(value) is (kind or type(None))
+    if not fits:
+        found = "missing or null" if value is None else json.dumps(value)[:40]
+        return f"{name} is {found}, expected {KINDS[kind]}"
+    parts = []
+    if isinstance(shape, dict):
+        inside = dict.fromkeys(value, shape[str]) if str in shape else shape
+        parts = [(value.get(key), one, key if name == "it" else f"{name}.{key}") for key, one in inside.items()]
+    elif isinstance(shape, list):
+        inside = shape * len(value) if len(shape) == 1 else shape
+        if len(inside) != len(value):
+            return f"{name} has {len(value)} entries, expected {len(inside)}"
+        parts = [(one, inner, f"{name}[{i}]") for i, (one, inner) in enumerate(zip(value, inside, strict=True))]
+    return next(filter(None, (misfit(*part) for part in parts)), "")
+
+
+def _parse(text, shape, where, remedy):
+    """The value of a json text; ValueError says what is wrong with it, where, and what to do."""
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(text)
+        reason = misfit(value, shape)
+    except (ValueError, RecursionError) as error:
+        reason = error
+    if reason:
+        raise ValueError(f"{where} is damaged, or of another program ({reason}): {remedy}")
+    return value
+
+
+def read_json(path, absent, shape=dict, remedy="delete it, or restore it from a copy"):
+    """The parsed file, checked against its `shape` (misfit says how to write one).
+
+    FileNotFoundError(absent) if there is none; ValueError names the file, what is wrong with it, and the remedy.
+    """
+    try:
+        text = Path(path).read_text(errors="replace")
     except FileNotFoundError:
         raise FileNotFoundError(absent) from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it or restore it") from None
+    return _parse(text, shape, path, remedy)
+
+
+def read_lines(path, shape=dict):
+    """The values of a .jsonl file, one a line, each checked against `shape`; [] if there is no file.
+
+    A last line that a kill cut short is left out; ValueError names any other that is damaged.
+    """
+    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    if lines:
+        try:
+            json.loads(lines[-1])
+        except ValueError:
+            del lines[-1]
+    return [_parse(line, shape, f"{path}, line {n},", "delete this line") for n, line in enumerate(lines, 1)]
+
+
+SETTINGS = {"stage": int, "steps": int, "batch": int, "seed": int}     # of a run, at least these
+CONFIG = {"train": (None, SETTINGS), "stage1": (None, SETTINGS), "size": (None, [int, int]), "held_out": (None, dict)}
+STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int}
+RELEASED_SIZE = [288, 384]      # H x W of Hypersim's training images: the size of imported weights, which say none
+
+
+def read_config(folder):
+    """config.json of a checkpoint, with at least "train" and "stage1" (settings of the run, and of the stage 1 it
+    started from) and "size" ([H, W]), each None if it is not known or there is no config.json."""
+    path = Path(folder) / "config.json"
+    unknown = {"train": None, "stage1": None, "size": None}
+    config = unknown | (read_json(path, "", CONFIG, "copy the whole checkpoint again") if path.is_file() else {})
+    if config.get("imported") and not config["size"]:
+        config["size"] = RELEASED_SIZE
+    return config
 
 
 def write_json(path, value):
@@ -69,12 +147,13 @@ def _room(out, error, need):
     """The sentence for a write that failed."""
     free = shutil.disk_usage(out).free
     reason = error.strerror if isinstance(error, OSError) else error
-    return OSError(f"could not save to {out}: {reason}; about {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free. "
-                   f"The earlier checkpoint is untouched: make room, then continue with --resume")
+    return OSError(f"could not save to {out}: {reason}; about {need / 2**20:.0f} MiB are needed and "
+                   f"{free / 2**20:.0f} MiB are free. The earlier checkpoint is untouched: make room, then continue "
+                   "with --resume")
 
 
 def save_model(model, out):
-    """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or half-written.
+    """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
 
     While out/model.new exists, some files are of this model and some of the one before.
     """
@@ -98,7 +177,7 @@ def save_model(model, out):
 
 
 def save_state(out, about, step, parts, optimizer):
-    """Settings, trained weights, optimizer and random state of a run -> out/state, the earlier one -> out/state.prev."""
+    """Settings, trained weights, optimizer and random state of a run -> out/state; the earlier one -> out/state.prev."""
     out, temporary = Path(out), Path(out) / "state.tmp"
     tensors = {f"weight/{n}/{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
     names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
@@ -131,9 +210,7 @@ def read_state(out):
         if not folder.is_dir():
             continue
         try:
-            about = json.loads((folder / "state.json").read_text())
-            if not {"train", "step", "crc32"} <= about.keys():
-                raise ValueError("state.json lacks settings or step")
+            about = read_json(folder / "state.json", "no state.json", STATE, "an earlier state is tried")
             if crc(folder / "state.safetensors") != about["crc32"]:
                 raise ValueError("its checksum differs")
             tensors = load_file(folder / "state.safetensors")
@@ -143,7 +220,8 @@ def read_state(out):
         if unusable:
             print(f"notice: {'; '.join(unusable)}; continuing from {folder}, step {about['step']}", file=sys.stderr)
         return about, tensors
-    raise FileNotFoundError(f"nothing to resume in {out} ({'; '.join(unusable) or 'no state/'}): start with python train.py --stage 1 --out {out}")
+    raise FileNotFoundError(f"nothing to resume in {out} ({'; '.join(unusable) or 'no state/'}): "
+                            f"start with python train.py --stage 1 --out {out}")
 
 
 def restore(tensors, parts, optimizer):
@@ -151,8 +229,8 @@ def restore(tensors, parts, optimizer):
     for part, module in parts.items():
         prefix = f"weight/{part}/"
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    index = {f"{n}/{k}": i for i, (n, k) in enumerate((n, k) for n, m in parts.items() for k, _ in m.named_parameters())}
-    state = {}
+    names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
+    index, state = {name: i for i, name in enumerate(names)}, {}
     for key, value in tensors.items():
         if key.startswith("adam/"):
             name, moment = key.removeprefix("adam/").rsplit("/", 1)
@@ -193,8 +271,8 @@ def locked(out):
 # ---- records: what can be computed again, and is cheaper to read ----
 
 class Records:
-    """`count` vectors of `numbers` float16 in one file, each with a checksum: one that was never finished, or is damaged,
-    reads as None. A full disk or a file that cannot be written ends the writing with a notice, not the run."""
+    """`count` vectors of `numbers` float16 in one file, each with a checksum: one never finished, or damaged, reads as
+    None. A full disk or a file that cannot be written ends the writing with a notice, not the run."""
 
     def __init__(self, path, count, numbers):
         self.path, self.count, self.bytes = Path(path), count, 2 * numbers
