@@ -270,10 +270,11 @@ class StableMTL(nn.Module):
             self._feats.clear()
         return feats
 
-    def forward(self, z_i, z_j, tasks, rows=None):
+    def forward(self, z_i, z_j, tasks, rows=None, streams=None):
         """Predicted label latents of `tasks`, with stage 2 where it exists. z_i, z_j: (B,4,h,w) -> {task: (B,4,h,w)}.
 
         rows: images (tasks x batch) that pass the UNet at once; None = all. The result does not depend on it.
+        streams: what `streams` gives for these latents and all tasks, if it is known already.
         """
         unet, out = self.unet, {}
         if self.main is not None:
@@ -284,7 +285,8 @@ class StableMTL(nn.Module):
                 wanted = tasks
                 needed = self.tasks if len(tasks) > 1 else [t for t in self.tasks if t != tasks[0]]
                 self._kv = None     # the last call's, before this call's need the memory
-                feats = self.streams(z_i, z_j, needed, rows)
+                feats = self.streams(z_i, z_j, needed, rows) if streams is None else {
+                    block: {t: f[t] for t in needed} for block, f in streams.items()}
                 self._kv = {b: self.attention[b.replace(".", "/")].keys_values(f) for b, f in feats.items()}
             rows = rows_main
         for part in _parts(tasks, z_i, rows):
