@@ -222,7 +222,7 @@ def _tell_optical_flow(label, valid):
 
 
 def _tell_scene_flow(label, valid):
-    return "up to {:.2g} m, z {:+.2g} to {:+.2g} m".format(*_flow_range(label, valid))
+    return "up to {:.2g} m, z {:.2g} to {:.2g} m".format(*_flow_range(label, valid))
 
 
 # Keys: [(text, map of a few pixels that `colour` shows beside it, NaN where nothing is to be seen)]
@@ -253,7 +253,7 @@ def _key_depth():
 
 
 def _key_optical_flow():
-    return [("direction, from pale (slow)\nto strong (fast)", _disc())]
+    return [("direction;\npale is slow", _disc())]
 
 
 def _key_scene_flow():
