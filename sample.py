@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from checkpoint import read_json, write_json
 from cli import Parser, parse_device, run, whole
-from draw import attention_table, cell, draw_attention, draw_panel
+from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
+from evaluate import aligned
 from model import StableMTL
 from readers.toyworld import WORLDS, ToyWorld
 from tasks import CLASSES, TASKS, parse_tasks
@@ -267,14 +268,16 @@ def write(folder, frames, maps, truth=None, table=None):
         array = np.ascontiguousarray(x.permute(1, 2, 0).numpy())
         Image.fromarray(picture).save(folder / f"{t}.png")
         np.save(folder / f"{t}.npy", array[..., 0].astype(np.uint8) if TASKS[t].categorical else array)
-        cells.append((t, cell(picture)))
         if truth:
             label, valid = torch.from_numpy(truth["labels"][t]).permute(2, 0, 1), torch.from_numpy(truth["valid"][t])
-            cells.append((f"{t}, label" if valid.any() else f"{t}, no label here", cell(TASKS[t].colour(label, valid))))
+            cells += compare(TASKS[t], label, valid, aligned(TASKS[t], x, label, valid))
+        else:
+            cells.append((t, cell(picture)))
     if table:
         write_json(folder / "attention.json", table)
-        draw_attention(table).save(folder / "attention.png")
-    draw_panel(cells, 4 if truth else 3).save(folder / "panel.png.tmp", "PNG")
+        draw_attention(table).savefig(folder / "attention.png")
+    tasks, note = [TASKS[t] for t in maps], COMPARED if truth else ""
+    draw_panel(cells, 4 if truth else 3, tasks, note).save(folder / "panel.png.tmp", "PNG")
     os.replace(folder / "panel.png.tmp", folder / "panel.png")
 
 
