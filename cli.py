@@ -25,6 +25,10 @@ COMMANDS = [ROOT / f"{name}.py" for name in ("train", "evaluate", "sample", "dat
 class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of printing its usage: a wrong flag ends as any other mistake does, in one sentence."""
 
+    def __init__(self, **options):
+        tool = COMMAND.parent == ROOT / "tools"     # usage: how the command at hand is typed
+        super().__init__(prog=f"python -m tools.{COMMAND.stem}" if tool else f"python {COMMAND.name}", **options)
+
     def error(self, message):
         raise ValueError(f"{message} (--help lists every flag)")
 
@@ -161,16 +165,16 @@ def spread(work, world):
 
 
 def _report(process, pipe, patience):
-    """What a process of `spread` returned, waiting up to `patience` seconds (None: as long as it takes, and it must)."""
+    """What a process of `spread` returned; None if it says nothing within `patience` seconds (None: for ever)."""
     if not pipe.poll(patience):
         return None
     try:
         well, result = pipe.recv()
     except EOFError:
         process.join()
-        raise ChildProcessError(f"{process.name} ended with exit code {process.exitcode} before it was done, perhaps for "
-                                "lack of memory: try again with --processes 1") from None
-    if not well:
+        raise ChildProcessError(f"{process.name} ended with exit code {process.exitcode} before it was done, perhaps "
+                                "for lack of memory: try again with --processes 1") from None
+    if well is False:
         raise ValueError(result)
     return result
 
@@ -187,6 +191,8 @@ def _other(work, rank, pipe, parent):
         pipe.send((True, work(rank)))
     except (ValueError, OSError, FloatingPointError) as error:
         pipe.send((False, str(error)))
+    except RuntimeError as error:       # a collective whose peer is gone; if it is anything else, rank 0 fails alike
+        pipe.send((None, str(error)))
 
 
 # ---- the frame of every command ----

@@ -103,7 +103,8 @@ def main(argv=None):
     if args.stage == 2:
         finish([*flags, "--steps", "1", "--out", str(whole)], log)
         shutil.copytree(whole, killed)
-    command = [*flags, "--stage", str(args.stage), "--rho", "1", "--steps", str(steps)]
+    masks = ["--rho", "1"] if args.stage == 2 else []
+    command = [*flags, "--stage", str(args.stage), *masks, "--steps", str(steps)]
     begin = time.time()
     finish([*command, "--out", str(whole)], log)
     reach, kills, done, resumes = (time.time() - begin) / steps * 3 + 1, 0, False, 0

@@ -1,4 +1,5 @@
 """train.py: one task per step, micro-batches that change nothing, resume that equals an uninterrupted run, and a sentence for every mistake."""
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
+import settings
 import train
 from cli import run
 from data import Mixture, train_readers, whole_cells
@@ -162,7 +164,7 @@ def test_micro_batches_change_nothing(tiny_base, readers, kinds):
     """The gradient of a step is the same in one, two or four micro-batches, although their valid areas differ: the mean over all valid cells.
     Same to float32 rounding, which is 2e-6 of the largest gradient in latent space and 2e-5 behind the decoder."""
     tolerance = 1e-5 if kinds == "latent" else 1e-4
-    model, kinds = from_base(str(tiny_base), ("normal",)), train.parse_loss(kinds)
+    model, kinds = from_base(str(tiny_base), ("normal",)), settings.parse_loss(kinds)
     steps = [uneven(Mixture(readers, ("normal",), TASKS, 4, micro, seed=3)[0]["batches"]) for micro in (4, 2, 1)]
     (loss, whole), *others = [gradients(model, b, kinds) for b in steps]
     assert len(steps[0]) < len(steps[1]) <= len(steps[2]) == 4
@@ -212,7 +214,7 @@ def test_every_loss_of_every_task(tiny_base, readers):
     model = from_base(str(tiny_base), tuple(TASKS))
     for t in TASKS:
         batch = Mixture(readers, (t,), TASKS, 2, 2, seed=5)[0]["batches"][0]
-        results = [gradients(model, [batch], train.parse_loss(kind)) for kind in ("latent", "pixel", "task")]
+        results = [gradients(model, [batch], settings.parse_loss(kind)) for kind in ("latent", "pixel", "task")]
         assert all(math.isfinite(v) and v > 0 for losses, _ in results for v in losses.values()), t
         for (_, a), (_, b) in zip(results, results[1:]):
             assert not close(a, b, 1e-2)
@@ -223,10 +225,10 @@ def test_every_loss_of_every_task(tiny_base, readers):
 
 def test_loss_flag(go, tmp_path):
     """--loss takes a weighted sum, needs images rather than the cache for pixel and task, and names what it cannot read."""
-    assert train.parse_loss("latent") == {"latent": 1.0} and train.parse_loss("pixel:0.5,task") == {"pixel": 0.5, "task": 1.0}
+    assert settings.parse_loss("latent") == {"latent": 1.0} and settings.parse_loss("pixel:0.5,task") == {"pixel": 0.5, "task": 1.0}
     for text in ("", "latent:x", "dense", "latent:0", "latent:-1", "latent,,task", "latent:nan"):
         with pytest.raises(ValueError, match="--loss"):
-            train.parse_loss(text)
+            settings.parse_loss(text)
     code, _, error = go(f"--loss pixel --cache {tmp_path / 'cache'} --steps 1")
     assert code == 2 and "--cache none" in error and not (tmp_path / "cache").exists()
     assert go("--loss latent:1,pixel:0.5,task:0.5 --steps 2")[0] == 0
@@ -248,7 +250,7 @@ def test_a_batch_overfits(tiny_base, readers):
 
 def test_learning_rate():
     """Linear warm-up to the peak; exponential decay reaches 1% after 25,000 steps; cosine ends at 0; --warmup 0 starts at the peak."""
-    cfg = train.parse_args("--lr 2 --warmup 100 --schedule exponential --steps 20000".split())
+    cfg = settings.parse_args("--lr 2 --warmup 100 --schedule exponential --steps 20000".split())
     assert [train.learning_rate(cfg, s) for s in (0, 49, 99, 100)] == pytest.approx([0.02, 1, 2, 2])
     assert train.learning_rate(cfg, 100 + 12500) == pytest.approx(0.2) and train.learning_rate(cfg, 25100) == pytest.approx(0.02)
     cfg.schedule = "cosine"
@@ -274,14 +276,14 @@ def test_bf16_is_close_to_fp32(go, stage1, tmp_path, stage):
 # ---- what the flags of the ablations do ----
 
 def config(tiny_base, out, text):
-    return train.parse_args([*f"--base {tiny_base} --out {out} {TINY}".split(), *text.split()])
+    return settings.parse_args([*f"--base {tiny_base} --out {out} {TINY}".split(), *text.split()])
 
 
 def test_main_stream_starts_where_asked(tiny_base, second):
     """--main-init stage1 copies stage 1's UNet, --main-init base the base's; --shared-qkv has one projection, else one per task."""
     weights = lambda m: m.state_dict()
-    stage1 = train.build_model(config(tiny_base, second, "--stage 2"))
-    base = train.build_model(config(tiny_base, second, "--stage 2 --main-init base --shared-qkv"))
+    stage1 = train.build_model(config(tiny_base, second, "--stage 2"), ())
+    base = train.build_model(config(tiny_base, second, "--stage 2 --main-init base --shared-qkv"), ())
     assert same(weights(stage1.main), weights(stage1.unet)) and same(weights(base.unet), weights(stage1.unet))
     assert same(weights(base.main), weights(load_base(str(tiny_base))[1])) and not same(weights(base.main), weights(base.unet))
     assert {tuple(layer.task_to_q) for layer in base.attention.values()} == {("shared",)}
@@ -323,7 +325,8 @@ def undisturbed(tiny_base, stage1, tmp_path_factory):
         outs[stage] = tmp_path_factory.mktemp("undisturbed") / "out"
         if stage == 2:
             shutil.copytree(stage1, outs[2])
-        assert train.main([*f"--base {tiny_base} --out {outs[stage]} {TINY} --tasks {THREE if stage == 1 else 'all'} --stage {stage} --rho 1 --steps 4".split()]) == 0
+        own = f"--stage 1 --tasks {THREE}" if stage == 1 else "--stage 2 --rho 1"
+        assert train.main(f"--base {tiny_base} --out {outs[stage]} {TINY} {own} --steps 4".split()) == 0
     return outs
 
 
@@ -353,7 +356,8 @@ def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypa
     if stage == 2:
         shutil.copytree(stage1, tmp_path / "out")
     stop_at(monkeypatch, place, 2)
-    code, _, error = go(f"--stage {stage} --tasks {THREE} --rho 1 --steps 4")
+    masks = "--rho 1" if stage == 2 else ""
+    code, _, error = go(f"--stage {stage} --tasks {THREE} {masks} --steps 4")
     assert code == 130 and "--resume" in error
     assert len(log_lines(tmp_path / "out")) < len(log_lines(undisturbed[stage]))
     assert go("--resume")[0] == 0
@@ -408,7 +412,7 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setattr(checkpoint, "save_file", full)
-    code, _, error = go(f"--tasks {THREE} --rho 1 --steps 4")
+    code, _, error = go(f"--tasks {THREE} --steps 4")
     assert code == 2 and "File too large" in error and "MiB" in error and "--resume" in error
     assert not (tmp_path / "out" / "state.tmp").exists() and StableMTL.load(tmp_path / "out").main is None
     assert go("--resume")[0] == 0
@@ -433,7 +437,9 @@ def test_killed_twice(stage):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_held_out_loss_by_its_definition(tiny_base, second, stage):
     """The mean over tasks of the masked squared error in latent space on unseen samples, without masking or randomness, leaving no trace."""
-    model = train.build_model(config(tiny_base, second, f"--stage {stage} --tasks {THREE} --rho 1 --overwrite"))
+    rho = "--rho 1" if stage == 2 else ""
+    cfg = config(tiny_base, second, f"--stage {stage} --tasks {THREE} {rho} --overwrite")
+    model = train.build_model(cfg, tuple(THREE.split(",")))
     unseen = train_readers(size=(16, 24), scenes=3, split="val")
     held_out = Mixture(unseen, model.tasks, TASKS, 3, 2, 0, with_next=True)
     train.set_mode(model, True)
@@ -529,7 +535,7 @@ def test_stage_two_keeps_what_stage_one_settled(go, tmp_path):
     """Stage 2 takes tasks, palette and second frame from stage 1, for the labels as for the record; other --tasks are refused."""
     assert go("--tasks semantic,depth --palette corners --second-frame average")[0] == 0
     code, _, error = go("--stage 2 --tasks normal")
-    assert code == 2 and "semantic, depth" in error
+    assert code == 2 and "semantic,depth" in error
     assert go(f"--stage 2 --cache {tmp_path / 'cache'}")[0] == 0
     saved, model = json.loads((tmp_path / "out" / "config.json").read_text()), StableMTL.load(tmp_path / "out")
     assert saved["palette"] == saved["train"]["palette"] == model.palette == "corners" and saved["train"]["second_frame"] == "average"
@@ -566,8 +572,8 @@ def test_settings_are_written_beside_the_weights(go, tmp_path):
     """config.json holds every setting with its value, the tasks and the versions; --help lists every flag."""
     assert go("--steps 1 --tasks depth,normal --lr 0.003")[0] == 0
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert set(saved["train"]) == {f.name for f in train.dataclasses.fields(train.Config)}
+    assert set(saved["train"]) == {f.name for f in dataclasses.fields(settings.Config)}
     assert saved["train"]["lr"] == 0.003 and saved["tasks"] == ["normal", "depth"] and saved["size"] == [16, 24]
     assert {"python", "torch", "diffusers"} <= saved["versions"].keys() and saved["seed"] == 0 and saved["commit"] == train.commit()
     code, out, _ = go("--help")
-    assert code == 0 and all("--" + f.name.replace("_", "-") in out for f in train.dataclasses.fields(train.Config))
+    assert code == 0 and all("--" + f.name.replace("_", "-") in out for f in dataclasses.fields(settings.Config))

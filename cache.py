@@ -1,0 +1,226 @@
+"""What training computes once and reads back: latents of images and labels, and the auxiliary streams of stage 2."""
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from checkpoint import Records, read_json, write_json
+from data import fetch, mirror, prepare, unreadable, views, whole_cells
+
+# ---- latents of images and labels ----
+
+class LatentCache:
+    """Latents of images and labels of all training sets, both horizontal flips, as memory-mapped float16 .npy files:
+
+        <folder>/<dataset>/<array>.npy   (samples, 2 flips, 4, h, w); masks (samples, 2, 1, h, w) bool; done.npy
+
+    arrays: frame0, frame1, then <task> and <task>_valid; a task with its own crop has frames of its own
+    (<task>_frame0, ...). Training from it opens no image file and runs no VAE. It draws no vertical flip, colour jitter
+    or random crop. An interrupted `build` continues where it stopped and adds datasets; a folder made with another VAE,
+    palette, size or state of a dataset is refused (ValueError).
+    """
+
+    def __init__(self, folder, readers, vae_hash, palette):
+        self.folder, self.arrays = Path(folder), {}
+        self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers}}
+        path = self.folder / "cache.json"
+        if not path.is_file():
+            return
+        old, new = read_json(path, ""), self.about["datasets"]
+        differs = [f"{k} {old[k]}, now {self.about[k]}" for k in ("vae", "palette") if old[k] != self.about[k]]
+        for name, facts in new.items():     # runs of few tasks need few datasets, and share the folder
+            was = old["datasets"].get(name, facts)
+            differs += [f"{k} of {name} {was[k]}, now {facts[k]}" for k in facts if facts[k] != was[k]]
+        if differs:
+            raise ValueError(f"--cache {folder} was made for something else ({'; '.join(differs)}): "
+                             "name another folder or delete this one")
+        self.about["datasets"] = {**old["datasets"], **new}
+
+    @staticmethod
+    def facts(reader):
+        """What the latents of a dataset depend on."""
+        return {"samples": len(reader), "size": list(reader.size), "tasks": list(reader.tasks),
+                "version": reader.version}
+
+    def layout(self, reader, model):
+        """{array name: (shape, dtype)} of a dataset."""
+        h, w = (s // model.factor for s in reader.size)
+        latent, mask = ((len(reader), 2, c, h, w) for c in (model.vae.config.latent_channels, 1))
+        frames = [f"{prefix(reader, tasks)}frame{n}" for tasks in views(reader) for n in (0, 1)]
+        return {"done": ((len(reader),), bool), **{name: (latent, np.float16) for name in (*frames, *reader.tasks)},
+                **{f"{t}_valid": (mask, bool) for t in reader.tasks}}
+
+    def path(self, reader, name):
+        return self.folder / reader.name / f"{name}.npy"
+
+    def array(self, reader, name, mode="r"):
+        """The memory-mapped array. ValueError names one that is missing or damaged."""
+        key = (reader.name, name)
+        if key not in self.arrays:
+            try:
+                self.arrays[key] = np.lib.format.open_memmap(self.path(reader, name), "r")   # "r+" would lengthen a cut one
+                if mode != "r":
+                    self.arrays[key] = np.lib.format.open_memmap(self.path(reader, name), mode)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self.path(reader, name)} of the latent cache is missing or damaged ({error}): "
+                                 f"delete {self.folder / reader.name}, it is built again") from error
+        return self.arrays[key]
+
+    def get(self, reader, index, tasks, flip):
+        """The cached counterpart of `prepare`, as float32 latents."""
+        def take(name):
+            return torch.from_numpy(np.array(self.array(reader, name)[index, int(flip)]))
+        before = prefix(reader, tasks)
+        return {"frames": [take(f"{before}frame{n}").float() for n in (0, 1)],
+                "labels": {t: take(t).float() for t in tasks}, "valid": {t: take(f"{t}_valid") for t in tasks}}
+
+    def create(self, readers, model):
+        """Make the arrays that are not there yet, empty. OSError if the disk has too little room for them: writing to
+        a memory map on a full disk would end the process without a word."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = {self.path(r, name): spec for r in readers for name, spec in self.layout(r, model).items()
+                   if not self.path(r, name).is_file()}
+        need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in missing.values())
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OSError(f"the latent cache in {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+                          "free: make room, or --cache none")
+        write_json(self.folder / "cache.json", self.about)
+        for path, (shape, kind) in missing.items():
+            path.parent.mkdir(exist_ok=True)
+            np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=False, rank=0, world=1):
+        """Encode what is not cached yet, of `world` ranks the rank-th share, into the arrays that `create` made.
+
+        Returns the names of skipped samples, which are tried again next time.
+        """
+        skipped = []
+        for reader in readers:
+            arrays = {name: self.array(reader, name, "r+") for name in self.layout(reader, model)}
+            todo = [i for i in range(rank, len(reader), world) if not arrays["done"][i]]
+            wanted = {t: set(reader.indices(t)) for t in reader.tasks}
+            jobs = _Jobs(reader, todo, wanted, codecs, skip_bad)
+            groups = fetch(jobs, workers if len(todo) > batch else 0, batch_size=batch, collate_fn=list)
+            for group in tqdm(groups, f"caching latents of {reader.name}", disable=not todo or rank > 0, leave=False):
+                for index, items, bad in group:
+                    skipped += bad
+                    images = [(key, x) for key, x in items if not key[0].endswith("_valid")]
+                    latents = encode(model, [x for _, x in images])
+                    for (name, flip), z in zip((key for key, _ in images), latents, strict=True):
+                        arrays[name][index, flip] = z
+                    for (name, flip), mask in (entry for entry in items if entry[0][0].endswith("_valid")):
+                        arrays[name][index, flip] = whole_cells(mask[None], model.factor)[0].numpy()
+                for array in arrays.values():
+                    array.flush()
+                for index, _, bad in group:
+                    arrays["done"][index] = not bad
+        self.arrays.clear()   # reopened read-only, also by the workers
+        return skipped
+
+
+def prefix(reader, tasks):
+    """Of the names of the frame arrays of tasks that share their frames."""
+    return f"{tasks[0]}_" if tasks[0] in reader.train_crop else ""
+
+
+def encode(model, images, batch=32):
+    """[(3,H,W)] of any sizes -> their latents (4,h,w) in float16, in order."""
+    device, out = next(model.vae.parameters()).device, [None] * len(images)
+    for size in {x.shape for x in images}:
+        alike = [k for k, x in enumerate(images) if x.shape == size]
+        for part in (alike[i:i + batch] for i in range(0, len(alike), batch)):
+            with torch.no_grad():
+                z = model.encode(torch.stack([images[k] for k in part]).to(device)).cpu().half().numpy()
+            for k, latent in zip(part, z, strict=True):
+                out[k] = latent
+    return out
+
+
+class _Jobs(Dataset):
+    """Element k: (sample index, [((array name, flip), image or mask)], names of skipped samples)."""
+
+    def __init__(self, reader, todo, wanted, codecs, skip_bad):
+        self.reader, self.todo, self.wanted, self.codecs = reader, todo, wanted, codecs
+        self.skip_bad = skip_bad
+
+    def __len__(self):
+        return len(self.todo)
+
+    def __getitem__(self, k):
+        index, items = self.todo[k], []
+        try:
+            for tasks in views(self.reader):
+                before, tasks = prefix(self.reader, tasks), tuple(t for t in tasks if index in self.wanted[t])
+                if not tasks:
+                    continue
+                upright = prepare(self.reader, index, tasks, self.codecs)
+                for flip, s in enumerate((upright, mirror(upright, self.codecs, -1))):
+                    items += [((f"{before}frame{n}", flip), x) for n, x in enumerate(s["frames"])]
+                    items += [((t, flip), x) for t, x in s["labels"].items()]
+                    items += [((f"{t}_valid", flip), m) for t, m in s["valid"].items()]
+        except (OSError, ValueError) as error:
+            if not self.skip_bad:
+                raise unreadable(self.reader, index, error) from error
+            return index, [], [f"{self.reader.name}:{index}"]
+        return index, items, []
+
+
+def fingerprint(tensors):
+    """Short hash of {name: tensor}: which weights made a cache."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(name.encode() + x.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- the auxiliary streams of stage 2 ----
+
+class StreamCache:
+    """Features of stage 2's frozen stream for the images of a latent cache, computed when first needed, then read back:
+
+        <folder>/streams-<hash of stage 1>/<dataset>.f16      a record per sample and horizontal flip, float16
+
+    A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
+    or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
+    records of its first samples; the streams of the others are computed anew each time.
+    """
+
+    def __init__(self, folder, readers, model, limit):
+        self.model, self.shapes, self.records = model, {}, {}
+        tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
+        folder = Path(folder) / f"streams-{fingerprint(model.unet.state_dict() | tokens)}"
+        weight = next(model.unet.parameters())
+        for reader in readers:
+            h, w = (s // model.factor for s in reader.size)
+            z = weight.new_zeros(1, model.unet.config.out_channels, h, w)
+            feats = model.streams(z, z, model.tasks)
+            self.shapes[reader.name] = {block: f[model.tasks[0]].shape[1:] for block, f in feats.items()}
+            numbers = len(model.tasks) * sum(shape.numel() for shape in self.shapes[reader.name].values())
+            kept = min(len(reader), int(limit / len(readers) / (4 * numbers)))      # two flips of two bytes
+            self.records[reader.name] = Records(folder / f"{reader.name}.f16", 2 * kept, numbers)
+
+    def fetch(self, keys, z_i, z_j):
+        """keys [(dataset, index, flip)] of a micro-batch of one size, z_i, z_j: (B,4,h,w) its latents
+        -> {block: {task: (B,N,C)}} as StableMTL.streams, in float32."""
+        rows = [self.one(*key, z_i[k:k + 1], z_j[k:k + 1]) for k, key in enumerate(keys)]
+        shapes, tasks = self.shapes[keys[0][0]], self.model.tasks
+        parts = torch.stack(rows).float().split([len(tasks) * shape.numel() for shape in shapes.values()], 1)
+        blocks = zip(shapes.items(), parts, strict=True)
+        return {block: dict(zip(tasks, part.unflatten(1, (len(tasks), *shape)).unbind(1), strict=True))
+                for (block, shape), part in blocks}
+
+    def one(self, name, index, flip, z_i, z_j):
+        """The record of one image, a float16 vector."""
+        record = self.records[name].read(2 * index + flip)
+        if record is None:
+            feats = self.model.streams(z_i, z_j, self.model.tasks)
+            record = torch.cat([torch.stack(list(f.values())).flatten() for f in feats.values()]).half().cpu().numpy()
+            self.records[name].write(2 * index + flip, record)
+        return torch.from_numpy(record).to(z_i.device)

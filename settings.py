@@ -1,0 +1,243 @@
+"""Settings of training: every flag, the presets, what stage 2 takes over from stage 1, and what contradicts what.
+
+A setting is a field of Config; the field makes the flag. They are written to config.json beside the weights.
+"""
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import cli
+import toy
+from checkpoint import read_json
+from model import ATTENTIONS, MASKS, SECOND_FRAMES
+from tasks import PALETTES, parse_tasks
+
+# ---- the list: every field is a flag; None: set by the preset, or in stage 2 by stage 1 ----
+
+def setting(default, help, choices=None, kind=None):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "kind": kind})
+
+
+@dataclass
+class Config:
+    stage: int = setting(1, "0 makes the toy base, 1 trains the single stream, 2 the multi stream", (0, 1, 2))
+    out: str = setting("out", "folder of the checkpoint")
+    preset: str = setting("auto", "defaults: toy, toy-gpu (larger images, wider UNet, longer) or paper; "
+                          "auto = paper with --base and --data, else toy", ("auto", "toy", "toy-gpu", "paper"))
+    # data
+    data: str = setting("", "root folder of the real datasets (docs/data.md); empty = the toy worlds")
+    base: str = setting("", "diffusers folder or hub id of Stable Diffusion 1.x/2.x shape; empty = the toy base")
+    cache: str = setting("auto", "folder of the latent cache; auto = <out>/cache on the toy worlds, none with --data; "
+                         "none = encode on the fly")
+    stream_gb: float = setting(4.0, "gigabytes of auxiliary streams that the cache may hold in stage 2 "
+                               "(the toy preset fills 2.8)", kind=cli.number(0))
+    scenes: int = setting(None, "toy training scenes per world", kind=cli.whole(1))
+    size: str = setting(None, "HxW of toy images and of one's own, a multiple of the VAE's factor; other data has the "
+                        "paper's sizes")
+    workers: int = setting(None, "loader processes; the batches do not depend on it (default: 2 on a GPU, else 0)",
+                           kind=cli.whole(0, 256))
+    skip_bad: bool = setting(False, "skip and count unreadable files instead of stopping")
+    tasks: str = setting("all", "comma-separated; one task alone is the single-task baseline; all = all with labels")
+    drop: str = setting("", "labels left out, dataset:task,... (paper Table 3)")
+    palette: str = setting("cityscapes", "colours that code the classes", tuple(PALETTES))
+    # model
+    widths: str = setting(None, "comma-separated widths of a fresh toy UNet instead of the base's; empty = the base's")
+    second_frame: str = setting("concat", "how the second frame enters", SECOND_FRAMES)
+    init: str = setting("", "stage 1: start from the single stream of this checkpoint instead of the base (continued)")
+    main_init: str = setting("stage1", "where the main UNet of stage 2 starts: stage1 or base (w/o single-stream init)",
+                             ("stage1", "base"))
+    heads: int = setting(4, "heads of the task attention", kind=cli.whole(1))
+    shared_qkv: bool = setting(False, "one set of query, key and value projections for all tasks")
+    attention: str = setting("n-to-1", "n-to-1: the main stream attends to frozen streams; n-to-n: all tasks trained "
+                             "jointly, attending to each other", ATTENTIONS)
+    rho: float = setting(0.4, "probability that a layer leaves out an auxiliary task in a training step",
+                         kind=cli.number(0, 1))
+    mask: str = setting("score", "how the task to leave out is chosen", MASKS)
+    # optimisation
+    steps: int = setting(None, "optimizer steps", kind=cli.whole(1))
+    batch: int = setting(None, "samples per optimizer step, over all processes", kind=cli.whole(1))
+    micro: int = setting(None, "samples per forward pass; changes memory, not the result", kind=cli.whole(1))
+    lr: float = setting(None, "peak learning rate of Adam", kind=cli.number(0, ends=False))
+    beta2: float = setting(None, "Adam's decay of the squared gradient; 0.99 suits short runs",
+                           kind=cli.number(0, 1, ends=False))
+    warmup: int = setting(100, "steps of linear warm-up", kind=cli.whole(0))
+    schedule: str = setting(None, "after the warm-up: exponential (to 1%% over 25,000 steps, as released) or cosine "
+                            "(to 0 over --steps)", ("exponential", "cosine"))
+    clip: float = setting(None, "largest norm of the gradient", kind=cli.number(0, ends=False))
+    isolation: bool = setting(True, "every optimizer step sees one task only; --no-isolation mixes tasks")
+    loss: str = setting("latent", "sum of latent, pixel (MSE after the decoder) and task (the task's usual loss on the "
+                        "decoded map), each with an optional weight: latent:1,task:0.5")
+    # running
+    seed: int = setting(0, "of everything drawn", kind=cli.whole(0))
+    device: str = setting("auto", "auto = cuda where there is one, else cpu")
+    precision: str = setting("auto", "autocast: auto = bf16 on GPUs that have it, else fp16; fp32 on the CPU",
+                             ("auto", "fp32", "bf16", "fp16"))
+    channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
+    compile: bool = setting(False, "torch.compile the blocks that repeat (pays on GPUs)")
+    checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
+    processes: int = setting(0, "on the CPU, processes that share every batch; changes no loss (0 = one per core, "
+                             "of two samples or more, on the toy base)", kind=cli.whole(0, 1024))
+    threads: int = setting(0, "CPU threads of each process (0 = one on the toy base, else torch's choice)",
+                           kind=cli.whole(0, 1024))
+    save_every: int = setting(500, "steps between checkpoints", kind=cli.whole(1))
+    val_samples: int = setting(16, "held-out samples per task: the checkpoint with the lowest latent loss on them, "
+                               "averaged over tasks, is kept in <out>/best; 0 = none is", kind=cli.whole(0))
+    picture_every: int = setting(500, "steps between pictures, labels beside predictions; 0 = none", kind=cli.whole(0))
+    resume: bool = setting(False, "continue the run in --out with its own settings")
+    overwrite: bool = setting(False, "replace the checkpoint of this stage in --out")
+
+
+TOY = dict(scenes=400, size="32x48", widths="", batch=8, micro=8, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
+           steps={1: 1800, 2: 600})
+PRESETS = {
+    "toy": TOY,
+    "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, beta2=0.999,
+                    schedule="cosine", clip=1.0, steps={1: 20000, 2: 10000}),
+    "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, beta2=0.999, schedule="exponential",
+                  clip=5.0, steps={1: 20000, 2: 10000}),
+}
+# what stage 2, and a stage 1 that continues another, take over from the stage 1 before
+INHERITED = ("preset", "data", "base", "cache", "scenes", "size", "skip_bad", "tasks", "drop", "palette",
+             "second_frame")
+SETTLED = ("base", "tasks", "palette", "second_frame")      # of these, what the model cannot change afterwards
+ANYTIME = ("resume", "out", "processes", "threads", "workers")      # what --resume may set anew
+
+
+# ---- the command line ----
+
+def parse_args(argv=None, description=None):
+    """The command line as a Config, inherited and preset values filled in. ValueError names an unknown or impossible
+    value and the remedy."""
+    parser = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Config):
+        told = "" if f.default in (None, "") else f" (default: {f.default})"
+        flag, help = flag_name(f.name), f.metadata["help"] + told
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        else:
+            kind = f.metadata["kind"] or f.type
+            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help)
+    given = vars(parser.parse_args(argv))
+    cfg = Config(**given)
+    if cfg.resume:
+        other = [flag_name(name) for name in given if name not in ANYTIME]
+        if other:
+            raise ValueError(f"--resume continues the run in {cfg.out} with its own settings: leave out "
+                             f"{', '.join(other)}")
+        return cfg
+    inherit(cfg, given)
+    return check(cfg, given)
+
+
+def flag_name(name):
+    return "--" + name.replace("_", "-")
+
+
+def stage1_settings(folder):
+    """Settings of the stage 1 in a checkpoint; None if it does not say (imported weights, no checkpoint)."""
+    path = Path(folder) / "config.json"
+    config = read_json(path, "") if path.is_file() else {}
+    train = config.get("train")
+    return config.get("stage1") if train and train["stage"] == 2 else train
+
+
+def inherit(cfg, given):
+    """Take over what the stage 1 in --out (or --init) settled, and say what; ValueError if a flag contradicts it."""
+    source = cfg.init if cfg.stage == 1 else cfg.out if cfg.stage == 2 else ""
+    before = stage1_settings(source) if source else None
+    if not before:
+        return
+    for name in SETTLED:
+        if name in given and not same_setting(name, given[name], before.get(name, "")):
+            raise ValueError(f"{flag_name(name)} {given[name]} contradicts the stage 1 in {source}, which has "
+                             f"{before.get(name) or 'the toy base'}: leave it out, or train another stage 1")
+    taken = {name: before[name] for name in INHERITED if name not in given and before.get(name) is not None}
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)} | TOY | {"preset": "toy"}
+    for name, value in taken.items():
+        setattr(cfg, name, value)
+    told = ", ".join(f"{flag_name(n)} {v}" for n, v in taken.items() if v != defaults[n] and n not in SETTLED[1:])
+    if told:
+        print(f"as the stage 1 in {source}: {told}", file=sys.stderr)
+
+
+def same_setting(name, a, b):
+    if name == "tasks":
+        return a == "all" or parse_tasks(a) == parse_tasks(b)
+    return a == b or (name == "base" and os.path.realpath(a) == os.path.realpath(b or toy.BASE))
+
+
+def idle_flags(cfg):
+    """[(flags, why they would do nothing here)]: every flag acts or is refused."""
+    fresh = cfg.stage == 1 and not cfg.init
+    return [
+        ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
+         cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
+        (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb"),
+         cfg.stage == 1 and "it belongs to --stage 2"),
+        (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),
+        (("widths",), not (fresh or cfg.main_init == "base") and "it makes a fresh UNet, in a stage 1 without --init "
+         "or with --main-init base"),
+        (("mask",), cfg.rho == 0 and "with --rho 0 nothing is left out"),
+        (("scenes",), cfg.data and "it counts scenes of the toy worlds, and --data names others"),
+        (("stream_gb",), cfg.attention == "n-to-n" and "n-to-n has no frozen streams"),
+        (("palette",), "semantic" not in parse_tasks(cfg.tasks) and "it colours classes, and --tasks leaves them out"),
+    ]
+
+
+def check(cfg, given=()):
+    """Fill in the preset's values and refuse impossible settings before anything is written."""
+    parse_tasks(cfg.tasks)
+    for names, why in idle_flags(cfg):
+        idle = [flag_name(n) for n in names if n in given]
+        if why and idle:
+            raise ValueError(f"{', '.join(idle)} would do nothing here: {why}")
+    if cfg.preset == "auto":
+        cfg.preset = "paper" if cfg.base and cfg.data else "toy"
+    for name, value in PRESETS[cfg.preset].items():
+        if getattr(cfg, name) is None and not (name == "size" and cfg.data):
+            setattr(cfg, name, value[max(cfg.stage, 1)] if isinstance(value, dict) else value)
+    parse_size(cfg.size)
+    parse_widths(cfg.widths)
+    parse_loss(cfg.loss)
+    cli.parse_device(cfg.device)
+    return cfg
+
+
+def parse_widths(text):
+    """"32,32,48,64" -> (32, 32, 48, 64), one width per level of the UNet; "" -> ()."""
+    widths = text.split(",") if text else []
+    if widths and (len(widths) != 4 or not all(w.isdecimal() and int(w) > 0 and int(w) % 8 == 0 for w in widths)):
+        raise ValueError(f"--widths {text}: expected four multiples of 8, for example 32,32,48,64")
+    return tuple(int(w) for w in widths)
+
+
+def parse_size(text):
+    """"32x48" -> (32, 48), height x width; None or "" -> None: that of the data."""
+    if not text:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and len(text) < 12):
+        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH, for example 32x48")
+    if min(int(height), int(width)) < 8:
+        raise ValueError(f"--size {text}: at least 8x8")
+    return int(height), int(width)
+
+
+def parse_loss(text):
+    """"latent,pixel:0.5" -> {"latent": 1.0, "pixel": 0.5}."""
+    out = {}
+    for part in text.split(","):
+        name, _, weight = part.partition(":")
+        try:
+            out[name] = float(weight or 1)
+        except ValueError:
+            raise ValueError(f"--loss {part}: the weight must be a number") from None
+        if name not in ("latent", "pixel", "task") or not 0 < out[name] < math.inf:
+            raise ValueError(f"--loss {part}: expected latent, pixel or task, each with a finite weight above 0 "
+                             "(latent:1,task:0.5)")
+    return out
