@@ -9,7 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: 
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)    # two tests run at a time (pytest.ini), and some fork
+torch.set_num_threads(1)    # two tests run at a time (pyproject.toml), and some fork
 
 
 @pytest.fixture(scope="session")
