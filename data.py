@@ -13,12 +13,15 @@ ranks, and a resumed run continues it exactly.
 """
 import argparse
 import sys
+from collections import defaultdict
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from cli import Parser, run
 from draw import cell, draw_panel
@@ -277,6 +280,57 @@ def fetch(dataset, workers, **options):
             if isinstance(x, Exception):
                 raise x
         yield item
+
+
+# ---- test sets: every labelled sample once, as it is ----
+
+def labelled(reader, tasks):
+    """Those of the tasks that the reader has samples for."""
+    return [t for t in reader.tasks if t in tasks and len(reader.indices(t))]
+
+
+def _measured(reader, jobs):
+    """[(index, tasks), ...] -> a list of samples as test_batches yields them, or sentences: why there is none."""
+    out, size = [], reader.size
+    for index, tasks in jobs:
+        try:
+            sample = reader.load(index, tuple(tasks), with_next=True)
+        except (OSError, ValueError) as error:
+            out.append(f"{reader.name}:{index}: {error}")
+            continue
+        frames = [resize(tensor_image(sample[key]), size) for key in ("image", "next") if key in sample]
+        maps = {t: [resize(x, size) for x in label_tensors(sample, t)] for t in tasks}
+        for name, mask in sample.get("extra", {}).items():
+            maps[name] = maps[name.split(":")[0]][0], resize(torch.from_numpy(mask)[None], size)
+        out.append((frames, {name: (label, valid[0]) for name, (label, valid) in maps.items()}))
+    return out
+
+
+def test_batches(reader, tasks, batch, workers, limit=None, skipped=None):
+    """Yield the samples that have labels of these tasks, up to `batch` at once that are alike in tasks and frames:
+    [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}), ...], all of the reader's size.
+
+    "<task>:<mask>" in the place of a task: a second mask for it. What cannot be read is named in the list `skipped`;
+    without one it is a ValueError.
+    """
+    jobs = defaultdict(list)
+    for t in tasks:
+        for i in reader.indices(t):
+            jobs[int(i)].append(t)
+    jobs = sorted(jobs.items())[:limit]
+    workers, load = workers if len(jobs) > batch else 0, partial(_measured, reader)
+    with tqdm(total=len(jobs), desc=reader.name, leave=False) as bar:
+        for samples in DataLoader(jobs, batch, num_workers=workers, collate_fn=load):
+            alike = defaultdict(list)
+            for item in samples:
+                if not isinstance(item, str):
+                    alike[tuple(item[1]), len(item[0])].append(item)
+                elif skipped is None:
+                    raise ValueError(f"{item} (--skip-bad skips and counts such samples)")
+                else:
+                    skipped.append(item)
+            yield from alike.values()
+            bar.update(len(samples))
 
 
 # ---- the command ----
