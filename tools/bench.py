@@ -1,11 +1,13 @@
 """What StableMTL costs: counted operations, which no machine changes, and, where the device allows, time and memory.
 
-    python bench.py                               the toy base on this machine
-    python bench.py --base sd2                    Stable Diffusion 2's size with random weights, nothing downloaded; on a CPU it is only counted
-    python bench.py --base sd2 --channels-last --graph --json cost.json --plot cost.png
+    python -m tools.bench                       the toy base on this machine
+    python -m tools.bench --base sd2            Stable Diffusion 2's size with random weights, nothing downloaded;
+                                                on a CPU it is only counted
+    python -m tools.bench --base sd2 --channels-last --graph --json cost.json --plot cost.png
 
-Operations are those of convolutions, matrix products and attention for one pair of images, 1 multiply-add = 2. A model of n tasks has n
-auxiliary streams. Weights are random: they change no cost. Inference runs in --dtype throughout, training in float32 under autocast to --dtype.
+Operations are those of convolutions, matrix products and attention for one pair of images, 1 multiply-add = 2. A model
+of n tasks has n auxiliary streams. Weights are random: they change no cost. Inference runs in --dtype throughout,
+training in float32 under autocast to --dtype.
 """
 import argparse
 import contextlib
@@ -15,27 +17,34 @@ import time
 from functools import partial
 from pathlib import Path
 
+from cli import Parser, parse_device, run, whole, writable  # before torch: from here on Ctrl-C ends in one line
+
+# isort: split
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import write_json
-from cli import Parser, parse_device, run
-from draw import COLOURS, Chart, grid
+from draw import draw_curves
 from model import StableMTL, compile_blocks, widen_input
+from settings import PRESETS, parse_size
 from tasks import TASKS
 from toy.make import new_unet, new_vae
-from train import PRESETS, parse_size, step_gradients, trainable
+from train import step_gradients, trainable
 
-SD2_VAE = dict(latent_channels=4, sample_size=768, scaling_factor=0.18215, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+SD2_VAE = dict(latent_channels=4, sample_size=768, scaling_factor=0.18215, layers_per_block=2,
+               block_out_channels=(128, 256, 512, 512),
                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-SD2_UNET = dict(in_channels=4, out_channels=4, sample_size=96, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+SD2_UNET = dict(in_channels=4, out_channels=4, sample_size=96, layers_per_block=2,
+                block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20),
                 down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
                 up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-                attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
-KINDS, STEPS, BATCH = ("single", "multi"), {1: 20_000, 2: 10_000}, 32      # the paper's training: steps of each stage, images per step
-DTYPES, PREFIXES = {"fp32": torch.float32, "bf16": torch.bfloat16}, {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
+                cross_attention_dim=1024, use_linear_projection=True)
+KINDS = ("single", "multi")
+STEPS, BATCH = {1: 20_000, 2: 10_000}, 32       # the paper's training: steps of each stage, images per step
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PREFIXES = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
 
 
 # ---- models with random weights ----
@@ -49,15 +58,17 @@ def configs(base):
             return new_vae().config, new_unet().config
     absent = [p for p in ("vae/config.json", "unet/config.json") if not (Path(base) / p).is_file()]
     if absent:
-        raise FileNotFoundError(f"--base {base}: expected toy, sd2 or a diffusers folder, and found no {' and no '.join(absent)} there")
+        raise FileNotFoundError(f"--base {base}: expected toy, sd2 or a diffusers folder, and found no "
+                                f"{' and no '.join(absent)} there")
     return AutoencoderKL.load_config(base, subfolder="vae"), UNet2DConditionModel.load_config(base, subfolder="unet")
 
 
 def networks(base, device, main=True):
-    """VAE, auxiliary UNet and, with `main`, main UNet, made on the device itself ("meta": shapes without storage)."""
+    """VAE, auxiliary UNet and, with `main`, main UNet, made on the device ("meta": shapes without storage)."""
     vae, unet = configs(base)
     with torch.device(device):
-        return [AutoencoderKL.from_config(vae)] + [widen_input(UNet2DConditionModel.from_config(unet)) for _ in range(1 + main)]
+        unets = [widen_input(UNet2DConditionModel.from_config(unet)) for _ in range(1 + main)]
+        return [AutoencoderKL.from_config(vae), *unets]
 
 
 def assemble(nets, tasks, dtype=torch.float32, multi=True):
@@ -66,7 +77,8 @@ def assemble(nets, tasks, dtype=torch.float32, multi=True):
     for net in (unet, *main):
         net.set_attn_processor(AttnProcessor2_0())      # lets go of the model whose taps it had
     with torch.device(vae.device):
-        tokens = {t: torch.zeros(2 + len(TASKS[t].prompt.split()), unet.config.cross_attention_dim) for t in tasks}
+        width = unet.config.cross_attention_dim
+        tokens = {t: torch.zeros(2 + len(TASKS[t].prompt.split()), width) for t in tasks}
         model = StableMTL(vae, unet.requires_grad_(True), tokens)
         if multi:
             model.add_main_stream(*main)
@@ -74,55 +86,71 @@ def assemble(nets, tasks, dtype=torch.float32, multi=True):
 
 
 def trials(tasks):
-    """[(stage, kind, numbers of tasks to try)]: the multi stream needs two tasks, for one alone has no other to attend to."""
-    return [(s, kind, range(s, len(tasks) + 1)) for s, kind in zip((1, 2), KINDS) if s <= len(tasks)]
+    """[(stage, kind, numbers of tasks to try)]: the multi stream needs two, for one alone has no other to attend to."""
+    return [(s, kind, range(s, len(tasks) + 1)) for s, kind in zip((1, 2), KINDS, strict=True) if s <= len(tasks)]
 
 
 # ---- counted operations ----
 
-def operations(f):
-    """Floating-point operations of f(): 2 per multiply-add."""
+def operations(f, *args):
+    """Floating-point operations of f(*args): 2 per multiply-add."""
     with FlopCounterMode(display=False) as counter:
-        f()
+        f(*args)
     return counter.get_total_flops()
 
 
 def step_operations(model, z, task):
     """Operations of one image's forward and backward pass in training from cached latents z (1,4,h,w)."""
-    return operations(lambda: model(z, z, [task])[task].square().mean().backward())
+    def step():
+        model(z, z, [task])[task].square().mean().backward()
+    return operations(step)
+
+
+def part_operations(model, image, tasks):
+    """{part: operations} of one row: VAE and UNet of a single stream, of a multi stream its main UNet."""
+    task = tasks[-1]
+    with torch.no_grad():
+        z = model.encode(image)
+        forward = operations(model, z, z, [task])
+        if model.main is None:
+            return {"VAE encode": operations(model.encode, image), "VAE decode": operations(model.decode, z),
+                    "UNet": forward}
+        return {f"main UNet with {len(tasks) - 1} streams": forward - operations(model.streams, z, z, tasks[:-1])}
 
 
 def count(base, size, tasks):
     """Operations for one pair of images of `size` (H, W), on the meta device.
 
-    {"parts": {name: operations of one row}, "single" | "multi": {number of tasks: operations}, "training": {name: operations per image}}
+    {"parts": {name: operations of one row}, "single" | "multi": {number of tasks: operations},
+    "training": {name: operations per image}}
     """
-    nets, image, task = networks(base, "meta"), torch.empty(1, 3, *size, device="meta"), tasks[-1]
+    nets, image = networks(base, "meta"), torch.empty(1, 3, *size, device="meta")
     out = {"parts": {}, "training": {}}
     for stage, kind, numbers in trials(tasks):
-        out[kind] = {n: operations(lambda: assemble(nets, tasks[:n], multi=stage == 2).predict(image, image)) for n in numbers}
-        model, parts = assemble(nets, tasks, multi=stage == 2), out["parts"]
+        out[kind] = {n: operations(assemble(nets, tasks[:n], multi=stage == 2).predict, image, image) for n in numbers}
+        model = assemble(nets, tasks, multi=stage == 2)
+        out["parts"] |= part_operations(model, image, tasks)
         with torch.no_grad():
             z = model.encode(image)
-            forward = operations(lambda: model(z, z, [task]))
-            if stage == 1:
-                parts |= {"VAE encode": operations(lambda: model.encode(image)), "VAE decode": operations(lambda: model.decode(z)), "UNet": forward}
-            else:
-                parts[f"main UNet with {len(tasks) - 1} streams"] = forward - operations(lambda: model.streams(z, z, tasks[:-1]))
-        cached = step_operations(model, z, task)
-        frames = 3 if stage == 2 else 2 + sum(TASKS[t].frames - 1 for t in tasks) / len(tasks)     # label and one or two images
-        out["training"] |= {f"stage {stage}, cached latents": cached, f"stage {stage}, images": cached + frames * parts["VAE encode"]}
+        cached = step_operations(model, z, tasks[-1])
+        second = 1 if stage == 2 else sum(TASKS[t].frames - 1 for t in tasks) / len(tasks)
+        encoded = 2 + second        # label, first frame, and how often a second one
+        out["training"][f"stage {stage}, cached latents"] = cached
+        out["training"][f"stage {stage}, images"] = cached + encoded * out["parts"]["VAE encode"]
     return out
 
 
 def saved_bytes(model, size, task):
-    """Bytes that autograd keeps of one image's forward pass for the backward pass, each storage once, weights left out. H and W must differ."""
+    """Bytes that autograd keeps of one image's forward pass for the backward pass, each storage once, without weights.
+    H and W must differ."""
     kept, weights = {}, {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
 
     def pack(t):
-        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:    # square ones are spatial attention's weights: fused attention does not keep them
-            kept[t.untyped_storage()._cdata] = t.untyped_storage()      # held, so that no other storage gets its identity
+        # square ones are spatial attention's weights: fused attention does not keep them
+        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage()      # held, so that no other gets its identity
         return t
+
     z = torch.empty(1, 4, *(s // model.factor for s in size), device="meta", dtype=torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(z, z, [task])[task].sum()
@@ -130,13 +158,16 @@ def saved_bytes(model, size, task):
 
 
 def memory(base, tasks, size=(288, 384)):
-    """{stage: {"fixed", "per image", "per image, checkpointing"}} bytes of training: fixed are float32 weights, gradients and Adam's moments;
-    per image of a micro-batch is what autograd keeps, counted from shapes in bfloat16.
+    """{stage: {"fixed", "per image", "per image, checkpointing"}} bytes of training.
+
+    fixed: float32 weights, gradients and Adam's moments; per image of a micro-batch: what autograd keeps, counted from
+    shapes in bfloat16.
     """
     out = {}
     for stage, _, _ in trials(tasks):
         model = assemble(networks(base, "meta", main=stage == 2), tasks, torch.bfloat16, stage == 2)
-        fixed = 4 * sum(p.numel() for p in model.parameters()) + 12 * sum(p.numel() for m in trainable(model).values() for p in m.parameters())
+        trained = sum(p.numel() for part in trainable(model).values() for p in part.parameters())
+        fixed = 4 * sum(p.numel() for p in model.parameters()) + 12 * trained
         out[stage] = {"fixed": fixed, "per image": saved_bytes(model, size, tasks[-1])}
         (model.main or model.unet).enable_gradient_checkpointing()
         out[stage]["per image, checkpointing"] = saved_bytes(model, size, tasks[-1])
@@ -147,7 +178,9 @@ def memory(base, tasks, size=(288, 384)):
 
 def hardware(device):
     """The device in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def adapt(module, args):
@@ -159,9 +192,10 @@ def adapt(module, args):
 
 
 def measured(f, images, device, graph=False):
-    """{"seconds" (median after a burn-in), "images_per_s", "gigabytes" (peak on a GPU, else None)} of f(), which handles `images` images."""
+    """{"seconds" (median after a burn-in), "images_per_s", "gigabytes" (peak on a GPU, else None)} of f(), which
+    handles `images` images."""
     cuda = device.type == "cuda"
-    synchronise = torch.cuda.synchronize if cuda else lambda: None
+    synchronise = torch.cuda.synchronize if cuda else list
     gc.collect()        # earlier models are cycles: their taps refer to them
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -180,68 +214,83 @@ def measured(f, images, device, graph=False):
         synchronise()
         times.append(time.perf_counter() - start)
     t = sorted(times)[len(times) // 2]
-    return {"seconds": t, "images_per_s": images / t, "gigabytes": torch.cuda.max_memory_allocated() / 1e9 if cuda else None}
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    return {"seconds": t, "images_per_s": images / t, "gigabytes": peak}
 
 
-def inference(args, size, tasks, device, dtype):
+def inference(args, tasks):
     """{"single" | "multi": {n: measured}}: all maps of the first n tasks from a batch of pairs, through `predict`."""
-    out, image = {}, torch.rand(args.batch, 3, *size, device=device, dtype=dtype)
-    for stage, kind, numbers in trials(tasks):
-        nets, out[kind] = networks(args.base, device, main=stage == 2), {}
-        for net in nets:
-            adapt(net, args)
-        for n in numbers:
-            model = assemble(nets, tasks[:n], dtype, stage == 2)
-            out[kind][n] = measured(partial(model.predict, image, image), args.batch, device, args.graph)
-        del model, nets, net        # their memory is not the next one's
+    return {kind: inference_of(args, tasks, stage == 2, numbers) for stage, kind, numbers in trials(tasks)}
+
+
+def inference_of(args, tasks, multi, numbers):
+    """`inference` of one kind, whose networks are gone before those of the next are made."""
+    image = torch.rand(args.batch, 3, *args.size, device=args.device, dtype=DTYPES[args.dtype])
+    nets, out = networks(args.base, args.device, main=multi), {}
+    for net in nets:
+        adapt(net, args)
+    for n in numbers:
+        model = assemble(nets, tasks[:n], DTYPES[args.dtype], multi)
+        out[n] = measured(partial(model.predict, image, image), args.batch, args.device, args.graph)
     return out
 
 
-def training(args, size, tasks, device, dtype):
-    """{"stage s, cached latents" | "stage s, images": measured and projected hours} of train.py's steps of BATCH images of one task."""
-    out, task = {}, tasks[-1]
-    autocast = contextlib.nullcontext if dtype == torch.float32 else lambda: torch.autocast(device.type, dtype)
+def training(args, tasks):
+    """{"stage s, cached latents" | "stage s, images": measured and projected hours} of train.py's steps of one task."""
+    out = {}
     for stage, _, _ in trials(tasks):
-        model = assemble(networks(args.base, device, main=stage == 2), tasks, multi=stage == 2)
-        adapt(model, args)
-        params = [p for m in trainable(model).values() for p in m.parameters()]
-        optimizer = torch.optim.Adam(params, 1e-4, fused=device.type == "cuda")
-        model.training, model.rho = True, 0.4
-        for source in ("cached latents", "images"):
-            shape = (3, *size) if source == "images" else (4, *(s // model.factor for s in size))
-            x, valid = torch.rand(args.micro, *shape), torch.ones(args.micro, 1, *shape[1:], dtype=torch.bool)
-            batches = [{"tasks": (task,), "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}] * max(1, BATCH // args.micro)
-
-            def step():
-                step_gradients(model, batches, {"latent": 1.0}, source == "images", device, autocast)
-                torch.nn.utils.clip_grad_norm_(params, 5.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            row = measured(step, len(batches) * args.micro, device)
-            out[f"stage {stage}, {source}"] = row | {"hours": STEPS[stage] * BATCH / row["images_per_s"] / 3600}
-        del model, params, optimizer, step
+        out |= training_of(args, tasks, stage)
     return out
 
 
-# ---- the picture (paper Fig. 13): cost and time against the number of tasks ----
+def training_of(args, tasks, stage):
+    """`training` of one stage, whose model is gone before that of the next is made."""
+    model = assemble(networks(args.base, args.device, main=stage == 2), tasks, multi=stage == 2)
+    adapt(model, args)
+    params = [p for part in trainable(model).values() for p in part.parameters()]
+    optimizer = torch.optim.Adam(params, 1e-4, fused=args.device.type == "cuda")
+    model.training, model.rho = True, 0.4
+    out = {}
+    for source in ("cached latents", "images"):
+        given = batches(model, args, tasks[-1], source)
+        row = measured(partial(one_step, model, params, optimizer, given, source, args), len(given) * args.micro,
+                       args.device)
+        out[f"stage {stage}, {source}"] = row | {"hours": STEPS[stage] * BATCH / row["images_per_s"] / 3600}
+    return out
 
-def plot(path, result):
-    """Operations and, where measured, time of single and multi stream over the number of tasks, one panel each, as a PNG."""
+
+def batches(model, args, task, source):
+    """The micro-batches of one step, as train.py's mixture delivers them."""
+    shape = (3, *args.size) if source == "images" else (4, *(s // model.factor for s in args.size))
+    x, valid = torch.rand(args.micro, *shape), torch.ones(args.micro, 1, *shape[1:], dtype=torch.bool)
+    batch = {"tasks": (task,), "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}
+    return [batch] * max(1, BATCH // args.micro)
+
+
+def one_step(model, params, optimizer, given, source, args):
+    """train.py's optimizer step on the given micro-batches."""
+    autocast = contextlib.nullcontext
+    if args.dtype != "fp32":
+        autocast = partial(torch.autocast, args.device.type, DTYPES[args.dtype])
+    step_gradients(model, given, {"latent": 1.0}, source == "images", args.device, autocast)
+    torch.nn.utils.clip_grad_norm_(params, 5.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ---- how it is told ----
+
+def plot(result):
+    """Operations and, where measured, time of single and multi stream over the number of tasks (paper Fig. 13), a panel
+    each -> matplotlib figure."""
     kinds = [k for k in KINDS if k in result["counted"]]
     power = prefix(result["counted"]["single"][1])
-    panels = [(f"operations (10^{power})", {k: {n: v / 10 ** power for n, v in result["counted"][k].items()} for k in kinds})]
+    counted = {f"{k} stream": [[(n, v / 10 ** power) for n, v in result["counted"][k].items()]] for k in kinds}
+    panels = [("counted operations", "number of tasks", f"operations, $10^{{{power}}}$", counted)]
     if "inference" in result:
-        panels.append(("time (ms)", {k: {n: v["seconds"] * 1e3 for n, v in result["inference"][k].items()} for k in kinds}))
-    charts = []
-    for title, curves in panels:
-        numbers, most = curves["single"], max(v for c in curves.values() for v in c.values())
-        charts.append(Chart(title, (1, max(numbers)), (0, 1.1 * most), "number of tasks", {n: str(n) for n in numbers}))
-        for kind, colour in zip(kinds, COLOURS):
-            charts[-1].curve(curves[kind].items(), colour)
-            charts[-1].dots(curves[kind].items(), colour)
-        charts[-1].legend([(f"{kind} stream", colour) for kind, colour in zip(kinds, COLOURS)])
-    grid(charts, len(charts)).save(path)
+        rows = {f"{k} stream": [[(n, v["seconds"] * 1e3) for n, v in result["inference"][k].items()]] for k in kinds}
+        panels.append((f"time, {result['device']}", "number of tasks", "time, ms", rows))
+    return draw_curves(panels)
 
 
 def prefix(v):
@@ -249,58 +298,89 @@ def prefix(v):
     return min(12, (len(str(int(v))) - 1) // 3 * 3)
 
 
+def cost(v):
+    """A number of operations as text, 6.14e12 -> "6.14 T"."""
+    return f"{v / 10 ** prefix(v):.4g} {PREFIXES[prefix(v)]}"
+
+
+def speed(row):
+    """What `measured` returned as text."""
+    gigabytes = f"{row['gigabytes']:7.2f} GB" if row["gigabytes"] else ""
+    hours = f"{row['hours']:8.2f} h for all steps" if "hours" in row else ""
+    return f"{row['seconds'] * 1e3:10.1f} ms {row['images_per_s']:8.2f} img/s{gigabytes}{hours}"
+
+
 def table(result):
     """The result as lines of text."""
-    counted, cost = result["counted"], lambda v: f"{v / 10 ** prefix(v):.4g} {PREFIXES[prefix(v)]}"
-    speed = lambda r: (f"{r['seconds'] * 1e3:10.1f} ms {r['images_per_s']:8.2f} img/s"
-                       + (f"{r['gigabytes']:7.2f} GB" if r["gigabytes"] else "") + (f"{r['hours']:8.2f} h for all steps" if "hours" in r else ""))
-    lines = [f"{title}: " + ", ".join(f"{k} {cost(v)}" for k, v in counted[key].items())
-             for title, key in (("operations of one row", "parts"), ("training, operations per image", "training"))]
+    counted, lines = result["counted"], []
+    for title, key in (("operations of one row", "parts"), ("training, operations per image", "training")):
+        lines.append(f"{title}: " + ", ".join(f"{k} {cost(v)}" for k, v in counted[key].items()))
     for stage, m in result["memory"].items():
-        lines.append(f"training memory, stage {stage}: {m['fixed'] / 1e9:.2f} GB + {m['per image'] / 1e9:.2f} GB per image of a micro-batch "
-                     f"({m['per image, checkpointing'] / 1e9:.2f} GB with --checkpointing), counted at 288x384 in bf16")
+        lines.append(f"training memory, stage {stage}: {m['fixed'] / 1e9:.2f} GB + {m['per image'] / 1e9:.2f} GB per "
+                     f"image of a micro-batch ({m['per image, checkpointing'] / 1e9:.2f} GB with --checkpointing), "
+                     "counted at 288x384 in bf16")
     for n in counted["single"]:
         for kind in (k for k in KINDS if n in counted.get(k, ())):
-            lines.append(f"{n} tasks, {kind:6}{cost(counted[kind][n]):>10}" + (speed(result["inference"][kind][n]) if "inference" in result else ""))
-    return "\n".join(lines + [f"training step, {name:24}{speed(r)}" for name, r in result.get("training", {}).items()])
+            time = speed(result["inference"][kind][n]) if "inference" in result else ""
+            lines.append(f"{n} tasks, {kind:6}{cost(counted[kind][n]):>10}{time}")
+    lines += [f"training step, {name:24}{speed(row)}" for name, row in result.get("training", {}).items()]
+    return "\n".join(lines)
 
 
-def main(argv=None):
+# ---- the command ----
+
+def picture(path):
+    """argparse type: a file that a chart can be written to."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{path} does not end in .png, .pdf or .svg")
+    return writable(path)
+
+
+def parse(argv):
+    """The command line, with size, device and dtype settled. ValueError or OSError names what is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--base", default="toy", help="toy, sd2, or a diffusers folder: whose shapes (default: %(default)s)")
-    parser.add_argument("--size", help="images of HEIGHTxWIDTH (default: 256x256, the paper's; for toy that of its training)")
-    parser.add_argument("--tasks", type=int, default=len(TASKS), metavar="N", help="1..N tasks are tried (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pairs per inference (default: %(default)s)")
-    parser.add_argument("--micro", type=int, default=16, help=f"images per training pass; a step has {BATCH} (default: %(default)s)")
+    parser.add_argument("--base", default="toy", help="toy, sd2, or a diffusers folder: whose shapes (default: toy)")
+    parser.add_argument("--size", help="images of HEIGHTxWIDTH (default: 256x256, the paper's; for toy its training's)")
+    parser.add_argument("--tasks", type=whole(1, len(TASKS)), default=len(TASKS), metavar="N",
+                        help="1..N tasks are tried (default: %(default)s)")
+    parser.add_argument("--batch", type=whole(1), default=1, help="pairs per inference (default: %(default)s)")
+    parser.add_argument("--micro", type=whole(1), default=16,
+                        help=f"images per training pass; a step has {BATCH} (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on GPUs, fp32 on the CPU")
     parser.add_argument("--channels-last", action="store_true", help="memory format of the convolutions")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (the first call of each takes a while)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (first calls take a while)")
     parser.add_argument("--graph", action="store_true", help="replay inference as one CUDA graph")
-    parser.add_argument("--count-only", action="store_true", help="no timing; on a CPU the default for all bases but toy")
-    parser.add_argument("--json", metavar="FILE", help="also write all numbers here")
-    parser.add_argument("--plot", metavar="FILE", help="also draw cost and time against the number of tasks (paper Fig. 13), as PNG")
+    parser.add_argument("--count-only", action="store_true", help="no timing; on a CPU so for all bases but toy")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write all numbers here")
+    parser.add_argument("--plot", type=picture, metavar="FILE",
+                        help="also draw cost and time against the number of tasks (paper Fig. 13): .png, .pdf or .svg")
     args = parser.parse_args(argv)
-    device = parse_device(args.device)
-    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    size = parse_size(args.size or (PRESETS["toy"]["size"] if args.base == "toy" else "256x256"))
-    if not 1 <= args.tasks <= len(TASKS) or args.batch < 1 or args.micro < 1:
-        raise ValueError(f"--tasks {args.tasks} --batch {args.batch} --micro {args.micro}: expected 1 to {len(TASKS)} tasks, and at least 1 image")
-    if args.graph and device.type != "cuda":
-        raise ValueError(f"--graph records CUDA kernels, and the device is {device}: leave it out, or give --device cuda")
+    args.device = parse_device(args.device)
+    args.dtype = args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")
+    args.size = parse_size(args.size or (PRESETS["toy"]["size"] if args.base == "toy" else "256x256"))
+    if args.graph and args.device.type != "cuda":
+        raise ValueError(f"--graph records CUDA kernels, and the device is {args.device}: leave it out, or give "
+                         "--device cuda")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     tasks = tuple(TASKS)[:args.tasks]
-    result = {"base": args.base, "size": size, "batch": args.batch, "micro": args.micro, "device": hardware(device), "dtype": str(dtype).removeprefix("torch."),
-              "torch": torch.__version__, "channels_last": args.channels_last, "compile": args.compile, "graph": args.graph}
+    result = {"base": args.base, "size": args.size, "batch": args.batch, "micro": args.micro,
+              "device": hardware(args.device), "dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
+              "torch": torch.__version__, "channels_last": args.channels_last, "compile": args.compile,
+              "graph": args.graph}
     print(", ".join(f"{k} {v}" for k, v in result.items()))
-    result["counted"], result["memory"] = count(args.base, size, tasks), memory(args.base, tasks)
-    if not args.count_only and (device.type != "cpu" or args.base == "toy"):
-        result["inference"] = inference(args, size, tasks, device, dtype)
-        result["training"] = training(args, size, tasks, device, dtype)
+    result |= {"counted": count(args.base, args.size, tasks), "memory": memory(args.base, tasks)}
+    if not args.count_only and (args.device.type != "cpu" or args.base == "toy"):
+        result |= {"inference": inference(args, tasks), "training": training(args, tasks)}
     print(table(result))
     if args.json:
         write_json(args.json, result)
     if args.plot:
-        plot(args.plot, result)
+        plot(result).savefig(args.plot)
 
 
 if __name__ == "__main__":
