@@ -89,6 +89,16 @@ def parse_device(text):
     return torch.device(text)
 
 
+# ---- tables ----
+
+def markdown(rows, columns):
+    """[{column: text}] -> the lines of a table of those columns that hold anything."""
+    columns = [c for c in columns if any(r.get(c) for r in rows)]
+    lines = [columns, *([r.get(c, "") for c in columns] for r in rows)]
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return [head, "|---" * len(columns) + "|", *body]
+
+
 # ---- Ctrl-C and its kin ----
 
 STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]    # not every system has the last
@@ -173,7 +183,7 @@ def _report(process, pipe, patience):
     except EOFError:
         process.join()
         raise ChildProcessError(f"{process.name} ended with exit code {process.exitcode} before it was done, perhaps "
-                                "for lack of memory: try again with --processes 1") from None
+                                "for lack of memory: go on with --processes 1") from None
     if well is False:
         raise ValueError(result)
     return result
