@@ -24,6 +24,9 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import cli  # before torch, for Ctrl-C meanwhile
+
+# isort: split
 import diffusers
 import numpy as np
 import torch
@@ -32,7 +35,6 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-import cli  # before torch: from here on Ctrl-C ends in one line
 import toy
 from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, open_log, read_json, read_state, restore, save_model, save_state, write_json
@@ -385,7 +387,7 @@ def train(rank, world, device, cfg, saved, tensors):
             if world > 1:
                 dist.barrier()
             every = registry(cfg.palette)       # runs of fewer tasks share the folder
-            skipped += mixture.cache.build(readers, model, every, workers, skip_bad=cfg.skip_bad, rank=rank, world=world)
+            skipped += mixture.cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world)
             if world > 1:
                 dist.barrier()
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
@@ -468,19 +470,20 @@ def train(rank, world, device, cfg, saved, tensors):
                     save()
                 if chief and cfg.picture_every and (step % cfg.picture_every == 0 or step == cfg.steps):
                     save_picture(model, shown, out / "pictures" / f"stage{cfg.stage}_{step:06d}.png")
-                if (stop if world > 1 else stops) and step < cfg.steps:
-                    save()
-                    if chief:
-                        print(f"\nstopped at step {step} of {cfg.steps}; continue with: python train.py --resume "
-                              f"--out {cfg.out}", file=sys.stderr)
-                    return 130
-    if chief:
+                if stop if world > 1 else stops:
+                    break
+        if step < cfg.steps:
+            save()
+    if chief and step < cfg.steps:
+        print(f"stopped at step {step} of {cfg.steps}; continue with: python train.py --resume --out {cfg.out}",
+              file=sys.stderr)
+    elif chief:
         minutes = (time.time() - start) / 60
         print(f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world} processes of "
               f"{torch.get_num_threads()} threads; {len(set(skipped))} samples skipped; model in {out}")
         if best := best_step(about):
             print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")
-    return 0
+    return 0 if step == cfg.steps else 130
 
 
 PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up

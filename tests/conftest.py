@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+pytest_plugins = ["runs"]      # the fixtures of training
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: no test waits for a network
 
 import tiny  # noqa: E402

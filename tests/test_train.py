@@ -1,70 +1,22 @@
 """train.py: one task per step, micro-batches that change nothing, resume that equals an uninterrupted run, and a sentence for every mistake."""
-import dataclasses
-import json
 import math
-import os
-import resource
 import shutil
-import signal
-import socket
 from contextlib import nullcontext
 
-import kill
 import pytest
 import torch
-from kill import compare, log_lines
+from kill import log_lines
+from runs import THREE, TINY, close, same
 from safetensors.torch import load_file
 
-import checkpoint
 import data
 import settings
 import train
-from cli import run
 from data import Mixture, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
 from tasks import TASKS, registry
 
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
-TINY = ("--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --val-samples 0 --picture-every 0 --workers 0 --warmup 2 --threads 1 "
-        "--cache none")
-THREE = "semantic,depth,optical_flow"
-
-
-@pytest.fixture
-def go(tiny_base, tmp_path, capsys):
-    """go("--stage 1 ...") -> (exit code, stdout, stderr); the run is in tmp_path/out unless --out says otherwise."""
-    def call(text, tiny=TINY):
-        argv = [*f"--base {tiny_base} --out {tmp_path / 'out'} {tiny}".split(), *text.split()]
-        if "--resume" in argv:
-            argv = ["--resume", "--out", str(tmp_path / "out")]
-        try:
-            code = run(lambda: train.main(argv))
-        except SystemExit as stop:      # argparse's own
-            code = stop.code
-        return (code, *capsys.readouterr())
-    return call
-
-
-@pytest.fixture(scope="session")
-def stage1(tiny_base, tmp_path_factory):
-    """Folder of a finished stage 1 of three tasks. Do not write there."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --tasks {THREE}".split()]) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def another(tiny_base, tmp_path_factory):
-    """Folder of a finished stage 1 of another seed."""
-    out = tmp_path_factory.mktemp("another") / "out"
-    assert train.main([*f"--base {tiny_base} --out {out} {TINY} --tasks {THREE} --seed 5".split()]) == 0
-    return out
-
-
-@pytest.fixture
-def second(stage1, tmp_path):
-    """tmp_path/out with that stage 1 in it."""
-    return shutil.copytree(stage1, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -72,25 +24,11 @@ def readers():
     return train_readers(size=(16, 24), scenes=2)
 
 
-def state(out):
-    return load_file(out / "state" / "state.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def gradients(model, batches, kinds, encode=True):
     """({kind: loss}, {parameter: gradient}) of one step."""
     model.zero_grad(set_to_none=True)
     losses = train.step_gradients(model, batches, kinds, encode, CPU, *PLAIN)
     return losses, {n: p.grad.clone() for m in train.trainable(model).values() for n, p in m.named_parameters() if p.grad is not None}
-
-
-def close(a, b, tolerance=1e-6):
-    """Equal gradients, relative to the largest of all."""
-    peak = max(g.abs().max() for g in a.values())
-    return a.keys() == b.keys() and all((a[n] - b[n]).abs().max() <= tolerance * peak for n in a)
 
 
 # ---- one task at a time ----
@@ -315,125 +253,6 @@ def test_masks_train(go, second, tmp_path, mask):
     assert model.multi == {"heads": 2, "shared": False, "attention": "n-to-1"}
 
 
-# ---- resume ----
-
-@pytest.fixture(scope="session")
-def undisturbed(tiny_base, stage1, tmp_path_factory):
-    """{stage: folder of a run of four steps that nobody disturbed}; stage 2 draws masks in every layer of every step."""
-    outs = {}
-    for stage in (1, 2):
-        outs[stage] = tmp_path_factory.mktemp("undisturbed") / "out"
-        if stage == 2:
-            shutil.copytree(stage1, outs[2])
-        own = f"--stage 1 --tasks {THREE}" if stage == 1 else "--stage 2 --rho 1"
-        assert train.main(f"--base {tiny_base} --out {outs[stage]} {TINY} {own} --steps 4".split()) == 0
-    return outs
-
-
-def stop_at(monkeypatch, place, step, how=lambda: signal.raise_signal(signal.SIGINT)):
-    """Interrupt the run between two steps, in the middle of one (its random numbers are drawn by then), or while a checkpoint is written."""
-    def intercept(owner, name, now):
-        original = getattr(owner, name)
-
-        def call(*args, **options):
-            if now(*args):
-                monkeypatch.setattr(owner, name, original)
-                how()
-            return original(*args, **options)
-        monkeypatch.setattr(owner, name, call)
-    if place == "between":
-        intercept(Mixture, "__getitem__", lambda mixture, s: s == step)
-    elif place == "within":
-        intercept(train, "learning_rate", lambda cfg, s: s == step)
-    else:
-        intercept(checkpoint, "_flush", lambda folder: folder.name == "state.tmp" and json.loads((folder / "state.json").read_text())["step"] == step)
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("place", ["between", "within", "saving"])
-def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypatch, stage, place):
-    """Ctrl-C between two steps, within a step or while saving, then --resume: weights, Adam, random state and log are those of four steps."""
-    if stage == 2:
-        shutil.copytree(stage1, tmp_path / "out")
-    stop_at(monkeypatch, place, 2)
-    masks = "--rho 1" if stage == 2 else ""
-    code, _, error = go(f"--stage {stage} --tasks {THREE} {masks} --steps 4")
-    assert code == 130 and "--resume" in error
-    assert len(log_lines(tmp_path / "out")) < len(log_lines(undisturbed[stage]))
-    assert go("--resume")[0] == 0
-    assert compare(undisturbed[stage], tmp_path / "out") == []
-
-
-def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp_path, monkeypatch):
-    """A truncated state file is noticed, named, and replaced by the checkpoint before it; the result is still the same."""
-    shutil.copytree(stage1, tmp_path / "out")
-    stop_at(monkeypatch, "within", 2)
-    assert go("--stage 2 --rho 1 --steps 4")[0] == 130
-    path = tmp_path / "out" / "state" / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    code, _, error = go("--resume")
-    assert code == 0 and "notice" in error and "checksum" in error and "state.prev, step 2" in error
-    assert compare(undisturbed[2], tmp_path / "out") == []
-    for name in ("state", "state.prev"):
-        (tmp_path / "out" / name / "state.json").write_text("{")
-    code, _, error = go("--resume")
-    assert code == 2 and "nothing to resume" in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize("place", ["save_state", "save_model", "write_json"])
-@pytest.mark.parametrize("step", [0, 1])
-def test_killed_between_two_files_of_a_checkpoint(go, stage1, another, tmp_path, monkeypatch, place, step):
-    """A run of other settings replaces a finished one and is killed during its first or last checkpoint: --resume ends as one run or the
-    other would have, never with the settings of one and the state of the other, nor with a model older than the state."""
-    out, original, calls = shutil.copytree(stage1, tmp_path / "out"), getattr(train, place), []
-
-    def killed(*args):
-        calls.append(args)
-        if len(calls) == step + 1:
-            raise KeyboardInterrupt
-        return original(*args)
-    with monkeypatch.context() as m:
-        m.setattr(train, place, killed)
-        assert go(f"--tasks {THREE} --seed 5 --overwrite --save-every 1")[0] == 130
-    assert go("--resume")[0] == 0
-    seed = json.loads((out / "config.json").read_text())["train"]["seed"]
-    assert compare({0: stage1, 5: another}[seed], out) == [] and (seed == 5 or step == 0)
-
-
-def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
-    """When a checkpoint cannot be written, a sentence says how much room it needs, the earlier one is intact, and --resume goes on from it."""
-    save, calls, (soft, hard) = checkpoint.save_file, [], resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def full(tensors, path):
-        calls.append(path)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if len(calls) == 2 else soft, hard))
-        try:
-            save(tensors, path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    code, _, error = go(f"--tasks {THREE} --steps 4")
-    assert code == 2 and "File too large" in error and "MiB" in error and "--resume" in error
-    assert not (tmp_path / "out" / "state.tmp").exists() and StableMTL.load(tmp_path / "out").main is None
-    assert go("--resume")[0] == 0
-    assert compare(undisturbed[1], tmp_path / "out") == []
-
-
-def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
-    """--resume of a finished run changes no weight and no log line."""
-    shutil.copytree(undisturbed[1], tmp_path / "out")
-    assert go("--resume")[0] == 0
-    assert compare(undisturbed[1], tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_killed_twice(stage):
-    """SIGKILL at random moments, twice, then to the end: bit-identical (python tests/kill.py --kills 20 for a thorough run)."""
-    assert kill.main(["--kills", "2", "--stage", str(stage), "--seed", "1", "--steps", "4"]) == 0
-
-
-# ---- the best checkpoint ----
-
 @pytest.mark.parametrize("stage", [1, 2])
 def test_held_out_loss_by_its_definition(tiny_base, second, stage):
     """The mean over tasks of the masked squared error in latent space on unseen samples, without masking or randomness, leaving no trace."""
@@ -459,121 +278,3 @@ def test_held_out_loss_by_its_definition(tiny_base, second, stage):
                 squares.append(error[whole_cells(b["valid"][t], model.factor)[:, 0]].flatten())
             errors.append(torch.cat(squares).mean().item())
     assert losses[0][0] == pytest.approx(sum(errors) / 3, rel=1e-5)
-
-
-def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
-    """best/ is a whole checkpoint of the step with the lowest held-out loss; it outlives a resumed run, and keeping it changes nothing else."""
-    flags = "--tasks depth,normal --steps 4 --save-every 1 --lr 0.01"
-    for out, more in (("plain", ""), ("whole", "--val-samples 1")):
-        assert go(f"{flags} --steps 1 --out {tmp_path / out} {more}")[0] == 0
-    for name in ("state/state.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert log_lines(tmp_path / "plain") == log_lines(tmp_path / "whole") and not (tmp_path / "plain" / "best").exists()
-    scripted, weights = {0: 5.0, 1: 3.0, 2: 4.0, 3: 6.0, 4: 3.5}, {}
-
-    def loss(model, *_):
-        step = len(log_lines(tmp_path / "out")) if (tmp_path / "out" / "log.jsonl").exists() else 0
-        weights[step] = {k: v.clone() for k, v in model.unet.state_dict().items()}
-        return scripted[step], []
-    monkeypatch.setattr(train, "held_out_loss", loss)
-    stop_at(monkeypatch, "within", 2)
-    assert go(f"{flags} --val-samples 2")[0] == 130
-    code, said, _ = go("--resume")
-    assert code == 0 and "lowest held-out loss: 3.0000 at step 1" in said
-    best = tmp_path / "out" / "best"
-    assert same(StableMTL.load(best).unet.state_dict(), weights[1]) and not same(weights[1], weights[4])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["held_out"] == {str(s): v for s, v in scripted.items()}
-    assert json.loads((best / "config.json").read_text())["held_out"] == {"0": 5.0, "1": 3.0}
-
-
-# ---- several processes ----
-
-def ranks(monkeypatch, n, argv, log):
-    """train.main(argv) in n processes that share the work; waits for all of them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port, jobs = s.getsockname()[1], []
-    for rank in range(n):
-        with monkeypatch.context() as m:
-            for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
-                m.setenv(name, str(value))
-            jobs.append(kill.start(argv, log))
-    assert [os.waitpid(job, 0)[1] for job in jobs] == [0] * n, log.read_text()[-2000:]
-
-
-def test_the_number_of_processes_changes_nothing(tiny_base, stage1, tmp_path, monkeypatch):
-    """Two gloo ranks that share the batch take the same two steps of stage 2 as one process: losses, gradient norms, moments, weights, held-out
-    losses. So do one process that resumes after the first step of two ranks, and two that resume after that of one."""
-    outs, log = [tmp_path / n for n in ("one", "two", "two then one", "one then two")], tmp_path / "output.txt"
-    one, two, two_one, one_two = outs
-    for out, n in (one, 1), (two, 2):
-        shutil.copytree(stage1, out)
-        text = f"--stage 2 --base {tiny_base} {TINY} --steps 2 --save-every 1 --rho 0 --lr 0.001 --batch 5 --micro 2 --val-samples 3"
-        ranks(monkeypatch, n, [*text.split(), "--out", str(out)], log)
-    for begun, out, n in (two, two_one, 1), (one, one_two, 2):
-        shutil.copytree(begun, out)
-        shutil.rmtree(out / "state")        # back to the checkpoint before
-        assert json.loads((out / "state.prev" / "state.json").read_text())["step"] == 1
-        ranks(monkeypatch, n, ["--resume", "--out", str(out)], log)
-    expected, moments = state(one), lambda x: {k: v for k, v in x.items() if k.endswith("exp_avg")}
-    held_out = json.loads((one / "config.json").read_text())["held_out"]
-    for out in outs[1:]:
-        assert json.loads((out / "config.json").read_text())["held_out"] == pytest.approx(held_out, rel=1e-5) and (out / "best" / "model.json").is_file()
-        assert len(log_lines(one)) == len(log_lines(out)) == 3
-        for a, b in zip(log_lines(one), log_lines(out)):
-            assert a["task"] == b["task"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
-        got = state(out)
-        assert got.keys() == expected.keys() and close(moments(expected), moments(got))
-        # Adam divides by the gradient's own size: where that is rounding error alone, weights may differ by a part of the learning rate
-        difference = torch.cat([(expected[k] - got[k]).abs().flatten() for k in got if k.startswith("weight/")])
-        assert difference[::1 + len(difference) // 2 ** 23].quantile(0.99) < 1e-6 and difference.max() < 2.1e-3
-
-
-# ---- mistakes ----
-
-def test_stage_two_keeps_what_stage_one_settled(go, tmp_path):
-    """Stage 2 takes tasks, palette and second frame from stage 1, for the labels as for the record; other --tasks are refused."""
-    assert go("--tasks semantic,depth --palette corners --second-frame average")[0] == 0
-    code, _, error = go("--stage 2 --tasks normal")
-    assert code == 2 and "semantic,depth" in error
-    assert go(f"--stage 2 --cache {tmp_path / 'cache'}")[0] == 0
-    saved, model = json.loads((tmp_path / "out" / "config.json").read_text()), StableMTL.load(tmp_path / "out")
-    assert saved["palette"] == saved["train"]["palette"] == model.palette == "corners" and saved["train"]["second_frame"] == "average"
-    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["palette"] == "corners"
-
-
-def test_stage_two_over_one_task(go, tmp_path):
-    """Stage 2 of a single-task checkpoint has nothing to attend to, and says so."""
-    assert go("--tasks depth --steps 1")[0] == 0
-    code, _, error = go("--stage 2 --steps 1")
-    assert code == 2 and "at least two tasks" in error
-
-
-def test_overwrite_starts_anew(go, tmp_path):
-    """--overwrite replaces a checkpoint by what a fresh folder would hold."""
-    assert go("--steps 2 --seed 1")[0] == 0
-    assert go("--steps 2 --seed 0 --overwrite")[0] == 0
-    fresh = tmp_path / "fresh"
-    assert go(f"--steps 2 --out {fresh}")[0] == 0
-    assert compare(fresh, tmp_path / "out") == []
-
-
-def test_non_finite_loss_stops(go, tmp_path):
-    """A diverged run stops with step, task and samples named; the checkpoint before stays and loads."""
-    code, _, error = go("--steps 4 --lr 1e30 --warmup 0")
-    entry = log_lines(tmp_path / "out")[-1]
-    assert code == 2 and f"step {entry['step'] + 1}, task " in error and "streets:" in error or "rooms:" in error or "things:" in error
-    assert "Traceback" not in error and "last good checkpoint" in error
-    assert json.loads((tmp_path / "out" / "state" / "state.json").read_text())["step"] == 0
-    assert all(p.isfinite().all() for p in StableMTL.load(tmp_path / "out").parameters())
-
-
-def test_settings_are_written_beside_the_weights(go, tmp_path):
-    """config.json holds every setting with its value, the tasks and the versions; --help lists every flag."""
-    assert go("--steps 1 --tasks depth,normal --lr 0.003")[0] == 0
-    saved = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert set(saved["train"]) == {f.name for f in dataclasses.fields(settings.Config)}
-    assert saved["train"]["lr"] == 0.003 and saved["tasks"] == ["normal", "depth"] and saved["size"] == [16, 24]
-    assert {"python", "torch", "diffusers"} <= saved["versions"].keys() and saved["seed"] == 0 and saved["commit"] == train.commit()
-    code, out, _ = go("--help")
-    assert code == 0 and all("--" + f.name.replace("_", "-") in out for f in dataclasses.fields(settings.Config))
