@@ -9,9 +9,7 @@ Nothing is pickled. The sampler has no state: what step s sees follows from (see
 import contextlib
 import fcntl
 import json
-import logging
 import os
-import re
 import shutil
 import socket
 import sys
@@ -179,7 +177,7 @@ def save_model(model, out):
 
 
 def save_state(out, about, step, parts, optimizer):
-    """Settings, trained weights, optimizer and random state of a run -> out/state; the earlier one -> out/state.prev."""
+    """Settings, weights, optimizer and random state of a run -> out/state, and the earlier one -> out/state.prev."""
     out, temporary = Path(out), Path(out) / "state.tmp"
     tensors = {f"weight/{n}/{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
     names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
@@ -244,7 +242,7 @@ def restore(tensors, parts, optimizer):
 
 
 def open_log(path, stage, step):
-    """log.jsonl, opened to append, without what comes after `step` of this stage: a run that was killed, or is redone."""
+    """log.jsonl, opened to append, without what comes after `step` of this stage: a run was killed, or is redone."""
     lines = path.read_text().splitlines() if path.exists() else []
     keep = []
     for line in lines:
@@ -256,101 +254,6 @@ def open_log(path, stage, step):
     temporary.write_text("".join(keep))
     os.replace(temporary, path)
     return path.open("a", buffering=1)
-
-
-# ---- weights: whole, under the expected names, of the expected shapes, finite ----
-
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\.(?:(.+)\.)?(?:safetensors|bin)")
-VARIANTS = (None, "fp16", "bf16", "non_ema")    # what stands before the ending; the first there is will be loaded
-
-
-def reason(error):
-    """The first line of what an exception says, or its name."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def grouped(groups):
-    """{"missing": [key, ...], ...} -> "2 missing (a, b); 9 unexpected (c, d, e, f, ...)"; "" if all are empty."""
-    return "; ".join(f"{len(keys)} {name} ({', '.join(sorted(keys)[:4])}{', ...' if len(keys) > 4 else ''})"
-                     for name, keys in groups.items() if keys)
-
-
-def mismatch(state, expected):
-    """How names and shapes of a state dict differ from the one expected, as `grouped` takes it."""
-    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in expected.items() if k in state}
-    return {"missing": [k for k in expected if k not in state], "unexpected": [k for k in state if k not in expected],
-            "of the wrong shape": [f"{k} is {a} instead of {b}" for k, (a, b) in shapes.items() if a != b]}
-
-
-def not_finite(state):
-    """Names of the tensors of a state dict that hold NaN or infinity."""
-    return [k for k, v in state.items() if not v.isfinite().all()]
-
-
-def read_tensors(path):
-    """{name: tensor} of a .safetensors file; ValueError if it is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{Path(path).name} cannot be read ({reason(error)})") from error
-
-
-def variant(folder):
-    """Which weights of a diffusers part to load: None for diffusion_pytorch_model.safetensors, "fp16" for
-    diffusion_pytorch_model.fp16.safetensors, and so on; .bin files (torch pickles, read with weights_only) as well.
-
-    FileNotFoundError says what was looked for and what is there.
-    """
-    names = sorted(p.name for p in Path(folder).iterdir())
-    found = [match[1] for match in map(WEIGHTS.fullmatch, names) if match]
-    if not found and not any(".index." in name for name in names):      # an index: the weights are in several files
-        raise FileNotFoundError(f"no weights in {folder}: expected diffusion_pytorch_model.safetensors (of a text "
-                                "encoder model.safetensors), .bin instead, or .fp16, .bf16 or .non_ema before the "
-                                f"ending; found {', '.join(names) or 'nothing'}")
-    return next((v for v in VARIANTS if v in found), found[0] if found else None)
-
-
-def _pretrained(kind, base, part):
-    """(model in float32, what diffusers or transformers noted while loading it), of the first variant there is."""
-    options = {"torch_dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True,
-               "low_cpu_mem_usage": False}      # alike with and without accelerate installed
-    tries, failed = [variant(Path(base) / part)] if os.path.isdir(base) else VARIANTS, None
-    heard = logging.root.manager.disable
-    logging.disable(logging.ERROR)      # what the libraries warn of is an error here
-    try:
-        for name in tries:
-            try:
-                loaded = kind.from_pretrained(base, subfolder=part, variant=name, **options)
-            except OSError as error:    # a hub id may have other variants
-                failed = failed or error
-                continue
-            if name:
-                print(f"notice: {part} of {base} is its {name} variant", file=sys.stderr)
-            return loaded
-    finally:
-        logging.disable(heard)
-    raise failed
-
-
-def load_part(kind, base, part):
-    """One part of a diffusers folder or hub id, in float32: kind.from_pretrained, but strict.
-
-    kind: a model class of diffusers or transformers; part: its subfolder. ValueError if the weights are not there or
-    damaged, if names or shapes are not those of the part's config.json (diffusers fills up with uninitialised memory),
-    or a value is not finite.
-    """
-    try:
-        model, noted = _pretrained(kind, base, part)
-    except Exception as error:      # damaged files and foreign configs raise anything
-        raise ValueError(f"{part}: {reason(error)}") from error
-    unexpected = [k for k in noted["unexpected_keys"] if not k.endswith("position_ids")]    # constants, in older files
-    shapes = [f"{k} is {tuple(a)} instead of {tuple(b)}" for k, a, b in noted["mismatched_keys"]]
-    differs = grouped({"missing": noted["missing_keys"], "unexpected": unexpected, "of the wrong shape": shapes})
-    if any(k.startswith("_orig_mod.") for k in unexpected):
-        differs += "; these are the weights of a compiled model: save its _orig_mod instead"
-    if differs := differs or grouped({"not finite": not_finite(model.state_dict())}):
-        raise ValueError(f"{part}: {differs}")
-    return model
 
 
 # ---- one run at a time ----

