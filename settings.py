@@ -8,11 +8,10 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import cli
 import toy
-from checkpoint import read_json
+from checkpoint import read_config
 from model import ATTENTIONS, MASKS, SECOND_FRAMES
 from tasks import PALETTES, parse_tasks
 
@@ -140,10 +139,9 @@ def flag_name(name):
 
 def stage1_settings(folder):
     """Settings of the stage 1 in a checkpoint; None if it does not say (imported weights, no checkpoint)."""
-    path = Path(folder) / "config.json"
-    config = read_json(path, "") if path.is_file() else {}
-    train = config.get("train")
-    return config.get("stage1") if train and train["stage"] == 2 else train
+    config = read_config(folder)
+    train = config["train"]
+    return config["stage1"] if train and train["stage"] == 2 else train
 
 
 def inherit(cfg, given):

