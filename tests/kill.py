@@ -35,6 +35,7 @@ def start(argv, log):
     with open(log, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+    sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1) for descriptor in (1, 2))     # pytest has its own
     code = 1
     try:
         code = run(lambda: train.main(argv))
