@@ -1,8 +1,9 @@
-"""study.py: a row per variant, numbers that follow from the runs' own results, and a study that continues where it was stopped."""
+"""The study: a row per variant, numbers that follow from the runs' own results, a study that continues where it was
+stopped, models side by side, mistakes."""
 import json
+import multiprocessing
 import random
 import re
-import shutil
 import signal
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,12 +15,12 @@ import evaluate
 import train
 from checkpoint import write_json
 from cli import run
-from draw import ticks
 from tasks import TASKS
-from tools import study
-from tools.study import CLAIMS, VARIANTS, verdict
+from tools import study, study_report
+from tools.study_report import draw_gains, draw_isolation, draw_losses, verdict
+from tools.study_variants import CLAIMS, VARIANTS, WORLDS
 
-FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1"
+FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --processes 1"
 
 
 def recorded(calls, main):
@@ -32,20 +33,34 @@ def named(argv, out):
     return argv[argv.index("--out") + 1].removeprefix(f"{out}/")
 
 
+def read(path):
+    return json.loads(path.read_text())
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 # ---- the real thing, as small as it gets ----
+
+def tiny_study(base, out, only, more=""):
+    """Command line of a study of two tasks, as small as it gets."""
+    return (f"--out {out} --tasks shading,albedo --seeds 1 --steps 4 --steps2 2 --limit 1 --only {only} {more} "
+            f"-- --base {base} {FLAGS}").split()
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_base, tmp_path_factory):
-    """A study of two tasks that was stopped by Ctrl-C within its third of four models and then continued. -> (its folder, train.py's command
-    lines of the two calls, when what was finished at the stop had been written)"""
+    """A study that was stopped by Ctrl-C within its third of four models and then continued. -> (its folder, train.py's
+    command lines of the two calls, when what was finished at the stop had been written)"""
     out, rate, calls = tmp_path_factory.mktemp("study") / "out", train.learning_rate, ([], [])
-    flags = "--tasks shading,albedo --seeds 1 --steps 4 --steps2 2 --limit 1 --only single-task,single,multi"
-    argv = f"--out {out} {flags} -- --base {tiny_base} {FLAGS}".split()
+    argv = tiny_study(tiny_base, out, "single-task,single,multi")
 
     def interrupt(cfg, step):
         if cfg.out.endswith("single") and step == 1:
             signal.raise_signal(signal.SIGINT)
         return rate(cfg, step)
+
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "main", recorded(calls[0], train.main))
         m.setattr(train, "learning_rate", interrupt)
@@ -58,183 +73,318 @@ def finished(tiny_base, tmp_path_factory):
 
 
 def test_it_continues_where_it_was_stopped(finished):
-    """What was finished at Ctrl-C is not touched again, the model at hand resumes, the rest follows; no optimizer state is kept."""
+    """What was finished at Ctrl-C is not touched again, the model at hand resumes, the rest follows; neither optimizer
+    states nor streams are kept."""
     out, (first, second), stamps = finished
     assert [named(a, out) for a in first] == ["seed0/single-task-shading", "seed0/single-task-albedo", "seed0/single"]
     assert [named(a, out) for a in second] == ["seed0/single", "seed0/multi"]
     assert "--resume" in second[0] and "--resume" not in second[1]
     assert len(stamps) == 2 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
-    assert [e["step"] for e in study.log(out / "seed0/single")] == [0, 1, 2, 3] and not list(out.rglob("state*"))
+    assert [e["step"] for e in study_report.read_lines(out / "seed0/single/log.jsonl")] == [0, 1, 2, 3]
+    assert not list(out.rglob("state*")) and not list(out.rglob("streams*"))
 
 
 def test_what_it_trains(finished):
-    """A single-task model gets its share of the steps and of the warm-up; the multi stream starts from the single stream of its seed; all
-    share one latent cache."""
-    settings = {n: json.loads((finished[0] / "seed0" / n / "config.json").read_text())["train"] for n in ("single-task-albedo", "single", "multi")}
-    assert [(c["steps"], c["warmup"], c["tasks"], c["stage"]) for c in settings.values()] == [
+    """A single-task model gets its share of the steps and of the warm-up; the multi stream starts from the single
+    stream of its seed; all share one latent cache."""
+    seed = finished[0] / "seed0"
+    settings = [read(seed / name / "config.json")["train"] for name in ("single-task-albedo", "single", "multi")]
+    assert [(c["steps"], c["warmup"], c["tasks"], c["stage"]) for c in settings] == [
         (2, 1, "albedo", 1), (4, 2, "shading,albedo", 1), (2, 2, "shading,albedo", 2)]
-    assert {c["cache"] for c in settings.values()} == {str(finished[0] / "cache")}
-    stream = "unet/diffusion_pytorch_model.safetensors"
-    assert (finished[0] / "seed0/multi" / stream).read_bytes() == (finished[0] / "seed0/single" / stream).read_bytes()
+    assert {c["cache"] for c in settings} == {str(finished[0] / "cache")}
+    multi, single = (seed / name / "unet/diffusion_pytorch_model.safetensors" for name in ("multi", "single"))
+    assert multi.read_bytes() == single.read_bytes()
 
 
 def test_it_writes_tables_and_pictures(finished):
-    """study.md shows every picture it names; all are PNGs with something drawn; a stage 2 step costs more operations than one of stage 1."""
+    """study.md shows every picture it names; all are PNGs with something drawn; a stage 2 step costs more operations
+    than one of stage 1."""
     out, _, _ = finished
     pictures = re.findall(r"!\[.*\]\((.*)\)", (out / "study.md").read_text())
-    assert set(pictures) == {"losses.png", "delta_m.png", "attention_multi.png"}        # isolation.png needs a run without isolation
+    assert set(pictures) == {"losses.png", "delta_m.png", "attention_multi.png"}    # isolation.png needs another run
     for name in pictures:
         with Image.open(out / name) as picture:
             picture.load()
             assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 5
-    variants = json.loads((out / "results.json").read_text())["variants"]
+    variants = read(out / "results.json")["variants"]
     assert list(variants) == ["single-task", "single", "multi"]
-    assert variants["single"]["operations"] == variants["single-task"]["operations"] == 4 * variants["single"]["operations per step"]
-    assert variants["multi"]["operations per step"] > variants["single"]["operations per step"] > 0
+    single, multi = variants["single"], variants["multi"]
+    assert single["operations"] == variants["single-task"]["operations"] == 4 * single["operations per step"]
+    assert multi["operations per step"] > single["operations per step"] > 0
+
+
+def test_side_by_side_gives_the_same_numbers(finished, tiny_base, tmp_path):
+    """--jobs 2: processes of their own that share the latent cache give the weights and results of one by one."""
+    out, weights = tmp_path / "out", "unet/diffusion_pytorch_model.safetensors"
+    assert study.main(tiny_study(tiny_base, out, "single-task", "--jobs 2")) == 0
+    for name in ("single-task-shading", "single-task-albedo"):
+        mine, other = out / "seed0" / name, finished[0] / "seed0" / name
+        assert read(mine / "results.json")["results"] == read(other / "results.json")["results"]
+        assert (mine / weights).read_bytes() == (other / weights).read_bytes()
+    assert read(out / "results.json")["variants"].keys() == {"single-task"}
 
 
 # ---- the whole table, with training and evaluation replaced ----
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """go(flags) -> exit code of a study of all variants and tasks whose models cost nothing and score at random.
+    """go(flags) -> exit code of a study of all variants and tasks whose models cost nothing and score at random, and
+    which draws no pictures.
 
-    go.calls: train.py's command lines, all of which it would accept; go.out: the folder; go.diverge: part of the name of a model that diverges."""
+    go.calls: train.py's command lines, all of which it would accept; go.out: the folder; go.diverge: part of the name
+    of a model that diverges; go.trains(cfg): called in the middle of a training.
+    """
     rng = random.Random(3)
 
     def train_main(argv):
         cfg = train.parse_args(argv)
         go.calls.append(argv)
+        out, tasks = Path(cfg.out), train.parse_tasks(cfg.tasks)
         if go.diverge and go.diverge in cfg.out:
             raise FloatingPointError("step 1: loss nan")
-        out = Path(cfg.out)
-        tasks = train.parse_tasks(cfg.tasks)
-        entries = [{"task": [tasks[s % len(tasks)]] if cfg.isolation else list(tasks), "loss": rng.random(), "grad_norm": rng.random(),
-                    "img_per_s": 20.0} for s in range(cfg.steps)]
-        (out / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
-        (out / "model.json").write_text(json.dumps({"multi": None if cfg.stage == 1 else {"shared": cfg.shared_qkv}}))
+        (out / "state").mkdir()
+        if go.trains(cfg):
+            return 130
+        lines = [{"task": [tasks[s % len(tasks)]] if cfg.isolation else list(tasks), "loss": rng.random(),
+                  "grad_norm": rng.random(), "img_per_s": 20.0} for s in range(cfg.steps)]
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_json(out / "model.json", {"multi": None if cfg.stage == 1 else {"shared": cfg.shared_qkv}})
+        write_json(out / "config.json", {})
         (out / "tasks.txt").write_text(cfg.tasks)
-        (out / "config.json").write_text("{}")
 
     def evaluate_main(argv):
         out = Path(argv[argv.index("--ckpt") + 1])
-        score = lambda t: {evaluate.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
         tasks = train.parse_tasks((out / "tasks.txt").read_text())
-        results = {r.name: {t: score(t) for t in r.tasks if t in tasks} for r in evaluate.test_readers()}
+        results = {}
+        for reader in evaluate.test_readers():
+            results[reader.name] = {t: {evaluate.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
+                                    for t in reader.tasks if t in tasks}
         write_json(argv[argv.index("--json") + 1], {"results": results})
 
     class Copied:
         def save(self, folder):
             assert folder.is_dir()
-    monkeypatch.setattr(train, "main", train_main)
-    monkeypatch.setattr(evaluate, "main", evaluate_main)
-    monkeypatch.setattr(study.StableMTL, "load", lambda folder, stage=None: Copied())
-    monkeypatch.setattr(study, "operations", lambda folder, batch: 1e9)
-    monkeypatch.setattr(study, "draw_attended", lambda args: {})
-    monkeypatch.setattr(study.gc, "collect", lambda: None)
 
     def go(flags="", more=""):
         go.calls.clear()
         return run(lambda: study.main(f"--out {tmp_path / 'out'} --steps 14 --steps2 5 {flags} -- {more}".split()))
-    go.calls, go.out, go.diverge = [], tmp_path / "out", ""
+
+    monkeypatch.setattr(train, "main", train_main)
+    monkeypatch.setattr(evaluate, "main", evaluate_main)
+    monkeypatch.setattr(study.StableMTL, "load", lambda folder, stage=None: Copied())
+    monkeypatch.setattr(study_report, "operations", lambda folder, batch: 1e9)
+    monkeypatch.setattr(study_report, "draw_attended", lambda args: {})
+    for draw in (draw_losses, draw_gains, draw_isolation):
+        monkeypatch.setattr(study_report, draw.__name__, lambda *_: None)
+    monkeypatch.setattr(study.gc, "collect", int)
+    go.calls, go.out, go.diverge, go.trains = [], tmp_path / "out", "", lambda cfg: False
     return go
 
 
 def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
-    """Delta_m, means, deviations and paired differences of all variants, recomputed by hand from the results.json of the runs."""
+    """Delta_m, means, deviations and paired differences of all variants, recomputed by hand from the results.json of
+    the runs."""
     assert made_up("--seeds 3") == 0
     assert len(made_up.calls) == 3 * (len(TASKS) + len(VARIANTS) - 1)
-    result, text = json.loads((made_up.out / "results.json").read_text()), (made_up.out / "study.md").read_text()
-    tables = text.split("\n## ")
-    assert list(result["variants"]) == list(VARIANTS) and all(sum(f"| {v.title} |" in t for t in tables) == 3 for v in VARIANTS.values())
-    results = lambda seed, name: json.loads((made_up.out / f"seed{seed}" / name / "results.json").read_text())["results"]
-    scores = lambda seed, name, world: {t: x for t, r in results(seed, name)[world].items() for x in r.values()}
-    delta = {name: {where: [] for where in study.WORLDS} for name in VARIANTS}
+    result, text = read(made_up.out / "results.json"), (made_up.out / "study.md").read_text()
+    sections = text.split("\n## ")
+    assert list(result["variants"]) == list(VARIANTS)
+    assert all(sum(f"| {v.title} |" in section for section in sections) == 3 for v in VARIANTS.values())
+
+    def scores(seed, name, world):
+        row = read(made_up.out / f"seed{seed}" / name / "results.json")["results"][world]
+        return {t: x for t, metrics in row.items() for x in metrics.values()}
+
+    delta = {name: {where: [] for where in WORLDS} for name in VARIANTS}
     for seed in range(3):
         for where, worlds in (("unseen", ["real"]), ("in-domain", ["rooms", "streets", "things"])):
-            single = {w: {t: x for t in TASKS for t, x in scores(seed, f"single-task-{t}", w).items()} for w in worlds}
+            single = {w: {} for w in worlds}
+            for w in worlds:
+                for t in TASKS:
+                    single[w] |= scores(seed, f"single-task-{t}", w)
             for name in VARIANTS:
                 mine = single if name == "single-task" else {w: scores(seed, name, w) for w in worlds}
                 gains = {t: mean(100 * (mine[w][t] / single[w][t] - 1) for w in worlds if t in mine[w]) for t in TASKS}
                 delta[name][where].append(mean(g if t == "semantic" else -g for t, g in gains.items()))
-                assert result["variants"][name]["seeds"][str(seed)]["delta_m"][where] == pytest.approx(delta[name][where][-1])
+                row = result["variants"][name]["seeds"][str(seed)]
+                assert row["delta_m"][where] == pytest.approx(delta[name][where][-1])
     for name, v in VARIANTS.items():
         x = delta[name]["unseen"]
-        assert f"| {v.title} | {mean(x):+.2f} ± {stdev(x):.2g} |" in tables[1] or name == "single-task"
+        assert name == "single-task" or f"| {v.title} | {mean(x):+.2f} ± {stdev(x):.2g} |" in sections[1]
     assert len(result["claims"]) == 2 * len(CLAIMS)
     for claim in result["claims"]:
-        pairs = zip(delta[claim["better"]][claim["where"]], delta[claim["worse"]][claim["where"]])
-        assert claim["differences"] == pytest.approx([a - b for a, b in pairs]) and claim["verdict"] == verdict(claim["differences"])
-    assert {p.name for p in made_up.out.glob("*.png")} == {"losses.png", "delta_m.png", "isolation.png"}
-    assert all(Image.open(p).size[0] > 500 for p in made_up.out.glob("*.png"))
+        pairs = zip(*(delta[claim[side]][claim["where"]] for side in ("better", "worse")), strict=True)
+        assert claim["differences"] == pytest.approx([a - b for a, b in pairs])
+        assert claim["verdict"] == verdict(claim["differences"])
+
+
+def test_pictures_show_the_numbers(made_up):
+    """Delta_m of every seed; a loss curve per model; a point per task: its mean gradient norm, its gain."""
+    assert made_up("--seeds 2") == 0
+    args = study.parse(f"--out {made_up.out} --seeds 2 --steps 14 --steps2 5".split())
+    result = study_report.summary(args)
+    panels = [a for a in draw_gains(result).axes if a.get_title(loc="left")]
+    for axes, where in zip(panels, WORLDS, strict=True):
+        seen = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "one seed"]
+        assert seen == [[s["delta_m"][where] for s in v["seeds"].values()] for v in result["variants"].values()]
+    *of_tasks, together = draw_losses(args).axes
+    assert [a.get_title() for a in of_tasks] == list(TASKS) and {len(a.lines) for a in (*of_tasks, together)} == {4}
+    single = [study_report.log(made_up.out / f"seed{seed}/single") for seed in (0, 1)]
+    points = {line.get_label(): line.get_xydata()[0] for line in draw_isolation(args, result).axes[0].lines}
+    for t in TASKS:
+        norm = mean(e["grad_norm"] for entries in single for e in entries if e["task"] == [t])
+        assert points[t][0] == pytest.approx(norm)
+        gains = []
+        for seed in (0, 1):
+            with_, without = (result["variants"][n]["seeds"][seed]["results"][t]["real"] for n in
+                              ("single", "no-isolation"))
+            gains.append((100 if t == "semantic" else -100) * (with_ / without - 1))
+        assert points[t][1] == pytest.approx(mean(gains))
 
 
 def test_seeds_differ_and_variants_share_batches(made_up):
-    """Each seed trains with its own draws; the continued single stream gets the batches of stage 2 (train.py: seed + 1000 x stage)."""
+    """Each seed trains with its own draws; the continued single stream gets the batches of stage 2 (train.py: seed +
+    1000 x stage)."""
     assert made_up("--seeds 2") == 0
     cfg = {named(a, made_up.out): train.parse_args(a) for a in made_up.calls}
     drawn = {name: c.seed + 1000 * c.stage for name, c in cfg.items()}
     for seed in (0, 1):
-        assert {drawn[f"seed{seed}/{n}"] for n in ("single", "no-isolation", "single-task-depth")} == {1000 + seed}
-        assert {drawn[f"seed{seed}/{n}"] for n in ("continued", "multi", "rho-0", "shared-qkv", "base-init")} == {2000 + seed}
+        first, second = ("single", "no-isolation", "single-task-depth"), [n for n, v in VARIANTS.items() if v.parent]
+        assert len(second) == 5
+        assert {drawn[f"seed{seed}/{n}"] for n in first} == {1000 + seed}
+        assert {drawn[f"seed{seed}/{n}"] for n in second} == {2000 + seed}
         assert cfg[f"seed{seed}/continued"].init == str(made_up.out / f"seed{seed}/single")
     assert [cfg[f"seed0/{n}"].steps for n in ("single", "single-task-depth", "continued", "multi")] == [14, 2, 5, 5]
 
 
 def test_more_seeds_and_variants_are_added(made_up):
     """A larger --seeds or --only trains what is new and nothing else."""
-    assert made_up("--seeds 1 --only single") == 0 and [named(a, made_up.out) for a in made_up.calls] == ["seed0/single"]
+    assert made_up("--seeds 1 --only single") == 0
+    assert [named(a, made_up.out) for a in made_up.calls] == ["seed0/single"]
     assert made_up("--seeds 2 --only single,multi") == 0
     assert [named(a, made_up.out) for a in made_up.calls] == ["seed0/multi", "seed1/single", "seed1/multi"]
     assert made_up("--seeds 2 --only single,multi") == 0 and made_up.calls == []
 
 
-def test_a_diverged_model_costs_no_other(made_up, capsys):
-    """A model that diverges is named and left out with what starts from it; all others are trained, and the next call tries it again."""
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_diverged_model_costs_no_other(made_up, capsys, monkeypatch, jobs):
+    """A model that diverges is named and left out with what starts from it; all others are trained, and the next call
+    tries it again."""
+    monkeypatch.setattr(multiprocessing, "get_context", fork)
+    flags = f"--seeds 2 --only single-task,single,no-isolation,multi --jobs {jobs}"
     made_up.diverge = "seed1/single"
-    shutil.rmtree(made_up.out, ignore_errors=True)
-    assert made_up("--seeds 2 --only single-task,single,no-isolation,multi") == 2
+    assert made_up(flags) == 2
     assert "step 1: loss nan" in capsys.readouterr().err and not (made_up.out / "seed1/multi/results.json").exists()
-    variants = json.loads((made_up.out / "results.json").read_text())["variants"]
-    assert {n: list(v["seeds"]) for n, v in variants.items()} == {"single-task": ["0"], "single": ["0"], "no-isolation": ["0", "1"], "multi": ["0"]}
+    variants = read(made_up.out / "results.json")["variants"]
+    assert {n: list(v["seeds"]) for n, v in variants.items()} == {
+        "single-task": ["0"], "single": ["0"], "no-isolation": ["0", "1"], "multi": ["0"]}
     made_up.diverge = ""
-    assert made_up("--seeds 2 --only single-task,single,no-isolation,multi") == 0
-    assert {named(a, made_up.out) for a in made_up.calls} == {"seed1/single", "seed1/multi", *(f"seed1/single-task-{t}" for t in TASKS)}
+    done = set(made_up.out.rglob("results.json"))
+    assert made_up(flags) == 0
+    new = {p.parent.name for p in set(made_up.out.rglob("results.json")) - done}
+    assert new == {"single", "multi", *(f"single-task-{t}" for t in TASKS)}
 
 
-@pytest.mark.parametrize("flags, more, says", [("--steps 15", "", "steps 14, now 15"), ("--limit 5", "", "limit 64, now 5"),
-                                               ("", "--clip 0.5", "clip 1.0, now 0.5"), ("--tasks depth,normal", "", "tasks .*, now normal,depth")])
+def test_an_incomplete_variant_has_no_row(made_up):
+    """A study of which only some single-task models exist has empty tables, where it ended in a traceback."""
+    made_up.diverge = "single-task-depth"
+    assert made_up("--seeds 1 --only single-task") == 2
+    assert read(made_up.out / "results.json")["variants"] == {}
+
+
+# ---- side by side ----
+
+def fork(_):
+    """Processes that inherit what a test has replaced."""
+    return multiprocessing.context.ForkContext()
+
+
+def test_a_stop_reaches_every_process_once(made_up, monkeypatch, capsys):
+    """Ctrl-C while three models train: each saves and ends, none is left running, and the same command continues."""
+    def trains(cfg):
+        Path(cfg.out, "begun").touch()
+        with pytest.raises(KeyboardInterrupt):
+            signal.pause()
+        with Path(cfg.out, "saved").open("a") as f:
+            f.write("once\n")
+        return True
+
+    wait = multiprocessing.connection.wait
+
+    def stopped(pipes, timeout):
+        if len(list(made_up.out.rglob("begun"))) == 3:
+            raise KeyboardInterrupt
+        return wait(pipes, timeout)
+
+    monkeypatch.setattr(multiprocessing, "get_context", fork)
+    monkeypatch.setattr(multiprocessing.connection, "wait", stopped)
+    made_up.trains = trains
+    assert made_up("--seeds 1 --only single-task --jobs 3") == 130
+    assert "0 of 7 models finished" in capsys.readouterr().err and not multiprocessing.active_children()
+    assert [p.read_text() for p in made_up.out.rglob("saved")] == ["once\n"] * 3
+
+
+@pytest.mark.parametrize("ends, says", [
+    (lambda cfg: signal.raise_signal(signal.SIGKILL), "seed 0, single ended before it was done"),
+    (lambda cfg: (_ for _ in ()).throw(OSError("disk full")), "seed 0, single: disk full")])
+def test_a_process_that_fails_ends_the_study_in_a_sentence(made_up, monkeypatch, capsys, ends, says):
+    """Killed for memory, or a mistake that would meet every model: named, exit code 2, no traceback."""
+    monkeypatch.setattr(multiprocessing, "get_context", fork)
+    made_up.trains = ends
+    assert made_up("--seeds 1 --only single,no-isolation --jobs 2") == 2
+    error = capsys.readouterr().err
+    assert says in error and "Traceback" not in error and not multiprocessing.active_children()
+
+
+# ---- mistakes ----
+
+@pytest.mark.parametrize("flags, more, says", [
+    ("--steps 15", "", "steps 14, now 15"), ("--limit 5", "", "limit 64, now 5"),
+    ("", "--clip 0.5", "clip 1.0, now 0.5"), ("--tasks depth,normal", "", "tasks .*, now normal,depth")])
 def test_other_settings_are_refused(made_up, capsys, flags, more, says):
     """The same --out with another setting: one sentence that names it, exit code 2, and nothing changes."""
     assert made_up("--seeds 1 --only single") == 0
-    before = {p: p.read_bytes() for p in made_up.out.rglob("*") if p.is_file()}
+    before = contents(made_up.out)
     capsys.readouterr()
     assert made_up(f"--seeds 1 --only single {flags}", more) == 2
     assert re.search(f"other settings .*{says}.*: name another --out", capsys.readouterr().err)
-    assert made_up.calls == [] and before == {p: p.read_bytes() for p in made_up.out.rglob("*") if p.is_file()}
+    assert made_up.calls == [] and before == contents(made_up.out)
 
 
-@pytest.mark.parametrize("flags, more, says", [("--seed 3", "", "--seed"), ("", "--seed 3", "--seed after --"), ("", "--lerning 1", "--lerning"),
-                                               ("--tasks depth", "", "at least two tasks"), ("--steps 0", "", "--steps"),
-                                               ("--only multi", "", "starts from single"), ("--only x", "", "no variant x")])
+@pytest.mark.parametrize("flags, more, says", [
+    ("--seed 3", "", "--seed"), ("", "--seed 3", "--seed after --"), ("", "--lerning 1", "--lerning"),
+    ("--tasks depth", "", "at least two tasks"), ("--steps 0", "", "--steps"), ("--jobs 0", "", "--jobs"),
+    ("--only multi", "", "starts from single"), ("--only x", "", "no variant x"),
+    ("", "--widths 8,8,8,8", "for the variant continued: --widths would do nothing"),
+    ("--out /proc/x", "", "/proc/x cannot be written")])
 def test_mistakes_end_in_a_sentence(made_up, capsys, flags, more, says):
-    """Each names the flag; nothing is written."""
+    """Each names the flag; nothing is written. A flag that only some variants can take was refused hours later."""
     assert made_up(flags, more) == 2
     error = capsys.readouterr().err
     assert says in error and "Traceback" not in error and error.count("\n") == 1 and not made_up.out.exists()
 
 
-def test_ticks():
-    """Axes are marked at round numbers within their limits."""
-    assert list(ticks(-20.6, 22).values()) == ["-20", "0", "20"] and list(ticks(0, 171).values()) == ["0", "50", "100", "150"]
-    assert list(ticks(0, 99999).values()) == ["0", "50000"] and list(ticks(0, 0.0075).values()) == ["0", "0.002", "0.004", "0.006"]
-    assert list(ticks(3, 3).values()) == ["3"]
+@pytest.mark.parametrize("name, text, says", [
+    ("study.json", "[1]", "study.json is damaged"), ("study.json", "{", "study.json is damaged"),
+    ("seed0/single/results.json", '{"results": null}', "results is missing or null.*: delete .*seed0/single"),
+    ("seed0/single/results.json", '{"results": {"real": {"depth": {"AbsRel": "x"}}}}', "results.real.depth.AbsRel is"),
+    ("seed0/single/log.jsonl", '{"task": "depth"}\n{}\n', "log.jsonl, line 1.*task is")])
+def test_foreign_json_is_named(made_up, capsys, name, text, says):
+    """A file of another shape ended in a traceback: now the file, the key and the remedy."""
+    assert made_up("--seeds 1 --only single") == 0
+    (made_up.out / name).write_text(text)
+    capsys.readouterr()
+    assert made_up("--seeds 1 --only single") == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error) and "Traceback" not in error
 
 
 def test_verdict():
-    """The 95% interval of the mean decides, as a trusted t test does; one seed never does, and more seeds need a smaller difference."""
-    assert [verdict(d) for d in ([5.0], [1.0, 1.2, 0.9], [-1.0, -1.2, -0.9], [1.0, -0.5, 0.3], [0.0, 0.0])] == [
-        "undecided", "reproduced", "not reproduced", "undecided", "undecided"]
+    """The 95% interval of the mean decides, as a trusted t test does; one seed never does, and more seeds need a
+    smaller difference."""
+    cases = {(5.0,): "undecided", (1.0, 1.2, 0.9): "reproduced", (-1.0, -1.2, -0.9): "not reproduced",
+             (1.0, -0.5, 0.3): "undecided", (0.0, 0.0): "undecided"}
+    assert {d: verdict(d) for d in cases} == cases
     stats, rng = pytest.importorskip("scipy.stats"), random.Random(0)
     for n in [k for k in range(2, 11) for _ in range(20)]:
         d = [rng.gauss(0.7, 0.5) for _ in range(n)]

@@ -1,0 +1,274 @@
+"""What a study has found: tables, verdicts on the paper's claims, pictures, from the models that are finished."""
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+
+import train
+from checkpoint import read_json, read_lines, write_json
+from cli import markdown, parse_device
+from data import tensor_image, test_readers
+from draw import attention_table, draw_attention, draw_curves, draw_intervals, draw_scatter
+from evaluate import METRIC_VALUES, METRICS, by_task, delta_m
+from model import StableMTL
+from settings import parse_size
+from tasks import TASKS
+from tools.bench import hardware, step_operations
+from tools.study_variants import CLAIMS, VARIANTS, WORLDS, runs
+
+LOWER = {t: METRICS[TASKS[t].metric][2] for t in TASKS}
+TITLES = {"unseen": "The unseen world (paper Tables 2 and 4)",
+          "in-domain": "Held-out scenes of the training worlds (paper Table 10)"}
+# Student's t for 95% confidence, two-sided, of 2, 3, ... seeds; more than ten count as ten
+T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
+
+
+# ---- from files to numbers ----
+
+def results(folder):
+    """{task: {world: headline}} of a finished model. ValueError if its results.json is damaged."""
+    remedy = f"delete {folder}, and the same command trains this model again"
+    return by_task(read_json(folder / "results.json", "", {"results": METRIC_VALUES}, remedy)["results"])
+
+
+def log(folder):
+    """The entries of a model's log.jsonl, one per step."""
+    return read_lines(folder / "log.jsonl", {"task": [str], "loss": float, "grad_norm": float, "img_per_s": float})
+
+
+def collect(args):
+    """{variant: {seed: {"results": {task: {world: headline}}, "steps", "minutes" of training}}} of what is complete."""
+    out = {}
+    for job in runs(args):
+        if job.finished:
+            row = out.setdefault(job.variant, {}).setdefault(job.seed, {"results": {}, "steps": 0, "minutes": 0.0})
+            row["results"] |= results(job.out)
+            row["steps"] += job.steps
+            row["minutes"] += job.steps * args.settings["batch"] / log(job.out)[-1]["img_per_s"] / 60
+    for name, seeds in out.items():
+        out[name] = {s: row for s, row in seeds.items() if row["results"].keys() == set(args.tasks)}
+    return {name: seeds for name, seeds in out.items() if seeds}
+
+
+def gain(mine, baseline, worlds):
+    """Delta_m in percent of {task: {world: headline}}, on some of the worlds."""
+    tables = [{t: {w: x for w, x in row.items() if w in worlds} for t, row in table.items()}
+              for table in (mine, baseline)]
+    return delta_m(*tables, LOWER)
+
+
+def operations(folder, batch):
+    """Counted operations of one optimizer step of this checkpoint's last stage, from cached latents."""
+    model = StableMTL.load(folder).to("meta")
+    height, width = read_json(folder / "config.json", f"no config.json in {folder}", {"size": [int, int]})["size"]
+    z = torch.empty(1, 4, height // model.factor, width // model.factor, device="meta")
+    return batch * step_operations(model, z, model.tasks[-1])
+
+
+def verdict(differences):
+    """Of paired differences, one per seed: "reproduced" if the 95% confidence interval of their mean lies above 0, "not
+    reproduced" if it lies below, else "undecided", as with a single seed. (Two standard errors would be wrong for 3
+    seeds in 18% of cases without any effect.)"""
+    n = len(differences)
+    if n < 2:
+        return "undecided"
+    mean, error = fmean(differences), stdev(differences) / n ** 0.5
+    if abs(mean) <= T95[min(n, 10) - 2] * error:
+        return "undecided"
+    return "reproduced" if mean > 0 else "not reproduced"
+
+
+def judge(rows):
+    """CLAIMS with their differences and verdicts, of {variant: {"seeds": {seed: row}}}, as far as there are any."""
+    claims = []
+    for claim, better, worse, paper in CLAIMS:
+        for where in WORLDS if better in rows and worse in rows else ():
+            a, b = ({seed: row["delta_m"][where] for seed, row in rows[name]["seeds"].items() if row["delta_m"]}
+                    for name in (better, worse))
+            if differences := [a[seed] - b[seed] for seed in a if seed in b]:
+                claims.append({"claim": claim, "where": where, "better": better, "worse": worse,
+                               "differences": differences, "verdict": verdict(differences),
+                               "paper": paper if where == "unseen" else None})
+    return claims
+
+
+def summary(args):
+    """All numbers of the study so far, as written to results.json."""
+    seen, rows, counted, cost = collect(args), {}, {}, {}
+    for name, seeds in seen.items():
+        folder = next(job.out for job in runs(args) if job.variant == name and job.finished)
+        kind = str(read_json(folder / "model.json", "").get("multi"))       # all that a step's operations depend on
+        step = counted[kind] = counted.get(kind) or operations(folder, args.settings["batch"])
+        cost[name] = step * next(iter(seeds.values()))["steps"]
+        for seed, row in seeds.items():
+            baseline = seen.get("single-task", {}).get(seed)
+            row["delta_m"] = {}
+            if baseline:
+                row["delta_m"] = {where: gain(row["results"], baseline["results"], WORLDS[where]) for where in WORLDS}
+        total = cost[name] + cost.get(VARIANTS[name].parent, 0)
+        rows[name] = {**VARIANTS[name]._asdict(), "operations per step": step, "operations": total, "seeds": seeds}
+    about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
+    device = hardware(parse_device(args.settings["device"]))
+    return {**about, "hardware": device, "torch": torch.__version__, "commit": train.commit(), "variants": rows,
+            "claims": judge(rows)}
+
+
+# ---- tables ----
+
+def spread(values, form=".4g"):
+    """Mean and, of several, standard deviation, as text."""
+    values = list(values)
+    if not values:
+        return ""
+    return f"{fmean(values):{form}}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def world_table(result, worlds, where):
+    """A row per variant: Delta_m and every headline on some worlds."""
+    rows, headlines = [], {}
+    for t in result["tasks"]:
+        for w in worlds:
+            headlines[f"{w} {t} {METRICS[TASKS[t].metric][1]} {'↓' if LOWER[t] else '↑'}"] = t, w
+    for v in result["variants"].values():
+        seeds = v["seeds"].values()
+        row = {"variant": v["title"], "seeds": str(len(seeds)),
+               "Delta_m % ↑": spread((s["delta_m"][where] for s in seeds if s["delta_m"]), "+.2f")}
+        for name, (t, w) in headlines.items():
+            row[name] = spread(s["results"][t][w] for s in seeds if w in s["results"][t])
+        rows.append(row)
+    return markdown(rows, ["variant", "Delta_m % ↑", *headlines, "seeds"])
+
+
+def cost_table(result):
+    """A row per variant: flags, operations, minutes."""
+    base = result["variants"].get("single", {"operations": float("nan")})["operations"]
+    rows = [{"variant": v["title"], "flags of train.py": f"`{v['flags']}`",
+             "G per step": f"{v['operations per step'] / 1e9:.3g}", "in all": f"{v['operations'] / base:.2f}x",
+             "minutes of training": spread((s["minutes"] for s in v["seeds"].values()), ".3g")}
+            for v in result["variants"].values()]
+    return markdown(rows, ("variant", "flags of train.py", "G per step", "in all", "minutes of training"))
+
+
+def claim_table(result):
+    """A row per claim and kind of test scenes."""
+    rows = [{"claim": c["claim"], "on": c["where"], "difference": spread(c["differences"], "+.2f"),
+             "verdict": c["verdict"], "in the paper": "" if c["paper"] is None else f"{c['paper']:+.2f}"}
+            for c in result["claims"]]
+    if not rows:
+        return ["none can be judged yet"]
+    return markdown(rows, ("claim", "on", "difference", "in the paper", "verdict"))
+
+
+def tables(result):
+    """study.md as lines."""
+    settings = result["settings"]
+    lines = [f"{len(result['tasks'])} tasks, {settings['batch']} images of {settings['size']} per step. "
+             f"Steps: {result['steps']} of a single stream, {result['steps2']} more of a multi stream or a continued "
+             f"single stream, {result['single_steps']} of each single-task model. {result['limit']} test scenes per "
+             f"world. Mean ± standard deviation over seeds. {result['hardware']}, torch {result['torch']}."]
+    for where, worlds in WORLDS.items():
+        lines += ["", f"## {TITLES[where]}", "", *world_table(result, worlds, where)]
+    lines += ["", "## Cost", "", "Operations are counted, from cached latents, 1 multiply-add = 2. In all: relative to "
+              "the single stream, with the single stream that a variant starts from; the single-task models together.",
+              "", *cost_table(result)]
+    lines += ["", "## The paper's claims", "", "Differences of Delta_m, paired by seed. Reproduced: the 95% confidence "
+              "interval of their mean (Student's t) lies above 0; not reproduced: below 0; else undecided.", ""]
+    return lines + claim_table(result)
+
+
+# ---- pictures: each a matplotlib figure, or None ----
+
+def smooth(values):
+    """[(step, running mean over a twentieth of all steps)]"""
+    n = max(1, len(values) // 20)
+    return [(i, fmean(values[i - n:i])) for i in range(n, len(values) + 1)]
+
+
+def draw_losses(args):
+    """Training loss, a curve per seed: for each task single-task model against single stream, over the steps of that
+    task; for all tasks together with and without isolation (a mixed step has no loss of one task)."""
+    logs = {}
+    for job in runs(args):
+        if job.finished and job.variant in ("single-task", "single", "no-isolation"):
+            logs.setdefault((job.variant, job.task), []).append(log(job.out))
+    if not logs:
+        return None
+
+    def curves(variant, task="", of=None):
+        several = logs.get((variant, task), ())
+        losses = [[e["loss"] for e in entries if of is None or e["task"] == [of]] for entries in several]
+        return [smooth(values) for values in losses if values]
+
+    panels = []
+    for t in args.tasks:
+        panels.append((t, "steps of this task", "training loss",
+                       {"single-task model": curves("single-task", t), "single stream": curves("single", of=t)}))
+    panels.append(("all tasks", "steps", "training loss",
+                   {"single stream w/o isolation": curves("no-isolation"), "single stream": curves("single")}))
+    return draw_curves(panels)
+
+
+def draw_gains(result):
+    """Delta_m of every variant on both kinds of test scenes."""
+    variants = result["variants"].values()
+    if not variants:
+        return None
+    panels = {where: [[s["delta_m"][where] for s in v["seeds"].values() if s["delta_m"]] for v in variants]
+              for where in WORLDS}
+    titles = {"unseen": "unseen world", "in-domain": "held-out scenes of the training worlds"}
+    return draw_intervals([v["title"] for v in variants], {titles[where]: table for where, table in panels.items()},
+                          "Delta_m, % (single-task models: 0)")
+
+
+def draw_isolation(args, result):
+    """The paper's Fig. 5b: a task's mean gradient norm in the single stream against what it gains from isolation."""
+    with_, without = (result["variants"].get(name, {"seeds": {}})["seeds"] for name in ("single", "no-isolation"))
+    both = [s for s in with_ if s in without]
+    if not both:
+        return None
+    norms = {t: [] for t in args.tasks}
+    for job in runs(args):
+        for e in log(job.out) if job.finished and job.variant == "single" else ():
+            norms[e["task"][0]].append(e["grad_norm"])
+    points = {}
+    for t in (t for t in args.tasks if norms[t]):
+        gains = [gain({t: with_[s]["results"][t]}, {t: without[s]["results"][t]}, WORLDS["unseen"]) for s in both]
+        points[t] = fmean(norms[t]), fmean(gains)
+    return draw_scatter("what task-gradient isolation gives, unseen world", points, "mean gradient norm of the task",
+                        "gain from isolation, %")
+
+
+def draw_attended(args, scenes=16):
+    """{variant: figure} of the multi streams, the paper's Fig. 9: which stream each task attends to, per block, mean
+    over scenes of the unseen world and over seeds."""
+    *_, world = test_readers(size=parse_size(args.settings["size"]))
+    samples, weights = [world.load(i, (), with_next=True) for i in range(min(scenes, args.limit))], {}
+    frames = [torch.stack([tensor_image(s[key]) for s in samples]) for key in ("image", "next")]
+    for job in runs(args):
+        if job.finished and "--stage 2" in VARIANTS[job.variant].flags:
+            model = StableMTL.load(job.out)
+            model.attention_log = []
+            model.predict(*frames)
+            rows = weights.setdefault(job.variant, {})
+            for block, main, row in model.attention_log:
+                rows.setdefault((block, main), []).append(row)
+    figures = {}
+    for name, seeds in weights.items():
+        mean = [(*key, {t: fmean(row[t] for row in rows) for t in rows[0]}) for key, rows in seeds.items()]
+        figures[name] = draw_attention(attention_table(mean, args.tasks))
+    return figures
+
+
+def report(args):
+    """Write results.json, study.md and the pictures of what is finished, and return study.md's lines."""
+    out, result = Path(args.out), summary(args)
+    pictures = {"losses.png": draw_losses(args), "delta_m.png": draw_gains(result),
+                "isolation.png": draw_isolation(args, result)}
+    pictures |= {f"attention_{name}.png": figure for name, figure in draw_attended(args).items()}
+    lines = tables(result)
+    shown = [name for name, figure in pictures.items() if figure]
+    for name in shown:
+        pictures[name].savefig(out / name)
+    write_json(out / "results.json", result)
+    (out / "study.md").write_text("\n".join([*lines, "", *(f"![{name}]({name})\n" for name in shown)]))
+    return lines
