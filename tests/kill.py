@@ -1,11 +1,11 @@
-"""Kill training at random moments, resume it until it is done, and compare with a run that nobody disturbed, bit for bit.
+"""Kill training at random moments, resume it until it is done, compare with a run that nobody disturbed, bit for bit.
 
     python tests/kill.py --kills 20 --stage 1
     python tests/kill.py --kills 20 --stage 2
 
-Every second kill waits until a checkpoint is being written. Tiny model, CPU; minutes for 20 kills. Exit code 0 if
-the weights (of the last and of the best checkpoint), Adam's moments, the random state, the latent cache, the held-out losses and the log (all
-but img_per_s) are the same, 1 if not.
+Every second kill waits until a checkpoint is being written. Tiny model, CPU; minutes for 20 kills. Exit code 0 if the
+weights (of the last and of the best checkpoint), Adam's moments, the random state, the latent cache, the held-out
+losses and the log (all but img_per_s) are the same, 1 if not.
 """
 import argparse
 import json
@@ -28,7 +28,7 @@ from cli import run  # noqa: E402
 
 
 def start(argv, log):
-    """Run the command in a forked process (no imports to wait for) with its output in the file `log`. -> its process id"""
+    """Run the command in a forked process (no imports to wait for), its output in the file `log`. -> its process id"""
     pid = os.fork()
     if pid:
         return pid
@@ -47,13 +47,15 @@ def finish(argv, log):
     """Run the command to its end; SystemExit with what it printed if that is a failure."""
     _, status = os.waitpid(start(argv, log), 0)
     if status:
-        raise SystemExit(f"exit code {os.waitstatus_to_exitcode(status)} of train.py {' '.join(argv)}:\n{log.read_text()[-2000:]}")
+        code = os.waitstatus_to_exitcode(status)
+        raise SystemExit(f"exit code {code} of train.py {' '.join(argv)}:\n{log.read_text()[-2000:]}")
 
 
 def kill_once(argv, log, out, rng, reach):
     """Start the command and SIGKILL it after at most `reach` seconds. -> whether it was still running"""
     pid, begin, delay, saving = start(argv, log), time.time(), rng.uniform(0, reach), rng.random() < 0.5
-    writing = [out / n for n in ("state.tmp", "model.tmp", "model.new", "best/model.tmp", "best/model.new", "config.json.tmp")]
+    names = ("state.tmp", "model.tmp", "model.new", "best/model.tmp", "best/model.new", "config.json.tmp")
+    writing = [out / name for name in names]
     while time.time() - begin < reach:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -76,20 +78,29 @@ def begun(out, stage):
 
 def log_lines(out):
     """The log without what depends on the clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "img_per_s"} for line in (out / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "img_per_s"} for entry in entries]
+
+
+def held_out(out):
+    return json.loads((out / "config.json").read_text())["held_out"]
 
 
 def compare(a, b):
     """Sentences on what differs between two output folders."""
-    files = {p.relative_to(a) for p in a.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".npy") and "state.prev" not in p.parts}
+    files = [p.relative_to(a) for p in sorted(a.rglob("*")) if p.suffix in (".safetensors", ".npy")]
+    files = [p for p in files if "state.prev" not in p.parts]
     assert any(p.name == "state.safetensors" for p in files)
-    out = [f"{p} differs" for p in sorted(files) if not (b / p).is_file() or (a / p).read_bytes() != (b / p).read_bytes()]
-    held_out = lambda folder: json.loads((folder / "config.json").read_text())["held_out"]
-    return out + [f"{what} differ" for what, read in (("log lines", log_lines), ("held-out losses", held_out)) if read(a) != read(b)]
+    out = [f"{p} differs" for p in files if not (b / p).is_file() or (a / p).read_bytes() != (b / p).read_bytes()]
+    for what, read in (("log lines", log_lines), ("held-out losses", held_out)):
+        if read(a) != read(b):
+            out.append(f"{what} differ")
+    return out
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2))
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps (default: three per kill)")
@@ -97,10 +108,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng, folder = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="kill"))
-    steps, whole, killed, log = args.steps or 3 * args.kills + 2, folder / "whole", folder / "killed", folder / "output.txt"
+    whole, killed, log = folder / "whole", folder / "killed", folder / "output.txt"
+    steps = args.steps or 3 * args.kills + 2
     base = tiny.base(folder / "base")
-    flags = (f"--base {base} --tasks normal,depth,optical_flow --scenes 3 --size 16x24 --batch 2 --micro 2 --save-every 1 --val-samples 1 "
-             "--picture-every 0 --workers 0 --warmup 2 --threads 1").split()
+    flags = (f"--base {base} --tasks normal,depth,optical_flow --scenes 3 --size 16x24 --batch 2 --micro 2 "
+             "--save-every 1 --val-samples 1 --picture-every 0 --workers 0 --warmup 2 --threads 1").split()
     if args.stage == 2:
         finish([*flags, "--steps", "1", "--out", str(whole)], log)
         shutil.copytree(whole, killed)
@@ -108,8 +120,8 @@ def main(argv=None):
     command = [*flags, "--stage", str(args.stage), *masks, "--steps", str(steps)]
     begin = time.time()
     finish([*command, "--out", str(whole)], log)
-    reach, kills, done, resumes = (time.time() - begin) / steps * 3 + 1, 0, False, 0
-    for attempt in range(10 * args.kills + 1):
+    reach, kills, resumes = (time.time() - begin) / steps * 3 + 1, 0, 0
+    for _ in range(10 * args.kills + 1):
         resume = begun(killed, args.stage)
         resumes += resume
         argv = ["--resume", "--out", str(killed)] if resume else [*command, "--out", str(killed), "--overwrite"]
@@ -120,7 +132,8 @@ def main(argv=None):
             break
         kills += 1
     differences = compare(whole, killed)
-    print(f"stage {args.stage}: {kills} kills, {resumes} resumes, {steps} steps: " + ("; ".join(differences) or "bit-identical to the undisturbed run"))
+    told = "; ".join(differences) or "bit-identical to the undisturbed run"
+    print(f"stage {args.stage}: {kills} kills, {resumes} resumes, {steps} steps: {told}")
     if not differences:
         shutil.rmtree(folder)
     else:

@@ -125,7 +125,7 @@ def test_a_folder_is_counted_only(tiny_base, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--graph --device cpu", "--graph records CUDA kernels"), ("--base nowhere", "no vae/config.json"),
-    ("--tasks 8", "--tasks: '8' is not a whole number from 1"), ("--batch 0", "--batch: '0'"), ("--micro -1", "--micro"),
+    ("--tasks 8", "--tasks: '8' is not a whole number from 1"), ("--batch 0", "--batch: '0'"), ("--micro x", "--micro"),
     ("--size big", "--size big: expected HEIGHTxWIDTH"), ("--json nowhere/x.json", "nowhere/x.json cannot be written"),
     ("--plot nowhere/x.png", "nowhere/x.png cannot be written"), ("--plot x.gif", "x.gif does not end in .png"),
     ("--json .", "it is a folder")])

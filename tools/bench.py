@@ -284,7 +284,7 @@ def plot(result):
     """Operations and, where measured, time of single and multi stream over the number of tasks (paper Fig. 13), a panel
     each -> matplotlib figure."""
     kinds = [k for k in KINDS if k in result["counted"]]
-    power = prefix(result["counted"]["single"][1])
+    power = prefix(max(v for k in kinds for v in result["counted"][k].values()))
     counted = {f"{k} stream": [[(n, v / 10 ** power) for n, v in result["counted"][k].items()]] for k in kinds}
     panels = [("counted operations", "number of tasks", f"operations, $10^{{{power}}}$", counted)]
     if "inference" in result:
