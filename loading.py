@@ -17,8 +17,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from checkpoint import read_json
+
+disable_progress_bar()      # one for every part that is read or written
 
 # ---- tensors of the expected names and shapes ----
 
@@ -55,7 +58,7 @@ def read_tensors(path):
 
 # ---- one part of a diffusers folder ----
 
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\.(?:(.+)\.)?(?:safetensors|bin)")
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model\.(?:(.+)\.)?(?:safetensors|bin)(?:\.index\.json)?")
 VARIANTS = (None, "fp16", "bf16", "non_ema")    # what stands before the ending; the first there is will be loaded
 
 
@@ -67,11 +70,11 @@ def variant(folder):
     """
     names = sorted(p.name for p in Path(folder).iterdir())
     found = [match[1] for match in map(WEIGHTS.fullmatch, names) if match]
-    if not found and not any(".index." in name for name in names):      # an index: the weights are in several files
+    if not found:
         raise FileNotFoundError(f"no weights in {folder}: expected diffusion_pytorch_model.safetensors (of a text "
                                 "encoder model.safetensors), or .bin, perhaps with .fp16, .bf16 or .non_ema before "
                                 f"it; found {', '.join(names) or 'nothing'}")
-    return next((v for v in VARIANTS if v in found), found[0] if found else None)
+    return next((v for v in VARIANTS if v in found), found[0])
 
 
 def _pretrained(kind, base, part):

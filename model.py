@@ -91,7 +91,7 @@ class TaskAttention(nn.Module):
         return out
 
     def forward(self, a, task, kv, mask=None):
-        """a: (B,N,C) main stream of `task`; kv: {task: (k, v)}; mask: None or (T,) scores -> (T,) bool, True = left out.
+        """a: (B,N,C) main stream of `task`; kv: {task: (k, v)}; mask: None or (T,) scores -> (T,) bool, True: left out
 
         Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks.
         """
