@@ -74,7 +74,7 @@ def draw_panel(cells, columns, tasks=(), note=""):
     columns = min(columns, len(cells))
     key = draw_key(tasks, note, columns * width - 10)
     bottom = -(-len(cells) // columns) * height + 8
-    panel = Image.new("RGB", (columns * width + 10, bottom + key.height), "white")
+    panel = Image.new("RGB", (key.width + 20, bottom + key.height), "white")
     draw = ImageDraw.Draw(panel)
     for k, (title, image) in ((k, c) for k, c in enumerate(cells) if c):
         x, y = 10 + k % columns * width, 6 + k // columns * height
@@ -85,14 +85,14 @@ def draw_panel(cells, columns, tasks=(), note=""):
 
 
 def draw_key(tasks, note, width):
-    """What the colours of these tasks mean, above a note -> Pillow image of that width, without height if all is empty.
-
-    Tasks that share a key are named together.
+    """What the colours of these tasks mean, above a note -> Pillow image of that width, or as wide as one key needs;
+    without height if all is empty. Tasks that share a key are named together.
     """
     alike = {}
     for task in tasks:
         alike.setdefault(task.key, []).append(task)
     keys = [_task_key(", ".join(t.name for t in group), group[0]) for group in alike.values() if group[0].key()]
+    width = max([width, *(image.width for image in keys)])
     places, x, y, row = [], 0, 0, 0
     for image in keys:
         if x and x + image.width > width:
