@@ -196,10 +196,8 @@ def read_frames(item):
 
 
 def predict(model, frames, tasks, args, trained):
-    """({task: (1,C,h,w) native prediction at the network's size}, attention table or None).
-
-    ValueError if the memory does not suffice or the weights give no numbers.
-    """
+    """({task: (1,C,h,w) native prediction at the network's size}, attention table or None); ValueError if the memory
+    does not suffice."""
     size = network_size(*frames[0].shape[:2], args.size, trained, model.factor)
     model.attention_log = [] if args.attention else None
     try:
@@ -209,9 +207,6 @@ def predict(model, frames, tasks, args, trained):
         if "allocate" not in str(error):        # so say CUDA and the CPU of a lack of memory
             raise
         raise ValueError(f"out of memory at {size[1]}x{size[0]} pixels: use --rows 1, or a smaller --size") from error
-    if bad := [t for t, x in maps.items() if not x.isfinite().all()]:
-        raise ValueError(f"{args.ckpt} predicts no finite numbers for {', '.join(bad)}: its weights are damaged, or "
-                         "its training has diverged")
     return maps, attention_table(model.attention_log, model.tasks) if args.attention else None
 
 
