@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cli import Parser, run
-from draw import cell, draw_panel
+from draw import LABELS, cell, draw_panel
 from readers import READERS, check, found
 from readers.toyworld import ToyWorld
 from tasks import TASKS
@@ -345,9 +345,9 @@ def show(reader, index):
             cells.append((name, cell(frame.round().byte().permute(1, 2, 0).numpy())))
     for t in tasks:
         label, valid = (resize(x, reader.size) for x in label_tensors(sample, t))
-        title = f"{t}, {100 * valid.float().mean():.0f}% valid"
-        cells.append((title, cell(TASKS[t].colour(label, valid[0]))))
-    return draw_panel(cells, 3)
+        told = [t, f"{100 * valid.float().mean():.0f}% valid", TASKS[t].tell(label, valid[0]) if valid.any() else ""]
+        cells.append((", ".join(filter(None, told)), cell(TASKS[t].colour(label, valid[0]))))
+    return draw_panel(cells, 3, [TASKS[t] for t in tasks], LABELS)
 
 
 def shown(args):

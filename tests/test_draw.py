@@ -1,6 +1,7 @@
 """Pictures hold what they should: a prediction in its label's colours, keys, texts that do not overlap, all data."""
 import itertools
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
+import data
 import draw
 from evaluate import aligned
+from readers.toyworld import ToyWorld
 from tasks import CITYSCAPES, TASKS
 
 UP_TO_SCALE = ("depth", "optical_flow", "scene_flow", "shading", "albedo")
@@ -103,6 +106,23 @@ def test_shading_and_albedo_are_gamma_coded():
     for name in ("shading", "albedo"):
         grey = torch.full((TASKS[name].channels, 2, 2), 0.5)
         assert (TASKS[name].colour(grey, torch.ones(2, 2, dtype=torch.bool)) == 186).all()
+
+
+def test_a_shown_sample_tells_its_units(monkeypatch):
+    """data.py --show: how much of each label is valid, how far its colours reach, and what they mean."""
+    titles, panel = [], data.draw_panel
+
+    def recorded(cells, *rest):
+        titles.extend(title for title, _ in cells)
+        return panel(cells, *rest)
+    monkeypatch.setattr(data, "draw_panel", recorded)
+    world = ToyWorld("streets", "train", 4, (32, 48))
+    picture = data.show(world, 0)
+    plain = panel([(title, Image.new("RGB", (288, 192))) for title in titles], 3)
+    assert [t.split(",")[0] for t in titles] == ["image", "second frame", *world.tasks]
+    assert picture.height > plain.height
+    depth, = (t for t in titles if t.startswith("depth"))
+    assert re.fullmatch(r"depth, \d+% valid, [\d.]+ to [\d.]+ m", depth)
 
 
 # ---- panels ----
