@@ -1,14 +1,23 @@
-"""Released weights: random ones under the released names, run by a plain implementation written here, equal what convert.py makes of them."""
+"""Released weights: random ones under the released names, run by a plain implementation written here, equal what
+tools/convert.py makes of them; and what it makes can be trained on, evaluated and predicted with."""
 import io
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import evaluate
+import sample
+import train
+from checkpoint import read_config, read_json
+from cli import run
 from model import StableMTL, TaskAttention, transformer_blocks
 from tasks import TASKS
 from tools import convert
@@ -37,11 +46,12 @@ class Mlp(nn.Module):
 class Net(nn.Module):
     def __init__(self, a, b):
         super().__init__()
-        self.net = nn.ModuleDict({"0": nn.Linear(a, b), "2": nn.Linear(b, b), "4": nn.Linear(b, b), "6": nn.Linear(b, a)})
+        self.net = nn.ModuleDict({
+            "0": nn.Linear(a, b), "2": nn.Linear(b, b), "4": nn.Linear(b, b), "6": nn.Linear(b, a)})
 
 
 class PlainTaskAttention(nn.Module):
-    """The task attention under its released names; one batched matrix product per head, sequences of T keys for every pixel."""
+    """The task attention under its released names; one batched matrix product per head, T keys for every pixel."""
 
     def add(self, width, hidden):
         self.task_to_q = nn.ModuleDict({t: Net(width, hidden) for t in NAMES})
@@ -58,16 +68,16 @@ class PlainTaskAttention(nn.Module):
         for t in NAMES:
             if t != task:
                 for kind, row in rows.items():
-                    m = getattr(self, f"task_to_{kind}")[t]
-                    row.append(mlp([m.fc1, m.fc2], getattr(self, f"task_norm_{kind}")[t](feats[t])).reshape(b * n, 1, c))
+                    m, norm = getattr(self, f"task_to_{kind}")[t], getattr(self, f"task_norm_{kind}")[t]
+                    row.append(mlp([m.fc1, m.fc2], norm(feats[t])).reshape(b * n, 1, c))
         k, v, out = torch.cat(rows["k"], 1), torch.cat(rows["v"], 1), []                  # (B*N, T, C)
-        for qh, kh, vh in zip(q.chunk(heads, 2), k.chunk(heads, 2), v.chunk(heads, 2)):
+        for qh, kh, vh in zip(q.chunk(heads, 2), k.chunk(heads, 2), v.chunk(heads, 2), strict=True):
             out.append(torch.bmm(F.softmax(torch.bmm(qh, kh.transpose(1, 2)) / (c // heads) ** 0.5, 2), vh))
         return self.to_out_task(torch.cat(out, 2).reshape(b, n, c))
 
 
 class PlainSelfAttention(PlainTaskAttention):
-    """Takes the place of a block's attn1: spatial self-attention written out; `role` "auxiliary" leaves its result in `feature`."""
+    """In place of a block's attn1: spatial self-attention written out, its result left in `feature`."""
 
     def __init__(self, attn, role, hidden):
         super().__init__()
@@ -78,7 +88,8 @@ class PlainSelfAttention(PlainTaskAttention):
 
     def forward(self, x, encoder_hidden_states=None, attention_mask=None):
         parts = [layer(x).chunk(self.heads, 2) for layer in (self.to_q, self.to_k, self.to_v)]
-        a = torch.cat([F.softmax(q @ k.transpose(1, 2) / q.shape[2] ** 0.5, 2) @ v for q, k, v in zip(*parts)], 2)
+        a = torch.cat([F.softmax(q @ k.transpose(1, 2) / q.shape[2] ** 0.5, 2) @ v
+                       for q, k, v in zip(*parts, strict=True)], 2)
         self.feature = a = self.to_out[0](a)
         return a if self.role == "auxiliary" else a + self.attend(a, self.task, self.feats)
 
@@ -138,7 +149,8 @@ def imported(world):
 # ---- tests ----
 
 def test_the_weights_have_the_released_names(world):
-    """The plain networks hold the 686 names of the single stream and, under each of 16 attn1, exactly the names of the specification."""
+    """The plain networks hold the 686 names of the single stream and, under each of 16 attn1, exactly those that the
+    authors' code has."""
     _, auxiliary, main = world
     single, multi = set(auxiliary.state_dict()), set(main.state_dict())
     assert single == set(tiny.unet().state_dict()) and len(single) == 686 and single < multi
@@ -163,7 +175,7 @@ def test_imported_weights_give_the_same_numbers(world, imported, size, wanted):
 
 @torch.no_grad()
 def test_every_projection_matters(imported):
-    """Leaving out one auxiliary task, or swapping the projections of two, moves the result by far more than the tolerance above."""
+    """Leaving out one auxiliary task, or swapping the projections of two, moves the result by far more than that."""
     z = tiny.latents(1, (8, 8))
     before = imported(*z, ["depth"])["depth"]
     for layer in imported.attention.values():
@@ -177,7 +189,7 @@ def test_every_projection_matters(imported):
 @torch.no_grad()
 @pytest.mark.parametrize("width, pixels", [(320, 11 * 13), (1280, 6)])
 def test_one_block_at_full_width(width, pixels):
-    """A task-attention layer of Stable Diffusion 2's widths (hidden 640, 4 heads) equals the plain one on the same state dict."""
+    """A task-attention layer of Stable Diffusion 2's widths (hidden 640, 4 heads) equals the plain one on its state."""
     torch.manual_seed(0)
     plain, ours = PlainTaskAttention(), TaskAttention(width, TASKS, heads=4, hidden=640)
     plain.add(width, 640)
@@ -188,10 +200,15 @@ def test_one_block_at_full_width(width, pixels):
         close(ours(a, task, kv)[0], plain.attend(a, task, feats))
 
 
+def import_flags(folder, out):
+    return ["--base", str(folder / "base"), "--single", str(folder / "single.pth"), "--out", str(out)]
+
+
 def test_command_line_round_trip(world, imported, tmp_path, capsys):
-    """Import writes a folder that loads and predicts; export gives back the same files tensor by tensor; neither overwrites a checkpoint."""
+    """Import writes a folder that loads and predicts; export gives back the same files tensor by tensor; neither
+    overwrites a checkpoint."""
     folder, _, _ = world
-    flags = ["--base", str(folder / "base"), "--single", str(folder / "single.pth"), "--multi", str(folder / "multi.pth"), "--out", str(tmp_path / "out")]
+    flags = [*import_flags(folder, tmp_path / "out"), "--multi", str(folder / "multi.pth")]
     convert.main(flags)
     loaded, pair = StableMTL.load(tmp_path / "out"), torch.rand(2, 1, 3, 16, 16)
     a, b = loaded.predict(*pair), imported.predict(*pair)
@@ -215,10 +232,12 @@ def test_single_stream_alone(world, tmp_path):
     assert [p.name for p in convert.export(tmp_path / "out", tmp_path / "back")] == ["single.pth"]
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s, "step": 3}, lambda s: {f"module.{k}": v for k, v in s.items()},
-                                  lambda s: {"state_dict": {f"module.{k}": v.half() for k, v in s.items()}}])
+@pytest.mark.parametrize("wrap", [
+    lambda s: {"state_dict": s, "step": 3},
+    lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {"state_dict": {f"module._orig_mod.{k}": v.half() for k, v in s.items()}}])
 def test_wrapped_files(world, tmp_path, capsys, wrap):
-    """A "state_dict" around the weights and a "module." before every key are taken off and said."""
+    """A "state_dict" around the weights, a "module." or "_orig_mod." before every key are taken off, and said."""
     folder, auxiliary, _ = world
     torch.save(wrap(auxiliary.state_dict()), tmp_path / "single.pth")
     state = convert.read_state(tmp_path / "single.pth")
@@ -235,23 +254,25 @@ def test_safetensors_are_read_too(world, tmp_path):
 
 
 def test_all_that_does_not_fit_is_reported_at_once(world, tmp_path):
-    """Missing, unexpected and wrongly shaped keys come grouped in one ValueError; nothing is loaded in part."""
+    """Missing, unexpected, wrongly shaped and NaN keys come grouped in one ValueError; nothing is loaded in part."""
     folder, auxiliary, _ = world
     state = dict(auxiliary.state_dict())
     del state["conv_out.bias"]
     state |= {"extra.weight": torch.ones(1), "conv_in.weight": state["conv_in.weight"][:, :4]}
+    state["time_embedding.linear_1.bias"] = state["time_embedding.linear_1.bias"] / 0
     torch.save(state, tmp_path / "single.pth")
-    with pytest.raises(ValueError, match=r"1 missing \(conv_out.bias\); 1 unexpected \(extra.weight\); 1 of the wrong shape "
-                                         r"\(conv_in.weight is \(16, 4, 3, 3\) instead of \(16, 12, 3, 3\)\)"):
+    with pytest.raises(ValueError, match=r"1 missing \(conv_out.bias\); 1 unexpected \(extra.weight\); 1 of the wrong "
+                                         r"shape \(conv_in.weight is \(16, 4, 3, 3\) instead of \(16, 12, 3, 3\)\); "
+                                         r"1 not finite \(time_embedding.linear_1.bias\)"):
         convert.import_released(folder / "base", tmp_path / "single.pth")
 
 
 def test_wrong_files_end_in_a_sentence(world, imported, tmp_path):
-    """Swapped files, an unknown task, a missing file, a damaged one, a pickle with code, and not a state dict at all."""
+    """Swapped files, an unknown task, a missing file, a damaged one, a pickle with code, no state dict at all."""
     folder, auxiliary, main = world
     with pytest.raises(ValueError, match="multi.pth does not fit .* 2496 unexpected .*swapped"):
         convert.check(main.state_dict(), imported.unet.state_dict(), "multi.pth")
-    with pytest.raises(ValueError, match="2496 missing .*task_to_q"):
+    with pytest.raises(ValueError, match="2496 missing .*attn1.task_norm_k"):
         convert.check(auxiliary.state_dict(), convert.multi_state(imported), "single.pth")
     renamed = {k.replace("_q.depth.", "_q.edges."): v for k, v in main.state_dict().items()}
     assert convert.attention_tasks(renamed) == tuple(t for t in TASKS if t != "depth")
@@ -270,7 +291,59 @@ def test_wrong_files_end_in_a_sentence(world, imported, tmp_path):
 
 
 def test_what_the_format_cannot_hold_is_not_exported(tmp_path):
-    """Ablations (other heads, shared projections, ...) are refused by name instead of being written as something else."""
+    """Ablations (other heads, shared projections, ...) are refused by name, not written as something else."""
     tiny.model(multi=True, heads=2, shared=True).save(tmp_path / "out")
     with pytest.raises(ValueError, match=r"heads 2 \(released: 4\), shared True"):
         convert.export(tmp_path / "out", tmp_path / "back")
+
+
+# ---- what an import is good for ----
+
+STEPS = ("--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --processes 1 --threads 1 --workers 0 --val-samples 0 "
+         "--picture-every 0 --cache none").split()
+
+
+def test_an_import_is_evaluated_predicted_with_and_trained_on(world, tmp_path, monkeypatch):
+    """`train.py --stage 2 --out conv` and `--init conv` ended in KeyError 'train', and sample.py ran a photo at its
+    full resolution, since config.json had neither settings nor a size."""
+    conv, photo, seen = tmp_path / "conv", tmp_path / "photo.png", []
+    convert.main(import_flags(world[0], conv))
+    assert read_config(conv)["imported"]["single"] == str(world[0] / "single.pth")
+    Image.fromarray(np.zeros((450, 600, 3), np.uint8)).save(photo)
+
+    def predict(self, image, *args, **options):
+        seen.append(tuple(image.shape[-2:]))
+        return plain(self, image[..., :32, :32], *args, **options)
+
+    plain = StableMTL.predict
+    monkeypatch.setattr(StableMTL, "predict", predict)
+    predicting = [str(photo), "--ckpt", str(conv), "--tasks", "depth", "--device", "cpu", "--output"]
+    assert run(lambda: sample.main([*predicting, str(tmp_path / "stage1")])) == 0 and seen == [(288, 384)]
+    longer = ["--stage", "1", "--init", str(conv), "--out", str(tmp_path / "longer"), *STEPS]
+    assert run(lambda: train.main(longer)) == 0
+    assert run(lambda: train.main(["--stage", "2", "--out", str(conv), *STEPS])) == 0
+    monkeypatch.setattr(StableMTL, "predict", plain)
+    assert run(lambda: sample.main([*predicting, str(tmp_path / "stage2"), "--size", "64"])) == 0
+    assert run(lambda: evaluate.main(["--ckpt", str(conv), "--limit", "1", "--trivial", "0", "--workers", "0"])) == 0
+    results = read_json(conv / "results.json", "no results")["results"]
+    assert set(results["real"]) >= set(TASKS) and StableMTL.load(conv, stage=2).multi["heads"] == 4
+    for folder in ("stage1", "stage2"):
+        assert np.isfinite(np.load(tmp_path / folder / "photo/depth.npy")).all()
+
+
+def test_a_full_disk_leaves_nothing_half_written(world, imported, tmp_path, monkeypatch, capsys):
+    """While importing and while exporting: one sentence, and no file that looks like a whole one."""
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    def cut(_, path):
+        Path(path).write_bytes(b"0")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    imported.save(tmp_path / "ckpt")
+    monkeypatch.setattr(StableMTL, "save", no_room)
+    assert run(lambda: convert.main(import_flags(world[0], tmp_path / "out"))) == 2
+    assert "No space left" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(torch, "save", cut)
+    assert run(lambda: convert.main(["--export", str(tmp_path / "back"), "--ckpt", str(tmp_path / "ckpt")])) == 2
+    assert "could not write" in capsys.readouterr().err and not list((tmp_path / "back").iterdir())

@@ -51,7 +51,8 @@ def counting(modules):
 
 @torch.no_grad()
 def test_single_stream_is_stock_diffusers(single):
-    """Each task's output equals UNet2DConditionModel on (z_i, z_j, 0), t = 999, its unpadded token; one-frame tasks see frame i twice."""
+    """Each task's output equals UNet2DConditionModel on (z_i, z_j, 0), t = 999, its unpadded token; one-frame tasks see
+    frame i twice."""
     z_i, z_j = tiny.latents()
     out = single(z_i, z_j, ALL)
     for t in ALL:
@@ -72,7 +73,7 @@ def test_padded_tokens_equal_unbatched(single):
 
 @torch.no_grad()
 def test_widened_input_equals_the_original():
-    """The widened UNet on three copies of a latent equals the original on one; a UNet that takes 12 channels already is left alone."""
+    """The widened UNet on three copies of a latent equals the original on one; one that takes 12 stays as it is."""
     torch.manual_seed(0)
     narrow = tiny.unet(in_channels=4)
     wide, (z, _) = widen_input(copy.deepcopy(narrow)), tiny.latents()
@@ -147,7 +148,7 @@ def attention_layer(heads=2, shared=False, width=8):
 @torch.no_grad()
 @pytest.mark.parametrize("heads, shared", [(1, False), (2, False), (4, True)])
 def test_task_attention_equals_a_naive_loop(heads, shared):
-    """Softmax over the other tasks, per pixel and head, with each task's own projections; the weights of the other tasks sum to one."""
+    """Softmax over the other tasks, per pixel and head, with each task's own projections; the weights sum to one."""
     layer, a, feats = attention_layer(heads, shared)
     y, weights = layer(a, "shading", layer.keys_values(feats))
     close(y, naive(layer, a, "shading", feats))
@@ -157,11 +158,16 @@ def test_task_attention_equals_a_naive_loop(heads, shared):
 
 @torch.no_grad()
 def test_masked_task_is_as_good_as_absent():
-    """Leaving a task out equals never having had its stream; the mask is drawn from the mean attention over images, pixels and heads."""
+    """Leaving a task out equals never having had its stream; the mask is drawn from the mean attention over images,
+    pixels and heads."""
     layer, a, feats = attention_layer()
     kv, seen = layer.keys_values(feats), []
     _, weights = layer(a, "semantic", kv)
-    out_of_depth = lambda scores: seen.append(scores) or torch.tensor([t == "depth" for t in ALL[1:]])
+
+    def out_of_depth(scores):
+        seen.append(scores)
+        return torch.tensor([t == "depth" for t in ALL[1:]])
+
     masked, _ = layer(a, "semantic", kv, out_of_depth)
     absent, _ = layer(a, "semantic", {t: x for t, x in kv.items() if t != "depth"})
     close(masked, absent)
@@ -182,7 +188,8 @@ def test_attention_log(multi):
     log, multi.attention_log = multi.attention_log, None
     assert [block for block, _, _ in log] == list(transformer_blocks(multi.main)) and len(log) == 16
     for _, task, attention in log:
-        assert task == "depth" and set(attention) == set(ALL) - {"depth"} and sum(attention.values()) == pytest.approx(1, abs=1e-5)
+        assert task == "depth" and set(attention) == set(ALL) - {"depth"}
+        assert sum(attention.values()) == pytest.approx(1, abs=1e-5)
 
 
 # ---- attention-guided masking ----
@@ -195,9 +202,11 @@ def draws(how, n=3000, rho=1.0, scores=SCORES):
     return torch.stack([draw_mask(scores, rho, how) for _ in range(n)])
 
 
-@pytest.mark.parametrize("how, expected", [("score", SCORES), ("uniform", torch.full((6,), 1 / 6)), ("argmax", torch.eye(6)[0])])
+@pytest.mark.parametrize("how, expected", [
+    ("score", SCORES), ("uniform", torch.full((6,), 1 / 6)), ("argmax", torch.eye(6)[0])])
 def test_mask_distribution(how, expected):
-    """One task per draw: in proportion to the score, evenly, or always the highest (chi-square, 5 degrees of freedom, p > 0.001)."""
+    """One task per draw: in proportion to the score, evenly, or always the highest (chi-square, 5 degrees of freedom,
+    p > 0.001)."""
     d = draws(how)
     assert (d.sum(1) == 1).all()
     counts, chosen = d.sum(0), expected > 0
@@ -206,7 +215,7 @@ def test_mask_distribution(how, expected):
 
 
 def test_mask_of_several_tasks():
-    """score-k leaves out 1..5 of 6 tasks, each number equally often, high scores more often than low ones; one is always left."""
+    """score-k leaves out 1..5 of 6 tasks, each number equally often, high scores more often; one is always left."""
     d = draws("score-k")
     counts = torch.bincount(d.sum(1), minlength=7)
     assert counts[0] == counts[6] == 0
@@ -226,10 +235,16 @@ def test_mask_probability(how):
 
 @torch.no_grad()
 def test_masking_acts_in_training_only(multi, monkeypatch):
-    """rho = 1 changes nothing in eval mode and something in train mode, drawn anew in each of the 16 layers; rho = 0 nothing in either."""
+    """rho = 1 changes nothing in eval mode and something in train mode, drawn anew in each of the 16 layers; rho = 0
+    nothing in either."""
     z, drawn = tiny.latents(1), []
     plain = multi(*z, ["depth"])["depth"]
-    monkeypatch.setattr("model.draw_mask", lambda *args, **options: drawn.append(draw_mask(*args, **options)) or drawn[-1])
+
+    def draw(scores, rho, how):
+        drawn.append(draw_mask(scores, rho, how))
+        return drawn[-1]
+
+    monkeypatch.setattr("model.draw_mask", draw)
     monkeypatch.setattr(multi, "rho", 1.0)
     assert torch.equal(multi(*z, ["depth"])["depth"], plain) and not drawn
     monkeypatch.setattr(multi, "training", True)
@@ -263,11 +278,13 @@ def test_a_task_alone_equals_the_task_among_all(multi):
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_predict_computes_nothing_twice(rows):
-    """Stage 2, seven tasks, one pair: 2 encodes, 7 auxiliary and 7 main rows, 7 decodes, each projection once per stream, no text encoder."""
+    """Stage 2, seven tasks, one pair: 2 encodes, 7 auxiliary and 7 main rows, 7 decodes, each projection once per
+    stream, no text encoder."""
     m, pair = tiny.model(multi=True), torch.rand(2, 1, 3, 32, 32)
-    projections = {f"{kind} {t}": getattr(layer, f"task_to_{kind}")[t] for layer in [m.attention["mid_block/attentions/0/transformer_blocks/0"]]
-                   for kind in "qkv" for t in ALL}
-    counts = counting({"encode": m.vae.encoder, "decode": m.vae.decoder, "auxiliary": m.unet.conv_in, "main": m.main.conv_in,
+    layer = m.attention["mid_block/attentions/0/transformer_blocks/0"]
+    projections = {f"{kind} {t}": getattr(layer, f"task_to_{kind}")[t] for kind in "qkv" for t in ALL}
+    counts = counting({"encode": m.vae.encoder, "decode": m.vae.decoder,
+                       "auxiliary": m.unet.conv_in, "main": m.main.conv_in,
                        "auxiliary end": m.unet.conv_out, "main end": m.main.conv_out, **projections})
     out = m.predict(*pair, rows=rows)
     assert {n: c["rows"] for n, c in counts.items() if n not in projections} == {
@@ -279,7 +296,8 @@ def test_predict_computes_nothing_twice(rows):
 
 
 def test_predict_leaves_out_what_nobody_asks_for():
-    """One task of stage 2 needs six auxiliary rows and one main row; a still-image task of stage 1 does not encode the second frame."""
+    """One task of stage 2 needs six auxiliary rows and one main row; a still-image task of stage 1 does not encode the
+    second frame."""
     m, s, pair = tiny.model(multi=True), tiny.model(), torch.rand(2, 1, 3, 32, 32)
     counts = counting({"auxiliary": m.unet.conv_in, "main": m.main.conv_in, "encode": s.vae.encoder})
     m.predict(*pair, ["depth"])
@@ -301,9 +319,35 @@ def test_predict_at_any_size(single, size):
     assert torch.equal(out, padded[..., :size[0], :size[1]]) and out.shape[-2:] == size
 
 
+@pytest.mark.parametrize("frames, tasks, says", [
+    ([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], None, r"floats in \[-1,1\], found \(1, 3, 8, 8\) of torch.uint8"),
+    ([torch.full((1, 3, 8, 8), 200.0)], None, r"expected frames in \[-1,1\].*127.5"),
+    ([torch.full((1, 3, 8, 8), torch.nan)], None, r"expected frames in \[-1,1\]"),
+    ([torch.zeros(3, 8, 8)], None, r"expected frames of one size, \(B,3,H,W\)"),
+    ([torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 12)], None, r"found \(1, 3, 8, 8\).* and \(1, 3, 8, 12\)"),
+    ([torch.zeros(1, 3, 8, 8)], ["deph"], "unknown task deph: choose from semantic, normal, depth")])
+def test_predict_refuses_what_is_no_frame(single, frames, tasks, says):
+    """Bytes and 0..255 were predicted silently; frames of two sizes, or an unknown task, ended in a traceback."""
+    with pytest.raises(ValueError, match=says):
+        single.predict(*frames, tasks=tasks)
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_a_prediction_that_is_not_finite_is_no_prediction(rows):
+    """NaN was written as a map, for classes as class 0: an error that names the tasks."""
+    model = tiny.model()
+    model.token_depth[0, 0] = model.token_semantic[0, 0] = torch.inf
+    image = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(FloatingPointError, match="the prediction of semantic, depth is not finite"):
+        model.predict(image, tasks=["semantic", "normal", "depth"], rows=rows)
+    assert model.predict(image, tasks=["normal"])["normal"].isfinite().all()
+    with torch.device("meta"):      # bench.py counts operations there: no value to look at
+        assert model.to("meta").predict(torch.zeros(1, 3, 8, 8))["depth"].is_meta
+
+
 @torch.no_grad()
 def test_n_to_n_attends_to_the_other_main_streams():
-    """N-to-N runs for any subset, uses no auxiliary pass, and a change of another task's token alone changes this task's output."""
+    """N-to-N runs for any subset, uses no auxiliary pass, and another task's token alone changes this task's output."""
     m, z = tiny.model(multi=True, attention="n-to-n"), tiny.latents()
     counts = counting({"auxiliary": m.unet.conv_in, "main": m.main.conv_in})
     before = m(*z, ["depth"])
@@ -318,7 +362,8 @@ def test_n_to_n_attends_to_the_other_main_streams():
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradient_checkpointing_gives_the_same_gradients(stage, rho):
-    """Blocks run again in the backward pass see the same streams and draw the same masks; only the task at hand gets a query gradient."""
+    """Blocks run again in the backward pass see the same streams and draw the same masks; only the task at hand gets a
+    query gradient."""
     m, z = tiny.model(multi=stage == 2), tiny.latents()
     trained = m.main if stage == 2 else m.unet
     params = {n: p for n, p in m.named_parameters() if p.requires_grad}
@@ -343,7 +388,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(stage, rho):
 # ---- files ----
 
 def test_save_and_load(tmp_path, multi):
-    """A saved model predicts bit-equally after loading; stage=1 loads the single stream; unet/ is a plain diffusers folder."""
+    """A saved model predicts bit-equally after loading; stage=1 loads the single stream; unet/ is plain diffusers."""
     multi.save(tmp_path)
     pair = torch.rand(2, 1, 3, 16, 24)
     a, b = multi.predict(*pair), StableMTL.load(tmp_path).predict(*pair)
@@ -364,7 +409,8 @@ def test_load_says_what_is_missing(tmp_path, multi):
         StableMTL.load(tmp_path / "single", stage=2)
     folder = tmp_path / "multi"
     multi.save(folder)
-    for part in ("vae", "unet/config.json", "main_unet/diffusion_pytorch_model.safetensors", "tokens.safetensors", "task_attention.safetensors"):
+    for part in ("vae", "unet/config.json", "main_unet/diffusion_pytorch_model.safetensors", "tokens.safetensors",
+                 "task_attention.safetensors"):
         shutil.move(folder / part, tmp_path / "aside")
         with pytest.raises(FileNotFoundError, match=f"is incomplete: no .*{part}"):
             StableMTL.load(folder)
@@ -376,10 +422,15 @@ def test_load_says_what_is_missing(tmp_path, multi):
 # ---- the real size ----
 
 def test_parameter_counts_of_stable_diffusion_2():
-    """On the meta device: the widened UNet has 865,933,764 parameters under 686 keys, task attention over seven tasks 390,528,320."""
+    """On the meta device: the widened UNet has 865,933,764 parameters under 686 keys, task attention over seven tasks
+    390,528,320."""
     with torch.device("meta"):
         unet = widen_input(UNet2DConditionModel(**bench.SD2_UNET))
-        layers = [TaskAttention(block.attn1.to_q.in_features, ALL, heads=4, hidden=640) for block in transformer_blocks(unet).values()]
-    count = lambda module: sum(p.numel() for p in module.parameters())
+        layers = [TaskAttention(block.attn1.to_q.in_features, ALL, heads=4, hidden=640)
+                  for block in transformer_blocks(unet).values()]
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
     assert count(unet) == 865_933_764 and len(unet.state_dict()) == 686
     assert len(layers) == 16 and sum(map(count, layers)) == 390_528_320

@@ -1,4 +1,5 @@
-"""Models of Stable Diffusion's layout small enough for tests: four levels, 16 transformer blocks, several heads, random weights."""
+"""Models of Stable Diffusion's layout small enough for tests: four levels, 16 transformer blocks, several heads, random
+weights."""
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -12,14 +13,17 @@ WIDTHS = (16, 24, 32, 32)
 def unet(in_channels=12, widths=WIDTHS):
     return UNet2DConditionModel(
         in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=8,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
         cross_attention_dim=24, attention_head_dim=(2, 2, 4, 4), use_linear_projection=True, sample_size=8).eval()
 
 
 def vae():
     """f = 4; latents far from unit variance and a scaling factor that is not 1, so that forgetting it shows."""
-    return AutoencoderKL(block_out_channels=(8, 8, 16), down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-                         layers_per_block=1, norm_num_groups=4, latent_channels=4, scaling_factor=0.7, sample_size=16)
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16), down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        scaling_factor=0.7, sample_size=16)
 
 
 def tokens(tasks=tuple(TASKS)):
@@ -47,13 +51,16 @@ def latents(batch=2, size=(8, 8), seed=1):
 
 
 def base(folder):
-    """Write a base like the toy base, untrained and as small as a UNet can be: f = 2, two levels, 4 transformer blocks, widths 8."""
+    """Write a base like the toy base, untrained and as small as a UNet can be: f = 2, two levels, 4 transformer blocks,
+    widths 8."""
     torch.manual_seed(0)
     tokenizer, text_encoder = toybase.new_text()
     small = UNet2DConditionModel(
         in_channels=12, out_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=(1, 1), use_linear_projection=True, sample_size=8)
-    for name, part in {"vae": toybase.new_vae((8, 8)), "unet": small, "tokenizer": tokenizer, "text_encoder": text_encoder}.items():
+        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=(1, 1), use_linear_projection=True,
+        sample_size=8)
+    parts = {"vae": toybase.new_vae((8, 8)), "unet": small, "tokenizer": tokenizer, "text_encoder": text_encoder}
+    for name, part in parts.items():
         part.save_pretrained(folder / name)
     return folder
