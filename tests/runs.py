@@ -1,5 +1,8 @@
 """What the tests of training share: tiny runs of both stages, and how to compare and disturb them. A pytest plugin."""
+import copy
+import functools
 import json
+import os
 import shutil
 import signal
 
@@ -11,10 +14,21 @@ import checkpoint
 import train
 from cli import run
 from data import Mixture
+from readers import toyworld
 
 TINY = ("--steps 1 --scenes 2 --size 16x24 --batch 4 --micro 4 --save-every 2 --val-samples 0 --picture-every 0 "
         "--workers 0 --warmup 2 --threads 1 --cache none")
 THREE = "semantic,depth,optical_flow"
+_rendered = functools.cache(toyworld.render)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """For modules of many runs: a toy scene is rendered once, each run gets a copy, and nothing waits for the disk."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(toyworld, "render", lambda *args, **options: copy.deepcopy(_rendered(*args, **options)))
+        m.setattr(os, "fsync", lambda descriptor: None)     # only a loss of power would tell
+        yield
 
 
 @pytest.fixture

@@ -12,16 +12,18 @@ import checkpoint
 import train
 from model import StableMTL
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="session")
 def undisturbed(tiny_base, stage1, tmp_path_factory):
-    """{stage: folder of a run of four steps that nobody disturbed}; stage 2 draws masks in every layer of every step."""
+    """{stage: folder of a run of four steps that nobody disturbed}; stage 2 draws masks in every layer of every step.
+    Do not write there."""
     outs = {}
-    for stage in (1, 2):
+    for stage, own in ((1, f"--stage 1 --tasks {THREE}"), (2, "--stage 2 --rho 1")):
         outs[stage] = tmp_path_factory.mktemp("undisturbed") / "out"
         if stage == 2:
             shutil.copytree(stage1, outs[2])
-        own = f"--stage 1 --tasks {THREE}" if stage == 1 else "--stage 2 --rho 1"
         assert train.main(f"--base {tiny_base} --out {outs[stage]} {TINY} {own} --steps 4".split()) == 0
     return outs
 
@@ -29,7 +31,8 @@ def undisturbed(tiny_base, stage1, tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("place", ["between", "within", "saving"])
 def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypatch, stage, place):
-    """Ctrl-C between two steps, within a step or while saving, then --resume: weights, Adam, random state and log are those of four steps."""
+    """Ctrl-C between two steps, within a step or while saving, then --resume: weights, Adam, random state and log are
+    those of four steps."""
     if stage == 2:
         shutil.copytree(stage1, tmp_path / "out")
     stop_at(monkeypatch, place, 2)
@@ -42,17 +45,19 @@ def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypa
 
 
 def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp_path, monkeypatch):
-    """A truncated state file is noticed, named, and replaced by the checkpoint before it; the result is still the same."""
-    shutil.copytree(stage1, tmp_path / "out")
+    """A truncated state file is noticed, named, and replaced by the checkpoint before it; the result is still the
+    same."""
+    out = shutil.copytree(stage1, tmp_path / "out")
     stop_at(monkeypatch, "within", 2)
     assert go("--stage 2 --rho 1 --steps 4")[0] == 130
-    path = tmp_path / "out" / "state" / "state.safetensors"
+    path = out / "state" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     code, _, error = go("--resume")
-    assert code == 0 and "notice" in error and "checksum" in error and "state.prev, step 2" in error
-    assert compare(undisturbed[2], tmp_path / "out") == []
+    assert code == 0
+    assert "notice" in error and "checksum" in error and "state.prev, step 2" in error
+    assert compare(undisturbed[2], out) == []
     for name in ("state", "state.prev"):
-        (tmp_path / "out" / name / "state.json").write_text("{")
+        (out / name / "state.json").write_text("{")
     code, _, error = go("--resume")
     assert code == 2 and "nothing to resume" in error and "Traceback" not in error
 
@@ -60,8 +65,9 @@ def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp
 @pytest.mark.parametrize("place", ["save_state", "save_model", "write_json"])
 @pytest.mark.parametrize("step", [0, 1])
 def test_killed_between_two_files_of_a_checkpoint(go, stage1, another, tmp_path, monkeypatch, place, step):
-    """A run of other settings replaces a finished one and is killed during its first or last checkpoint: --resume ends as one run or the
-    other would have, never with the settings of one and the state of the other, nor with a model older than the state."""
+    """A run of other settings replaces a finished one and is killed during its first or last checkpoint: --resume ends
+    as one run or the other would have, never with the settings of one and the state of the other, nor with a model
+    older than the state."""
     out, original, calls = shutil.copytree(stage1, tmp_path / "out"), getattr(train, place), []
 
     def killed(*args):
@@ -74,12 +80,15 @@ def test_killed_between_two_files_of_a_checkpoint(go, stage1, another, tmp_path,
         assert go(f"--tasks {THREE} --seed 5 --overwrite --save-every 1")[0] == 130
     assert go("--resume")[0] == 0
     seed = json.loads((out / "config.json").read_text())["train"]["seed"]
-    assert compare({0: stage1, 5: another}[seed], out) == [] and (seed == 5 or step == 0)
+    assert compare({0: stage1, 5: another}[seed], out) == []
+    assert seed == 5 or step == 0
 
 
 def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
-    """When a checkpoint cannot be written, a sentence says how much room it needs, the earlier one is intact, and --resume goes on from it."""
-    save, calls, (soft, hard) = checkpoint.save_file, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    """When a checkpoint cannot be written, a sentence says how much room it needs, the earlier one is intact, and
+    --resume goes on from it."""
+    out, save, calls = tmp_path / "out", checkpoint.save_file, []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(tensors, path):
         calls.append(path)
@@ -90,10 +99,12 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setattr(checkpoint, "save_file", full)
     code, _, error = go(f"--tasks {THREE} --steps 4")
-    assert code == 2 and "File too large" in error and "MiB" in error and "--resume" in error
-    assert not (tmp_path / "out" / "state.tmp").exists() and StableMTL.load(tmp_path / "out").main is None
+    assert code == 2
+    assert "File too large" in error and "MiB" in error and "--resume" in error
+    assert not (out / "state.tmp").exists()
+    assert StableMTL.load(out).main is None
     assert go("--resume")[0] == 0
-    assert compare(undisturbed[1], tmp_path / "out") == []
+    assert compare(undisturbed[1], out) == []
 
 
 def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
@@ -105,34 +116,39 @@ def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_killed_twice(stage):
-    """SIGKILL at random moments, twice, then to the end: bit-identical (python tests/kill.py --kills 20 for a thorough run)."""
+    """SIGKILL at random moments, twice, then to the end: bit-identical (python tests/kill.py --kills 20 for a thorough
+    run)."""
     assert kill.main(["--kills", "2", "--stage", str(stage), "--seed", "1", "--steps", "4"]) == 0
 
 
 # ---- the best checkpoint ----
 
-def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
-    """best/ is a whole checkpoint of the step with the lowest held-out loss; it outlives a resumed run, and keeping it changes nothing else."""
-    flags = "--tasks depth,normal --steps 4 --save-every 1 --lr 0.01"
-    for out, more in (("plain", ""), ("whole", "--val-samples 1")):
-        assert go(f"{flags} --steps 1 --out {tmp_path / out} {more}")[0] == 0
+def test_held_out_samples_change_nothing(go, tmp_path):
+    """A run that keeps a best checkpoint leaves the weights, the state and the log of one that does not."""
+    plain, whole = tmp_path / "plain", tmp_path / "whole"
+    for out, samples in ((plain, 0), (whole, 1)):
+        assert go(f"--tasks depth,normal --lr 0.01 --out {out} --val-samples {samples}")[0] == 0
     for name in ("state/state.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert log_lines(tmp_path / "plain") == log_lines(tmp_path / "whole") and not (tmp_path / "plain" / "best").exists()
-    scripted, weights = {0: 5.0, 1: 3.0, 2: 4.0, 3: 6.0, 4: 3.5}, {}
+        assert (plain / name).read_bytes() == (whole / name).read_bytes()
+    assert log_lines(plain) == log_lines(whole)
+    assert (whole / "best").exists() and not (plain / "best").exists()
+
+
+def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
+    """best/ is a whole checkpoint of the step with the lowest held-out loss, and outlives a resumed run."""
+    out, scripted, weights = tmp_path / "out", {0: 5.0, 1: 3.0, 2: 4.0, 3: 6.0, 4: 3.5}, {}
 
     def loss(model, *_):
-        step = len(log_lines(tmp_path / "out")) if (tmp_path / "out" / "log.jsonl").exists() else 0
+        step = len(log_lines(out)) if (out / "log.jsonl").exists() else 0
         weights[step] = {k: v.clone() for k, v in model.unet.state_dict().items()}
         return scripted[step], []
     monkeypatch.setattr(train, "held_out_loss", loss)
     stop_at(monkeypatch, "within", 2)
-    assert go(f"{flags} --val-samples 2")[0] == 130
+    assert go("--tasks depth,normal --steps 4 --save-every 1 --lr 0.01 --val-samples 2")[0] == 130
     code, said, _ = go("--resume")
     assert code == 0 and "lowest held-out loss: 3.0000 at step 1" in said
-    best = tmp_path / "out" / "best"
-    assert same(StableMTL.load(best).unet.state_dict(), weights[1]) and not same(weights[1], weights[4])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["held_out"] == {str(s): v for s, v in scripted.items()}
-    assert json.loads((best / "config.json").read_text())["held_out"] == {"0": 5.0, "1": 3.0}
-
-
+    assert same(StableMTL.load(out / "best").unet.state_dict(), weights[1])
+    assert not same(weights[1], weights[4])
+    held_out, of_best = (json.loads((f / "config.json").read_text())["held_out"] for f in (out, out / "best"))
+    assert held_out == {str(s): v for s, v in scripted.items()}
+    assert of_best == {"0": 5.0, "1": 3.0}
