@@ -210,7 +210,7 @@ def read_state(out):
         if not folder.is_dir():
             continue
         try:
-            about = read_json(folder / "state.json", "no state.json", STATE, "an earlier state is tried")
+            about = read_json(folder / "state.json", "no state.json", STATE, "it cannot be continued")
             if crc(folder / "state.safetensors") != about["crc32"]:
                 raise ValueError("its checksum differs")
             tensors = load_file(folder / "state.safetensors")
@@ -225,16 +225,20 @@ def read_state(out):
 
 
 def restore(tensors, parts, optimizer):
-    """Put the tensors of `read_state` in place."""
-    for part, module in parts.items():
-        prefix = f"weight/{part}/"
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    """Put the tensors of `read_state` in place; ValueError if they are of another model."""
     names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
     index, state = {name: i for i, name in enumerate(names)}, {}
-    for key, value in tensors.items():
-        if key.startswith("adam/"):
-            name, moment = key.removeprefix("adam/").rsplit("/", 1)
-            state.setdefault(index[name], {})[moment] = value
+    try:
+        for part, module in parts.items():
+            prefix = f"weight/{part}/"
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for key, value in tensors.items():
+            if key.startswith("adam/"):
+                name, moment = key.removeprefix("adam/").rsplit("/", 1)
+                state.setdefault(index[name], {})[moment] = value
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"the saved state is of another model ({str(error).splitlines()[0]}): put the base back as it "
+                         "was, or train anew with --overwrite") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
@@ -243,15 +247,9 @@ def restore(tensors, parts, optimizer):
 
 def open_log(path, stage, step):
     """log.jsonl, opened to append, without what comes after `step` of this stage: a run was killed, or is redone."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    keep = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):    # a line cut short by a kill
-            entry = json.loads(line)
-            if entry["stage"] < stage or (entry["stage"] == stage and entry["step"] < step):
-                keep.append(line + "\n")
+    entries = [e for e in read_lines(path, {"stage": int, "step": int}) if (e["stage"], e["step"]) < (stage, step)]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(keep))
+    temporary.write_text("".join(json.dumps(e) + "\n" for e in entries))
     os.replace(temporary, path)
     return path.open("a", buffering=1)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import loading
 import train
-from checkpoint import misfit, read_config, read_json, read_lines
+from checkpoint import misfit, read_config, read_json, read_lines, read_state, restore, save_state
 from cli import run
 from loading import read_base
 from model import StableMTL, from_base
@@ -84,6 +84,34 @@ def test_config_of_a_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"train": {"stage": 1}}))
     with pytest.raises(ValueError, match="config.json is damaged.*train.steps is missing.*copy the whole checkpoint"):
         read_config(tmp_path)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path, capsys):
+    """A foreign state.json, or tensors of another model, ended in a KeyError or a RuntimeError."""
+    def run_of(width):
+        part = torch.nn.Linear(width, 2)
+        optimizer = torch.optim.Adam(part.parameters())
+        part(torch.ones(1, width)).sum().backward()
+        optimizer.step()
+        return {"unet": part}, optimizer
+
+    about = {"train": {"stage": 1, "steps": 9, "batch": 1, "seed": 0}}
+    for step in (3, 4):
+        save_state(tmp_path, about, step, *run_of(3))
+    _, tensors = read_state(tmp_path)
+    restore(tensors, *run_of(3))
+    with pytest.raises(ValueError, match="the saved state is of another model .*--overwrite"):
+        restore(tensors, *run_of(4))
+    with pytest.raises(ValueError, match="the saved state is of another model .*'unet/bias'.*--overwrite"):
+        restore({k: v for k, v in tensors.items() if k.startswith("adam")}, {}, run_of(3)[1])
+    for text, says in (("null", "it is missing"), ('{"train": {}}', "train.stage is missing")):
+        (tmp_path / "state/state.json").write_text(text)
+        assert read_state(tmp_path)[0]["step"] == 3
+        said = f"notice: .*state.json is damaged.*{says}.*continuing from .*state.prev, step 3"
+        assert re.search(said, capsys.readouterr().err)
+    shutil.rmtree(tmp_path / "state.prev")
+    with pytest.raises(FileNotFoundError, match="nothing to resume in .*state.json is damaged.*--stage 1"):
+        read_state(tmp_path)
 
 
 # ---- weights ----
