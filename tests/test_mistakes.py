@@ -1,4 +1,5 @@
-"""Mistakes a user makes with the commands: exit code 2, one sentence on stderr that names it, no traceback, no file written or changed."""
+"""A user's mistakes: exit code 2, one sentence on stderr that names it, no traceback, no file written or changed."""
+import json
 import re
 import shutil
 import struct
@@ -27,9 +28,11 @@ BARS = re.compile("[^\r\n]*\\d+%\\|[^\r\n]*[\r\n]*|\r")     # progress bars
 
 def png_header(width, height):
     """A PNG that declares a size and holds nothing."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")),
+                       (b"IEND", b"")):
+        png += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return png
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,8 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     shutil.copytree(tiny_ckpt_1, root / "out")
     for name in ("damaged", "mixed", "half_ckpt"):
         shutil.copytree(tiny_ckpt, root / name)
-    (root / "damaged" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes((2 ** 60).to_bytes(8, "little") + b"{}")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    (root / "damaged" / weights).write_bytes((2 ** 60).to_bytes(8, "little") + b"{}")
     tiny.unet(widths=(8, 8, 8, 8)).save_pretrained(root / "mixed" / "main_unet")
     (root / "half_ckpt" / "tokens.safetensors").unlink()
     (root / "part").mkdir()
@@ -49,13 +53,13 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     for name in ("vae", "tokenizer", "text_encoder"):
         (root / "other" / name).symlink_to(tiny_base / name)
     shutil.copytree(tiny_base, root / "broken")
-    (root / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 99)
-    for folder in ("none", "empty_root/virtual_kitti_2", "half_root/kitti_2015/training/image_2", "half_root/hypersim/ai_001_001",
-                   "own/images", "own/depth"):
+    (root / "broken" / weights).write_bytes(b"\xff" * 99)
+    for folder in ("none", "notes", "empty_root/virtual_kitti_2", "half_root/kitti_2015/training/image_2",
+                   "half_root/hypersim/ai_001_001", "own/images", "own/depth"):
         (root / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for name, size in {"photo.png": (20, 30), "small.png": (9, 9), "half_root/kitti_2015/training/image_2/000000_10.png": (20, 30),
-                       "own/images/a.png": (20, 30), "cut.png": (64, 64)}.items():
+    for name, size in {"photo.png": (20, 30), "small.png": (9, 9), "own/images/a.png": (20, 30), "cut.png": (64, 64),
+                       "half_root/kitti_2015/training/image_2/000000_10.png": (20, 30)}.items():
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
     (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:2000])
     np.save(root / "own" / "depth" / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -64,7 +68,18 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     (root / "bad.gif").write_bytes(b"GIF89a")
     (root / "zero.png").touch()
     (root / "bomb.png").write_bytes(png_header(60000, 60000))
+    (root / "notes" / "photo.heic").touch()
     (root / "bad.json").write_text("{")
+    for name, value in {"list": [], "foreign": {"accuracy": 0.5}, "null": {"results": None},
+                        "other": {"results": {"rooms": {"depth": {"RMSE": 1.0}}}}, "empty": {"results": {}},
+                        "part": {"results": {"rooms": {"depth": {"AbsRel": 1.0}}}, "unfinished": ["real"]}}.items():
+        (root / f"{name}.json").write_text(json.dumps(value))
+    for name in ("moved", "wrong_config", "wrong_results"):
+        shutil.copytree(tiny_ckpt_1, root / name)
+    settings = {"stage": 1, "steps": 1, "batch": 1, "seed": 0, "data": str(root / "gone")}
+    (root / "moved" / "config.json").write_text(json.dumps({"train": settings, "size": [32, 48]}))
+    (root / "wrong_config" / "config.json").write_text(json.dumps({"train": [], "size": [32, 48]}))
+    (root / "wrong_results" / "results.json").write_text(json.dumps({"results": {"rooms": 3}}))
     torch.save({"x": print}, root / "code.pth")
     torch.save({"x": torch.zeros(1)}, root / "few.pth")
     return root
@@ -75,7 +90,8 @@ def contents(folder):
     return {p: zlib.crc32(p.read_bytes()) if p.is_file() else None for p in folder.rglob("*")}
 
 
-NEW, SHORT = "--out new --base base", "--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
+NEW = "--out new --base base"
+SHORT = "--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
 MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--lerning-rate 1": "--lerning-rate",
     "--rh 0.5": "--rh",
@@ -92,13 +108,13 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--size 30": "HEIGHTxWIDTH",
     "--size 4x4": "at least",
     "--size axb": "HEIGHTxWIDTH",
-    "--steps 0": "above 0",
+    "--steps 0": "--steps: .*whole number from 1",
     "--steps x": "--steps",
-    "--batch 0": "above 0",
-    "--micro -1": "above 0",
+    "--batch 0": "--batch: .*whole number from 1",
+    "--micro -1": "--micro: .*whole number from 1",
     "--lr 0": "above 0",
     "--lr nan": "above 0",
-    "--scenes 0": "above 0",
+    "--scenes 0": "--scenes: .*whole number from 1",
     "--workers -1": "--workers",
     "--warmup -1": "--warmup",
     "--seed -1": "--seed",
@@ -130,12 +146,12 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--stage 2 --drop rooms": "--drop rooms",
     "--stage 2 --size 15x24": "not a multiple",
     "--stage 2 --tasks depth": "stage 2 has the tasks of",
-    "--stage 2 --main-init base": "other widths than stage 1",
+    "--stage 2 --main-init base": "other widths than the stage 1",
     "--stage 2 --out damaged --overwrite": "damaged is damaged",
     "--stage 2 --out half_ckpt --overwrite": "incomplete: no tokens",
 }.items()] + [
     ("train --resume", "nothing to resume in out.*no state"),
-    ("train --resume --steps 9 --batch 2", "own settings: leave out --batch, --steps|own settings: leave out --steps, --batch"),
+    ("train --resume --steps 9 --batch 2", "own settings: leave out (--batch, --steps|--steps, --batch)"),
     ("evaluate", "--ckpt is missing"),
     ("evaluate --ckpt nowhere", "no checkpoint in nowhere"),
     ("evaluate --ckpt half_ckpt", "incomplete: no tokens"),
@@ -144,18 +160,36 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("evaluate --ckpt out --stage 2", "holds no stage 2"),
     ("evaluate --ckpt out --stage 3", "--stage"),
     ("evaluate --ckpt out --limt 1", "--limt"),
-    ("evaluate --ckpt out --limit 0", "whole number from 1"),
+    ("evaluate --ckpt out --limit 0", "--limit: '0' is not a whole number from 1"),
+    ("evaluate --ckpt out --limit inf", "--limit: 'inf'"),
+    ("evaluate --ckpt out --limit 99999999999", "--limit: '99999999999' is not .* to 2147483647"),
+    ("evaluate --ckpt out --batch 100000", "--batch: '100000'"),
+    ("evaluate --ckpt out --rows nan", "--rows: 'nan'"),
+    ("evaluate --ckpt out --trivial -1", "--trivial"),
     ("evaluate --ckpt out --workers -1", "--workers"),
+    ("evaluate --ckpt out --workers 100000", "--workers: '100000'"),
     ("evaluate --ckpt out --split train", "--split"),
     ("evaluate --ckpt out --device tpu", "--device tpu"),
     ("evaluate --ckpt out --palette corners", "--oracle only"),
     ("evaluate --ckpt out --palette pink", "--palette"),
     ("evaluate --ckpt out --baseline none.json", "no results in none.json"),
     ("evaluate --ckpt out --baseline bad.json", "bad.json is damaged"),
+    ("evaluate --ckpt out --baseline list.json", "list.json is damaged, or of another program.*name the results.json"),
+    ("evaluate --ckpt out --baseline foreign.json", "foreign.json .*another program .results is missing"),
+    ("evaluate --ckpt out --baseline null.json", "null.json .*another program .results is missing or null"),
+    ("evaluate --ckpt out --baseline other.json", "expected AbsRel among the results of depth, found RMSE"),
+    ("evaluate --ckpt out --baseline empty.json", "empty.json is about nothing, and evaluated are real, rooms"),
+    ("evaluate --ckpt out --baseline part.json", "part.json is unfinished"),
+    ("evaluate --ckpt out --baseline paper", "paper is about cityscapes.* and evaluated are real, rooms"),
     ("evaluate --ckpt out --json nowhere/results.json", "no folder nowhere"),
+    ("evaluate --ckpt out --json photo.png/results.json", "no folder photo.png"),
+    ("evaluate --ckpt out --json own", "own cannot be written: it is a folder"),
+    ("evaluate --ckpt moved", "moved was trained on .*/gone, which is not here.*--data toy"),
+    ("evaluate --ckpt wrong_config", "wrong_config/config.json is damaged.*train is \\[\\]"),
+    ("evaluate --ckpt wrong_results", "wrong_results/results.json is damaged.*rooms is 3, expected an object"),
     ("evaluate --ckpt out --data nowhere", "no test dataset in nowhere"),
     ("evaluate --ckpt out --data none", "no test dataset in none"),
-    ("evaluate --ckpt out --data half_root", "no kitti_2015 training samples: expected training/flow_occ.*holds 1 entries"),
+    ("evaluate --ckpt out --data half_root", "no kitti_2015 training samples: expected training/flow_occ.*1 entries"),
     ("evaluate --ckpt out --data own --trivial 0 --workers 0", "own/depth/a.npy .*Python objects.*--skip-bad"),
     ("data", "add --check or --show"),
     ("data --chek", "--chek"),
@@ -166,7 +200,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("data --show moon:0 --data none", "expected NAME:INDEX with one of hypersim"),
     ("data --show hypersim:0 --data half_root", "no hypersim train samples"),
     ("bench --taks 3", "--taks"),
-    ("bench --tasks 8", "expected 1 to 7 tasks"),
+    ("bench --tasks 8", "whole number from 1 to 7"),
     ("bench --device tpu", "--device tpu"),
     ("bench --graph --device cpu", "--graph records CUDA"),
     ("bench --base nowhere", "no vae/config.json"),
@@ -182,6 +216,10 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("sample photo.png --overwrit", "--overwrit"),
     ("sample photo.png --stride 0", "--stride"),
     ("sample photo.png --size -3", "--size"),
+    ("sample photo.png --size 20000", "--size: '20000' is not a whole number from 0 to 16384"),
+    ("sample photo.png --limit 2.5", "--limit: '2.5'"),
+    ("sample photo.png --output small.png", "small.png cannot be written: there is no folder small.png"),
+    ("sample photo.png --output small.png/maps", "there is no folder small.png"),
     ("sample photo.png --rows x", "--rows"),
     ("sample photo.png --toy real:3", "too much"),
     ("sample photo.png --device tpu", "--device tpu"),
@@ -194,6 +232,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("sample photo.png small.png", "30x20 pixels and its next frame 9x9"),
     ("sample absent.png", "absent.png"),
     ("sample none", "no images in none"),
+    ("sample notes", "no images in notes"),
     ("sample bad.jpg", "bad.jpg cannot be read as an image"),
     ("sample cut.png", "cut.png cannot be read as an image"),
     ("sample zero.png", "zero.png is empty"),
@@ -218,11 +257,13 @@ def test_a_mistake_ends_in_a_sentence(place, monkeypatch, capsys, command, says)
     assert contents(place) == before
 
 
-@pytest.mark.parametrize("command, says", [("train --stage 2 --rho 1.5", "from 0 to 1"), ("sample bomb.png --ckpt out", "decompression bomb")])
+@pytest.mark.parametrize("command, says", [("train --stage 2 --rho 1.5", "from 0 to 1"),
+                                           ("sample bomb.png --ckpt out", "decompression bomb")])
 def test_a_mistake_in_the_shell(place, command, says):
     """The commands themselves: the sentence begins with the command's name."""
     before, (name, *flags) = contents(place), command.split()
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *flags], cwd=place, capture_output=True, text=True)
     error = BARS.sub("", done.stderr)
-    assert done.returncode == 2 and done.stdout == "" and re.fullmatch(f"{name}.py: [^\n]*{says}[^\n]*\n", error), error
+    assert re.fullmatch(f"{name}.py: [^\n]*{says}[^\n]*\n", error), error
+    assert done.returncode == 2 and done.stdout == ""
     assert contents(place) == before
