@@ -1,13 +1,13 @@
 """The seven dense tasks: how each label becomes an image a VAE can encode, how it comes back, and how it is shown.
 
-A Task holds everything that differs from one task to the next; every other file loops over the registry. All codecs map labels
-to a 3-channel code in [-1, 1] and back, on batches and on any device (StableMTL, arXiv 2506.08013, section 3.1 and appendix B.4).
-Axes are OpenCV camera axes throughout: x right, y down, z forward.
+A Task holds everything that differs from one task to the next; every other file loops over the registry. All codecs
+map labels to a 3-channel code in [-1, 1] and back, on batches and on any device (StableMTL, arXiv 2506.08013, section
+3.1 and appendix B.4). Axes are OpenCV camera axes throughout: x right, y down, z forward.
 
 An eighth task is one entry in TASKS below, one metric in evaluate.py, and a reader that delivers its labels.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ CLASSES = ("road", "building", "pole", "light", "sign", "vegetation", "sky", "ve
 IGNORE = 255
 
 # Colours (RGB, 0..255) that stand for the class ids 0..7.
-CITYSCAPES = ((128, 64, 128), (70, 70, 70), (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35), (70, 130, 180), (0, 0, 142))
-# The corners of the colour cube: no class lies between two others, so a blurred edge between two classes never shows a third.
+CITYSCAPES = ((128, 64, 128), (70, 70, 70), (153, 153, 153), (250, 170, 30), (220, 220, 0), (107, 142, 35),
+              (70, 130, 180), (0, 0, 142))
+# The corners of the colour cube: no class lies between two others, so a blurred edge never shows a third class.
 CORNERS = tuple((r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255))
 PALETTES = {"cityscapes": CITYSCAPES, "corners": CORNERS}
 
@@ -26,8 +27,9 @@ PALETTES = {"cityscapes": CITYSCAPES, "corners": CORNERS}
 class Task:
     """One dense prediction task. B batch, C native channels, H x W pixels.
 
-    encode(label, valid): (B,C,H,W) native label, (B,1,H,W) bool -> (B,3,H,W) code in [-1,1]; invalid pixels get a finite filler
-    decode(code): (B,3,H,W), any values -> (B,C,H,W) native prediction, up to what the encoding's normalisation destroyed
+    encode(label, valid): (B,C,H,W) native label, (B,1,H,W) bool -> (B,3,H,W) code in [-1,1]; what stands at invalid
+        pixels, NaN too, has no influence on the code of the others, and is replaced by a finite filler
+    decode(code): (B,3,H,W), any values -> (B,C,H,W) native prediction, up to what the encoding destroyed
     colour(label, valid, like=None): (C,H,W), (H,W) bool -> (H,W,3) uint8 picture; invalid pixels black
     tell(label, valid): the scale of these colours in words, in the label's unit; "" = they have none
     key(): what the colours mean, [(text, small map (C,h,w) to be coloured, NaN where nothing is to be seen)]
@@ -44,7 +46,7 @@ class Task:
     hflip: tuple = (1, 1, 1)   # signs of the code's channels under a horizontal flip
     vflip: tuple = (1, 1, 1)   # and under a vertical flip
     categorical: bool = False
-    dense_loss: str = "l1"     # the task's own usual loss on the decoded map (train.py --loss task): l1, cosine, cross-entropy, scale-shift
+    dense_loss: str = "l1"     # on the decoded map (train.py --loss task): l1, cosine, cross-entropy or scale-shift
     tell: Callable = lambda label, valid: ""   # the last two: see above
     key: Callable = list
 
@@ -53,16 +55,20 @@ class Task:
 
 def _filled(label, valid, value=0.0):
     """Invalid or non-finite pixels replaced, so that no NaN ever reaches the VAE."""
-    return torch.where(valid & torch.isfinite(label), label, torch.as_tensor(value, dtype=label.dtype, device=label.device))
+    filler = torch.as_tensor(value, dtype=label.dtype, device=label.device)
+    return torch.where(valid & torch.isfinite(label), label, filler)
 
 
 def _grey(x):
     return x.expand(-1, 3, -1, -1)
 
 
-def _signed_max(label):
-    """Each channel over its largest absolute value in the image (all pixels): sign and zero survive, constant zero stays zero."""
-    label = torch.nan_to_num(label.float(), 0.0, 0.0, 0.0)
+def _signed_max(label, valid):
+    """Each channel over its largest absolute value at valid pixels: sign and zero survive, all zero stays zero.
+
+    Invalid pixels become 0, whatever stood there: unknown motion is often marked by a huge number.
+    """
+    label = _filled(label.float(), valid)
     peak = label.abs().amax((2, 3), keepdim=True)
     return label / torch.where(peak > 0, peak, torch.ones_like(peak))
 
@@ -70,9 +76,9 @@ def _signed_max(label):
 def _percentiles(depth, valid, low=0.02, high=0.98):
     """2nd and 98th percentile over the valid pixels of each image -> two (B,1,1,1) tensors."""
     out = []
-    for d, v in zip(depth, valid):
+    for d, v in zip(depth, valid, strict=True):
         d = d[v & torch.isfinite(d)].float()
-        # kthvalue-style interpolation by hand: torch.quantile refuses more than 16M elements, and float64 keeps it exact
+        # interpolated by hand: torch.quantile refuses more than 16M elements
         if d.numel() == 0:
             out.append((0.0, 1.0))
             continue
@@ -127,12 +133,12 @@ def _decode_unit(code):
 
 
 def _encode_flow(label, valid):
-    code = _signed_max(label)
+    code = _signed_max(label, valid)
     return torch.cat([code, code[:, :1]], 1)
 
 
 def _encode_scene_flow(label, valid):
-    return _signed_max(label)
+    return _signed_max(label, valid)
 
 
 def _encode_intensity(label, valid):
@@ -158,7 +164,8 @@ def _picture(rgb, valid):
 def _colour_semantic(label, valid, like=None):
     colours = torch.tensor(CITYSCAPES, dtype=torch.float32) / 255
     ids, valid = label[0].cpu(), valid.cpu()
-    return _picture(colours[ids.long().clamp(0, len(CLASSES) - 1)].permute(2, 0, 1), valid & (ids < len(CLASSES)))
+    rgb = colours[ids.long().clamp(0, len(CLASSES) - 1)]
+    return _picture(rgb.permute(2, 0, 1), valid & (ids < len(CLASSES)))
 
 
 def _colour_normal(label, valid, like=None):
@@ -186,7 +193,7 @@ def _hsv(h, s, v):
 
 
 def _flow_range(label, valid):
-    """(longest vector in the image plane, least v_z, largest v_z) over the valid pixels; v_z is 0 without that channel."""
+    """(longest vector in the image plane, least v_z, largest v_z) over the valid pixels; v_z is 0 if there is none."""
     x = label[:, valid & label.isfinite().all(0)].float()
     if not x.numel():
         return 0.0, 0.0, 0.0
@@ -277,8 +284,8 @@ TASKS = {t.name: t for t in [
          _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine",
          key=_key_normal),
     # metres along the optical axis; the percentiles' scale and shift are lost
-    Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth", _encode_depth, _decode_unit, _colour_depth,
-         dense_loss="scale-shift", tell=_tell_depth, key=_key_depth),
+    Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth",
+         _encode_depth, _decode_unit, _colour_depth, dense_loss="scale-shift", tell=_tell_depth, key=_key_depth),
     # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
     Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
          _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1),
@@ -288,8 +295,8 @@ TASKS = {t.name: t for t in [
          _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1),
          tell=_tell_scene_flow, key=_key_scene_flow),
     # grey irradiance
-    Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading", _encode_intensity, _decode_unit, _colour_intensity,
-         key=_key_intensity),
+    Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading",
+         _encode_intensity, _decode_unit, _colour_intensity, key=_key_intensity),
     # linear RGB reflectance, not gamma-coded
     Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
          lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity, key=_key_intensity),

@@ -1,42 +1,90 @@
-"""A folder of one's own images and labels."""
+"""A folder of one's own images and labels: <root>/folder/, or <root> itself if it holds images/.
+
+The files of a sample share their stem X. Any subset of the label folders, any subset of the samples in each:
+
+    images/X.png|jpg            frame t
+    next/X.png|jpg              frame t+1, needed where X has a flow
+    semantic/X.png              class ids 0..7, 255 = ignore, or the classes' display colours (see `semantic` below)
+    normal/X.npy                (H,W,3) unit vectors pointing away from the camera; (0,0,0) = invalid
+    depth/X.npy|png             (H,W) metres, <= 0 invalid; or 16-bit millimetres, 0 invalid
+    optical_flow/X.flo|npy|png  (H,W,2) pixels, beyond 1e9 unknown; or 16-bit RGB as in KITTI, R, G = 64 x pixels +
+                                32768, B = 0 unknown
+    scene_flow/X.npy            (H,W,3) metres, beyond 1e9 unknown
+    shading/X.npy|png           (H,W) in [0,1], linear; or 8- or 16-bit grey, linear too
+    albedo/X.npy|png            (H,W,3) in [0,1], linear; or 8- or 16-bit RGB, linear too
+
+Axes are OpenCV's: x right, y down, z forward. NaN and infinity are invalid in every array.
+
+Splits: train.txt, val.txt and test.txt list the stems of a split, one a line; a split without a list is everything.
+Without any list, a hash of the stem decides: about 80% train, 10% val, 10% test, always the same (for frames of a
+video, which resemble each other, lists are better). Fewer than three images are not split: all are in every split.
+
+Size: all samples are resized to one (H,W), the caller's or that of the first image, reduced until its shorter side has
+at most 384 pixels. Images of another aspect ratio are refused unless the caller names a size.
+"""
+import hashlib
 from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 
-from readers.formats import read_flo, read_image, read_npy, read_png, reading
-from readers.geometry import ids_from_colours, unit_vectors
-from readers.reader import Frame, Reader
+from readers.formats import (
+    image_size,
+    known_flow,
+    read_classes,
+    read_flo,
+    read_flow_png,
+    read_image,
+    read_npy,
+    read_png,
+    reading,
+    visible,
+)
+from readers.geometry import ids_from_colours, length, shows_classes, unit_vectors
+from readers.reader import Frame, Reader, notice
 from tasks import CITYSCAPES, TASKS
+
+PICTURES = (".png", ".jpg", ".jpeg")
+SHORTER_SIDE = 384     # pixels at most, unless a size is given
+SAME_ASPECT = 1.05     # ratios of width and height that differ by no more than this factor count as the same
+
+
+def split_by_name(stems):
+    """-> {"train": [...], "val": [...], "test": [...]}, at least one in each; fewer than three stems are in all."""
+    if len(stems) < 3:
+        return dict.fromkeys(("train", "val", "test"), stems)
+    place = {stem: int(hashlib.sha256(stem.encode()).hexdigest()[:12], 16) / 16 ** 12 for stem in stems}
+    ordered = sorted(stems, key=place.get)
+    test = min(max(sum(p < 0.9 for p in place.values()), 2), len(stems) - 1)   # where the test samples begin
+    val = min(max(sum(p < 0.8 for p in place.values()), 1), test - 1)
+    return {"train": sorted(ordered[:val]), "val": sorted(ordered[val:test]), "test": sorted(ordered[test:])}
+
+
+def same_aspect(a, b):
+    """Whether images of sizes a and b, (H,W) each, have about the same ratio of width and height."""
+    ratio = a[1] * b[0] / (a[0] * b[1])
+    return max(ratio, 1 / ratio) <= SAME_ASPECT
+
+
+def reduced(h, w):
+    """A size of the same aspect ratio whose shorter side has at most SHORTER_SIDE pixels, in multiples of 8."""
+    scale = SHORTER_SIDE / min(h, w)
+    return (h, w) if scale >= 1 else (8 * round(h * scale / 8), 8 * round(w * scale / 8))
 
 
 class Folder(Reader):
-    """A folder of one's own, <root>/folder/ or <root> itself. The files of a sample share their stem X:
-
-        images/X.png|jpg        frame t
-        next/X.png|jpg          frame t+1, needed where X has a flow
-        semantic/X.png          8-bit class ids 0..7, 255 = ignore; or the Cityscapes display colours, black = ignore
-        normal/X.npy            (H,W,3), pointing away from the camera, OpenCV axes; (0,0,0) = invalid
-        depth/X.npy|png         (H,W) metres, NaN or <= 0 invalid; or 16-bit millimetres, 0 invalid
-        optical_flow/X.flo|npy  (H,W,2) pixels, NaN invalid
-        scene_flow/X.npy        (H,W,3) metres, OpenCV axes, NaN invalid
-        shading/X.npy|png       (H,W) in [0,1], linear, NaN invalid; or 8- or 16-bit grey, linear too
-        albedo/X.npy|png        (H,W,3) in [0,1], linear, NaN invalid; or 8- or 16-bit RGB, linear too
-
-    Any subset of the label folders, any subset of the samples in each. <split>.txt, if there is one, lists the stems of a split;
-    otherwise every split is everything. size: (H,W) to resize to, by default that of the first image.
-    """
-
     name, splits, use = "folder", ("train", "val", "test"), {"train": "train", "val": "val", "test": "test"}
     tree, page = {"image": "images/{}.*"}, "your own camera"
-    suffixes = {"semantic": (".png",), "normal": (".npy",), "depth": (".npy", ".png"), "optical_flow": (".flo", ".npy"),
-                "scene_flow": (".npy",), "shading": (".npy", ".png"), "albedo": (".npy", ".png")}
+    suffixes = {"semantic": (".png",), "normal": (".npy",), "depth": (".npy", ".png"),
+                "optical_flow": (".flo", ".npy", ".png"), "scene_flow": (".npy",), "shading": (".npy", ".png"),
+                "albedo": (".npy", ".png")}
     tasks, mix = tuple(suffixes), dict.fromkeys(suffixes, 1.0)
     colours = {**{colour: i for i, colour in enumerate(CITYSCAPES)}, (0, 0, 0): 255}
+    version = 2  # since 2 marks of unknown flow are known
 
     def __init__(self, root, split, size=None):
         super().__init__(root, split)
-        self.size = tuple(size or read_image(self.images[self.samples[0][0]]).shape[:2])
+        self.size, self.proven = self.common_size(size and tuple(size)), set()
 
     @classmethod
     def place(cls, root):
@@ -46,12 +94,19 @@ class Folder(Reader):
     def there(cls, root):
         return (cls.place(root) / "images").is_dir()
 
-    def files(self, sub, suffixes=(".png", ".jpg", ".jpeg")):
+    # ---- samples ----
+
+    def files(self, sub, suffixes=PICTURES):
         """{stem: path} of one subfolder; ValueError if two files share a stem."""
-        found = {}
-        for path in sorted((self.folder / sub).glob("*")):
-            if path.suffix.lower() in suffixes and found.setdefault(path.stem, path) != path:
+        found, others = {}, []
+        for path in sorted(self.folder / name for name in visible(self.folder, f"{sub}/*")):
+            if path.suffix.lower() not in suffixes:
+                others.append(path.name)
+            elif found.setdefault(path.stem, path) != path:
                 raise ValueError(f"{path} and {found[path.stem].name} are the same sample twice: keep one of them")
+        if others:
+            notice(f"{self.folder / sub}: {len(others)} files are not read, first {others[0]}: "
+                   f"expected {' or '.join(suffixes)}")
         return found
 
     def find(self):
@@ -61,14 +116,55 @@ class Folder(Reader):
         for task in self.tasks:
             for sub, pictures in (("images", self.images), ("next", self.second))[:TASKS[task].frames]:
                 for stem in self.labels[task].keys() - pictures.keys():
-                    raise ValueError(f"{self.labels[task][stem]} belongs to no picture: expected {self.folder / sub / stem}.png or .jpg")
-        chosen, stems = self.folder / f"{self.split}.txt", list(self.images)
-        if chosen.exists():
-            with reading(chosen, "list of stems"):
-                stems = [line.strip() for line in chosen.read_text().splitlines() if line.strip()]
-            for stem in set(stems) - self.images.keys():
-                raise ValueError(f"{chosen} names {stem!r}, no picture of {self.folder / 'images'}: expected stems, without .png or .jpg")
-        return [(stem,) for stem in stems]
+                    raise ValueError(f"{self.labels[task][stem]} belongs to no picture: "
+                                     f"expected {self.folder / sub / stem}.png or .jpg")
+        lists = [f"{split}.txt" for split in self.splits if (self.folder / f"{split}.txt").exists()]
+        if f"{self.split}.txt" in lists:
+            return [(stem,) for stem in self.listed(self.folder / f"{self.split}.txt")]
+        if lists:
+            notice(f"{self.folder}: there is {' and '.join(lists)} but no {self.split}.txt, so {self.split} is all "
+                   f"{len(self.images)} images")
+            return [(stem,) for stem in self.images]
+        parts = split_by_name(list(self.images))
+        counts = ", ".join(f"{len(stems)} {split}" for split, stems in parts.items())
+        told = "too few images to split, all are in every split" if len(self.images) < 3 else f"names decide: {counts}"
+        notice(f"{self.folder}: no train.txt, val.txt or test.txt; {told}")
+        return [(stem,) for stem in parts[self.split]]
+
+    def listed(self, path):
+        """The stems in a list; ValueError if one is no picture, or there is none."""
+        with reading(path, "list of stems"):
+            stems = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not stems:
+            raise ValueError(f"{path} is empty: list one stem a line, or delete it")
+        for stem in set(stems) - self.images.keys():
+            raise ValueError(f"{path} names {stem!r}, no picture of {self.folder / 'images'}: "
+                             "expected stems, without .png or .jpg")
+        return stems
+
+    def common_size(self, size):
+        """(H,W) for the samples of all splits, from the headers of all images; ValueError if their shapes differ."""
+        sizes = {}
+        for path in self.images.values():
+            try:
+                sizes[path] = image_size(path)
+            except ValueError as error:  # told, or skipped, where the image is loaded
+                unread = error
+        if not sizes:
+            raise unread
+        first, shape = next(iter(sizes.items()))
+        others = [path for path, s in sizes.items() if not same_aspect(s, size or shape)]
+        if others and not size:
+            raise ValueError(f"{first} is {shape[0]}x{shape[1]}, {others[0]} {'x'.join(map(str, sizes[others[0]]))}: "
+                             "crop images to one aspect ratio, or stretch all to one size by --size HEIGHTxWIDTH")
+        chosen = size or reduced(*shape)
+        changed = [path for path, s in sizes.items() if s != chosen]
+        if changed:
+            h, w = sizes[changed[0]]
+            notice(f"{self.folder}: {len(changed)} of {len(sizes)} images are resized to {chosen[0]}x{chosen[1]}"
+                   + (f", {len(others)} of them stretched" if others else "")
+                   + f"; the first is {changed[0].name} of {h}x{w}" + ("" if size else " (--size sets another size)"))
+        return chosen
 
     def pairs(self):
         return frozenset(i for i, (stem,) in enumerate(self.samples) if stem in self.second)
@@ -76,34 +172,80 @@ class Folder(Reader):
     def labelled(self, task):
         return [i for i, (stem,) in enumerate(self.samples) if stem in self.labels.get(task, ())]
 
+    def indices(self, task):
+        """Numbers of the samples with a label of the task. ValueError if none of these labels has a valid pixel: then
+        it is the way they were written that is wrong, and nothing could be learnt."""
+        known = self.labelled(task)
+        if task not in self.proven and all(self.blank(i, task) for i in known) and known:
+            raise ValueError(f"none of the {len(known)} {task} labels of {self.folder} ({self.split}) has a valid "
+                             f"pixel, first {self.source(known[0], task)}: docs/data.md says what is invalid")
+        self.proven.add(task)
+        return known
+
+    def blank(self, i, task):
+        """Whether a label has no valid pixel. What does not load is not blank: it is told where it is used."""
+        try:
+            return not self.load(i, [task])["valid"][task].any()
+        except (OSError, ValueError):
+            return False
+
+    def source(self, i, task):
+        return str(self.labels[task][self.samples[i][0]])
+
+    # ---- labels ----
+
     class Frame(Frame):
         def image(self, t):
             return read_image((self.reader.second if t else self.reader.images)[self.key[0]])
 
         def file(self, task):
-            if self.key[0] not in self.reader.labels[task]:
-                raise ValueError(f"{self.key[0]} in {self.reader.folder} has no {task} label: indices({task!r}) are the samples that have")
-            return self.reader.labels[task][self.key[0]]
+            labels, (stem,) = self.reader.labels[task], self.key
+            if stem not in labels:
+                raise ValueError(f"{stem} in {self.reader.folder} has no {task} label: "
+                                 f"indices({task!r}) are the samples that have")
+            return labels[stem]
 
         def semantic(self):
-            path = self.file("semantic")
-            ids = read_png(path, "uint8", 1, 3)
-            ids = ids_from_colours(ids, self.reader.colours, path) if ids.ndim == 3 else ids
-            for wrong in np.setdiff1d(ids, [*range(len(CITYSCAPES)), 255]):
-                raise ValueError(f"{path} holds the id {wrong}: expected class ids 0..{len(CITYSCAPES) - 1}, or 255 for ignore")
+            """What the PNG holds decides. Grey of any depth: ids. RGB: display colours, black = ignore. A palette:
+            its colours if they are display colours, otherwise its indices are ids. Transparent = ignore."""
+            path, table = self.file("semantic"), self.reader.colours
+            ids, rgb, opaque = read_classes(path)
+            if ids is None or (rgb is not None and shows_classes(rgb, table)):
+                ids = ids_from_colours(np.where(opaque[..., None], rgb, np.uint8(0)), table, path)
+            for wrong in np.setdiff1d(ids[opaque], [*range(len(CITYSCAPES)), 255]):
+                raise ValueError(f"{path} holds the id {wrong}: expected class ids 0..{len(CITYSCAPES) - 1}, 255 for "
+                                 "ignore, or the display colours of the classes")
+            ids = np.where(opaque, ids, 255).astype(np.uint8)
             return ids, ids != 255
 
         def normal(self):
-            return unit_vectors(read_npy(self.file("normal"), 3))
+            path = self.file("normal")
+            n = read_npy(path, 3).astype(np.float32)
+            norm = length(n)
+            known = norm[(norm > 0) & np.isfinite(norm)]
+            if known.size and np.median(np.abs(known - 1)) > 0.1:
+                raise ValueError(f"{path} holds vectors of length {np.median(known):.3g} (median): expected unit "
+                                 "vectors, each number in [-1,1], (0,0,0) where there is none")
+            n, valid = unit_vectors(n)
+            back = (n[..., 2][valid] < 0).mean() if valid.any() else 0
+            if back > 0.9:
+                raise ValueError(f"{path} points at the camera (z < 0 at {back:.0%} of its pixels): normals must point "
+                                 "away from it, change all signs")
+            return n, valid
 
         def depth(self):
             path = self.file("depth")
-            z = read_png(path, "uint16", 1) / np.float32(1000) if path.suffix.lower() == ".png" else read_npy(path, 1)[..., 0]
+            if path.suffix.lower() == ".png":
+                z = read_png(path, "uint16", 1) / np.float32(1000)
+            else:
+                z = read_npy(path, 1)[..., 0]
             return z, z > 0
 
         def flow(self, task, channels):
             path = self.file(task)
-            x = read_flo(path) if path.suffix.lower() == ".flo" else read_npy(path, channels)
+            if path.suffix.lower() == ".png":
+                return read_flow_png(path)
+            x = read_flo(path) if path.suffix.lower() == ".flo" else known_flow(read_npy(path, channels))
             return x, np.ones(x.shape[:2], bool)
 
         def intensity(self, task, channels):
@@ -113,8 +255,10 @@ class Folder(Reader):
                 x = x / np.float32(np.iinfo(x.dtype).max)
             else:
                 x = read_npy(path, channels)
-            if (x < 0).any() or (x > 1).any():
-                raise ValueError(f"{path} ranges from {np.nanmin(x):.3g} to {np.nanmax(x):.3g}: expected linear values in [0,1]")
+            known = x[np.isfinite(x)]
+            if known.size and not 0 <= known.min() <= known.max() <= 1:
+                raise ValueError(f"{path} ranges from {known.min():.3g} to {known.max():.3g}: "
+                                 "expected linear values in [0,1]")
             return x, np.ones(x.shape[:2], bool)
 
         optical_flow, scene_flow = partialmethod(flow, "optical_flow", 2), partialmethod(flow, "scene_flow", 3)

@@ -22,7 +22,7 @@ def backproject(u, v, z, f, cx, cy):
 
 
 def scene_flow(flow, z0, z1, f, cx, cy):
-    """(H,W,3) motion in the unit of z, from flow (H,W,2) in pixels and the depth (H,W) of the same scene point at t and at t+1."""
+    """Flow (H,W,2) in pixels and the depth (H,W) of the same scene points at t and t+1 -> (H,W,3) motion, unit of z."""
     v, u = np.mgrid[:z0.shape[0], :z0.shape[1]].astype(np.float32)
     return backproject(u + flow[..., 0], v + flow[..., 1], z1, f, cx, cy) - backproject(u, v, z0, f, cx, cy)
 
@@ -30,9 +30,10 @@ def scene_flow(flow, z0, z1, f, cx, cy):
 def normals_from_depth(z, f, cx, cy, r=3):
     """Outward unit normals (H,W,3) float32 of a plane-depth map z (H,W), pixels counted from 0.
 
-    On a plane the inverse depth is linear in the pixel, w = a u + b v + e, and the normal is (f a, f b, e + a cx + b cy) up to a
-    positive factor. The fit runs over windows of 2r+1 pixels, wide enough to average out centimetre steps; a pixel takes the best of the
-    nine windows that hold it in the middle, on an edge or in a corner, so that windows do not reach across depth edges.
+    On a plane the inverse depth is linear in the pixel, w = a u + b v + e, and the normal is (f a, f b, e + a cx +
+    b cy) up to a positive factor. The fit runs over windows of 2r+1 pixels, wide enough to average out centimetre
+    steps; a pixel takes the best of the nine windows that hold it in the middle, on an edge or in a corner, so that
+    windows do not reach across depth edges.
     """
     cv2 = opencv()
     w = 1 / np.maximum(z, 1e-3).astype(np.float64)  # float32 cannot resolve the residual of a good fit
@@ -73,7 +74,10 @@ def grey(rgb):
 
 
 def exposure(rgb, where):
-    """The scale that puts the 90th percentile of brightness over the pixels `where` at 0.8 after gamma 2.2. No pixel: 1; black: 0."""
+    """The scale that puts the 90th percentile of brightness over the pixels `where` at 0.8 after gamma 2.2.
+
+    1 if there is no such pixel, 0 if they are black.
+    """
     p = np.percentile(grey(rgb)[where], 90) if where.any() else 0.8 ** 2.2
     return np.float32(0.8 ** 2.2 / p if p >= 1e-4 else 0)
 
@@ -83,12 +87,28 @@ def tonemap(rgb):
     return (opencv().pow(np.clip(rgb, 0, 1), 1 / 2.2) * 255).astype(np.uint8)
 
 
+def colour_codes(rgb):
+    """(...,3) colours 0..255 -> (...) one number for each."""
+    r, g, b = np.moveaxis(np.asarray(rgb, np.int32), -1, 0)
+    return r << 16 | g << 8 | b
+
+
 def ids_from_colours(rgb, table, path):
-    """(H,W,3) uint8 -> (H,W) uint8 class ids by table {(r,g,b): id}; ValueError names the file and a colour that is not in the table."""
-    code = rgb[..., 0].astype(np.int32) << 16 | rgb[..., 1].astype(np.int32) << 8 | rgb[..., 2]
-    ids = np.full(code.shape, 254, np.uint8)
-    for (r, g, b), i in table.items():
-        ids[code == (r << 16 | g << 8 | b)] = i
+    """(H,W,3) uint8 -> (H,W) uint8 class ids by table {(r,g,b): id}.
+
+    ValueError names the file and a colour that is not in the table.
+    """
+    code, ids = colour_codes(rgb), np.full(rgb.shape[:2], 254, np.uint8)
+    for colour, i in table.items():
+        ids[code == colour_codes(colour)] = i
     if (ids == 254).any():
-        raise ValueError(f"{path} holds the colour {rgb[ids == 254][0].tolist()} of no class: expected one of {sorted(map(list, table))}")
+        raise ValueError(f"{path} holds the colour {rgb[ids == 254][0].tolist()} of no class: "
+                         f"expected one of {sorted(map(list, table))}")
     return ids
+
+
+def shows_classes(rgb, table):
+    """Whether all colours (H,W,3) are those of a table {(r,g,b): id}, and one of a class (not 255 = ignore) occurs."""
+    used, known = np.unique(colour_codes(rgb)), colour_codes(list(table))
+    classes = colour_codes([colour for colour, i in table.items() if i != 255])
+    return bool(np.isin(used, known).all() and np.isin(used, classes).any())

@@ -1,62 +1,76 @@
-"""KITTI, street photographs: depth of the Eigen split, and scene flow 2015: https://www.cvlibs.net/datasets/kitti/"""
+"""KITTI, street photographs with laser depth. Licence of both sets: CC BY-NC-SA 3.0, free account.
+
+kitti_eigen: https://www.cvlibs.net/datasets/kitti/eval_depth.php?benchmark=depth_prediction
+Download: annotated depth (14 GB) and the raw synced drives of the Eigen list, into kitti_eigen/.
+
+depth          16-bit, 256 x metres, 0 = no measurement; valid up to 80 m inside the Eigen window
+
+Test set: the 652 images with ground truth of the list eigen_test_files_with_gt.txt ("image depth focal" per line) if it
+is in the folder, otherwise every image that has ground truth, with a notice. About 375x1242, bottom crop 352x1216, at
+176x608. Aligned depth is clipped to 80 m.
+
+kitti_2015: https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php
+Download: data_scene_flow.zip (2 GB) and data_scene_flow_calib.zip (1 MB), into kitti_2015/.
+
+optical_flow   16-bit RGB: R, G = 64 x pixels + 32768, B = 0: no flow
+scene_flow     metres, OpenCV axes, from flow and two disparities: 16-bit, 256 x pixels, 0 = none
+
+Test set: the 200 training scenes, size as above. Both flows are valid where flow and both disparities are, as in the
+published evaluation; extra["optical_flow:flow_occ"] is the mask of the flow alone.
+"""
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from readers.formats import read_png, reading
+from readers.formats import read_flow_png, read_png, reading, visible
 from readers.geometry import scene_flow
-from readers.reader import Frame, Reader
+from readers.reader import Frame, Reader, notice
 
 
 class KittiEigen(Reader):
-    """Street photographs with laser depth. Samples: the list eigen_test_files_with_gt.txt if it is in the folder ("image depth focal" per
-    line, 652 with ground truth), otherwise every image that has ground truth, with a notice."""
-
     name, splits, use = "kitti_eigen", ("test",), {"test": "test"}
     page = "https://www.cvlibs.net/datasets/kitti/eval_depth.php?benchmark=depth_prediction"
-    licence, download = "CC BY-NC-SA 3.0, free account", "annotated depth about 14 GB, plus the raw synced drives of the list"
     tree = {"image": "{}/{}/image_02/data/{}.png", "list": "eigen_test_files_with_gt.txt"}
     tasks, size, crop, bottom, depth_range = ("depth",), (176, 608), (352, 1216), True, (1e-5, 80.0)
 
     def find(self):
-        levels = ("", "*/", "*/*/")  # ground truth comes with or without a level train or val, and perhaps in a folder of its own
-        folders = [p for up in levels for p in self.folder.glob(f"{up}*_sync/proj_depth/groundtruth/image_02")]
-        self.truth = {(folder.parents[2].name, p.stem): p for folder in folders for p in folder.glob("*.png")}
+        levels = "", "*/", "*/*/"  # with or without a level train or val, and perhaps in a folder of its own
+        files = [self.folder / name for up in levels
+                 for name in visible(self.folder, f"{up}*_sync/proj_depth/groundtruth/image_02/*.png")]
+        self.truth = {(path.parents[3].name, path.stem): path for path in files}
         have = [key for key in super().find() if key[1:] in self.truth]
         path = self.top("list") / self.tree["list"]
         if not path.exists():
-            print(f"kitti_eigen: no {path}, so all {len(have)} images with ground truth stand in for the Eigen split")
+            notice(f"kitti_eigen: no {path}, so all {len(have)} images with ground truth stand in for the Eigen split")
             return have
         with reading(path, "list of files"):
             lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
-            wanted = [(Path(image).parts[0], Path(image).parts[1], Path(image).stem) for image, depth, *_ in lines if depth != "None"]
+            images = [Path(image) for image, depth, *_ in lines if depth != "None"]
+            wanted = [(image.parts[0], image.parts[1], image.stem) for image in images]
         missing = sorted(set(wanted) - set(have))
         if missing:
-            raise FileNotFoundError(f"{len(missing)} of the {len(wanted)} samples of {path} lack image or ground truth, first "
-                                    f"{'/'.join(missing[0])}: get them from {self.page} (README: Data)")
+            raise FileNotFoundError(f"{len(missing)} of the {len(wanted)} samples of {path} lack image or ground "
+                                    f"truth, first {'/'.join(missing[0])}: get them from {self.page} (docs/data.md)")
         return wanted
 
     class Frame(Frame):
         def depth(self):
-            """16-bit, 256 x metres, 0 = no measurement. Valid up to 80 m inside the Eigen window, a fraction of the uncropped image."""
             z = read_png(self.reader.truth[self.key[1:]], "uint16", 1) / np.float32(256)
             h, w = z.shape
-            window = np.zeros((h, w), bool)
+            window = np.zeros((h, w), bool)  # a fraction of the uncropped image
             window[int(0.3324324 * h):int(0.91351351 * h), int(0.0359477 * w):int(0.96405229 * w)] = True
             return z, window & (z > 1e-5) & (z < 80)
 
 
 class Kitti2015(Reader):
-    """KITTI scene flow 2015, the 200 training scenes. Both flows are valid where flow and both disparities are;
-    extra["optical_flow:flow_occ"] is the mask of flow_occ alone.
-    baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
+    """baseline: "calibration" takes each scene's own (0.533 to 0.538 m), "paper" the constant 0.54 m."""
 
     name, splits, use = "kitti_2015", ("training",), {"test": "training"}
-    page, licence = "https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php", "CC BY-NC-SA 3.0, free account"
-    download = "data_scene_flow.zip about 2 GB, data_scene_flow_calib.zip about 1 MB"
-    tree = {"flow": "<split>/flow_occ/{}_{}.png", "image": "<split>/image_2/{}_{}.png", "disparity": "<split>/disp_occ_0/{}_{}.png",
-            "later": "<split>/disp_occ_1/{}_{}.png", "calibration": "<split>/calib_cam_to_cam/{0}.txt"}  # keys: ("000042", "10")
+    page = "https://www.cvlibs.net/datasets/kitti/eval_scene_flow.php"
+    tree = {"flow": "<split>/flow_occ/{}_{}.png", "image": "<split>/image_2/{}_{}.png",
+            "disparity": "<split>/disp_occ_0/{}_{}.png", "later": "<split>/disp_occ_1/{}_{}.png",
+            "calibration": "<split>/calib_cam_to_cam/{0}.txt"}  # keys: ("000042", "10")
     tasks, size, crop, bottom = ("optical_flow", "scene_flow"), (176, 608), (352, 1216), True
 
     def __init__(self, root, split="training", baseline="calibration"):
@@ -68,14 +82,11 @@ class Kitti2015(Reader):
     class Frame(Frame):
         @cached_property
         def flow(self):
-            """16-bit RGB: R, G = 64 x pixels + 32768, B = 0: no flow."""
-            raw = read_png(self.path("flow"), "uint16", 3)
-            valid = raw[..., 2] > 0
-            return (raw[..., :2].astype(np.float32) - 32768) / 64 * valid[..., None], valid
+            return read_flow_png(self.path("flow"))
 
         @cached_property
         def disparities(self):
-            """Two 16-bit maps, 256 x pixels, 0 = none: at t, and at t+1 of the same scene points (in the pixel grid of frame t)."""
+            """At t, and at t+1 of the same scene points (in the pixel grid of frame t)."""
             return [read_png(self.path(kind), "uint16", 1) / np.float32(256) for kind in ("disparity", "later")]
 
         @cached_property
@@ -84,9 +95,11 @@ class Kitti2015(Reader):
 
         def camera(self):
             """f, cx, cy in pixels of the uncropped image, and the baseline in metres."""
-            with reading(self.path("calibration"), "calibration"):
-                rows = dict(line.split(":", 1) for line in self.path("calibration").read_text().splitlines() if ":" in line)
-                (f, _, cx, left, _, _, cy, *_), (_, _, _, right, *_) = ([float(x) for x in rows[f"P_rect_0{c}"].split()] for c in (2, 3))
+            path = self.path("calibration")
+            with reading(path, "calibration"):
+                rows = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+                f, _, cx, left, _, _, cy, *_ = map(float, rows["P_rect_02"].split())
+                right = float(rows["P_rect_03"].split()[3])
                 return f, cx, cy, 0.54 if self.reader.baseline == "paper" else (left - right) / f
 
         def optical_flow(self):

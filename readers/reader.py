@@ -1,12 +1,12 @@
 """What all datasets share: Reader lists the samples of one and loads them, Frame decodes one sample."""
-import glob
-import os
 import re
+import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from readers.formats import read_image
+from readers.formats import read_image, visible
 from readers.geometry import every
 from tasks import TASKS
 
@@ -16,17 +16,27 @@ def stars(template):
     return re.sub(r"{\d?}", "*", template)
 
 
+@cache
+def notice(sentence):
+    """Print it on stderr, once: readers are made several times in a run."""
+    print(sentence, file=sys.stderr)
+
+
 class Frame:
-    """One sample being loaded: image(0), image(1) where there is a second frame, and a method per labelled task -> (label, valid (H,W)).
-    Files that several of these need are cached properties, so that each is read once."""
+    """One sample being loaded: image(0), image(1) where there is a second frame, and a method per labelled task
+    -> (label, valid (H,W)). Files that several of these need are cached properties, so that each is read once."""
 
     def __init__(self, reader, key):
         self.reader, self.key = reader, key
 
     def path(self, kind, ahead=0):
-        """Built forwards from the key, never by rewriting another path. ahead: frames to go on; the last part of a key is its frame."""
+        """Built forwards from the key, never by rewriting another path. ahead: frames to go on.
+
+        The last part of a key is its frame.
+        """
         *scene, t = self.key
-        return self.reader.top(kind) / self.reader.tree[kind].format(*scene, f"{int(t) + ahead:0{len(t)}}" if ahead else t)
+        t = f"{int(t) + ahead:0{len(t)}}" if ahead else t
+        return self.reader.top(kind) / self.reader.tree[kind].format(*scene, t)
 
     def image(self, t):
         return read_image(self.path("image", t))
@@ -37,22 +47,24 @@ class Frame:
 
 
 class Reader:
-    """Base of all datasets: Reader(root, split). A subclass states facts, lists its samples and decodes one of them in its Frame.
+    """Base of all datasets: Reader(root, split). A subclass states facts, lists its samples and decodes them.
 
-    samples: a key (tuple of strings) for each; paired: the numbers of those that have a second frame.
+    samples: a key (tuple of strings) for each, of which its Frame decodes one; paired: the numbers of those that have
+    a second frame. A subclass without a size of its own takes one: Reader(root, split, size).
     """
 
-    name = page = licence = download = ""  # folder under root, where to obtain it, terms, size of the download where known
-    tree = {}                              # kind of file: path template, to be filled in with the key; the first one lists the samples
-    splits, use = (), {}                   # all splits; role (train, val, test): the split that plays it
-    tasks, size = (), None                 # labelled tasks; (H,W) that data.py resizes to, nearest-exact, values never rescaled
-    crop, bottom = None, False             # (H,W) of the fixed crop, central but for its rows if `bottom`
-    mix = {}                               # task: weight among the datasets that label it
-    train_crop = {}                        # task: (H,W) of the random crop in training, before resizing
-    vflip = False                          # vertical flips in training
-    jitter = {}                            # task: (brightness, contrast, saturation, hue), the same for both frames
-    depth_range = (1e-5, float("inf"))     # aligned depth predictions are clipped to it in evaluation
-    version = 1                            # raised when what load() returns changes: latent caches made before are refused
+    name = page = ""                    # folder under root; where to obtain it
+    tree = {}                           # kind of file: path template, filled in with the key; the first lists samples
+    splits, use = (), {}                # all splits; role (train, val, test): the split that plays it
+    tasks = ()                          # labelled ones
+    size = None                         # (H,W) that data.py resizes to, nearest-exact, values never rescaled
+    crop, bottom = None, False          # (H,W) of the fixed crop, central but for its rows if `bottom`
+    mix = {}                            # task: weight among the datasets that label it
+    train_crop = {}                     # task: (H,W) of the random crop in training, before resizing
+    vflip = False                       # vertical flips in training
+    jitter = {}                         # task: (brightness, contrast, saturation, hue), the same for both frames
+    depth_range = (1e-5, float("inf"))  # aligned depth predictions are clipped to it in evaluation
+    version = 1                         # raised when labels come out different: latent caches made before are refused
 
     def __init__(self, root, split):
         if split not in self.splits:
@@ -62,10 +74,10 @@ class Reader:
         self.tops = {}
         self.samples = self.find()
         if not self.samples:
-            there = sorted(p.name for p in self.folder.glob("*"))
+            there = sorted(visible(self.folder, "*"))
             there = f"holds {len(there)} entries ({', '.join(there[:3])})" if there else "is empty or does not exist"
-            raise FileNotFoundError(f"no {self.name} {split} samples: expected {stars(next(iter(self.tree.values())))} in {self.folder}, "
-                                    f"which {there}; get it from {self.page} (README: Data)")
+            raise FileNotFoundError(f"no {self.name} {split} samples: expected {stars(next(iter(self.tree.values())))} "
+                                    f"in {self.folder}, which {there}; get it from {self.page} (docs/data.md)")
         self.paired = self.pairs()
 
     @classmethod
@@ -78,17 +90,19 @@ class Reader:
         return cls.place(root).is_dir()
 
     def top(self, kind):
-        """Where the archive with this kind of file was extracted: the dataset's folder, or a subfolder that the archive brought along."""
+        """Where the archive with this kind of file was extracted: the dataset's folder, or a subfolder of the archive's
+        own."""
         if kind not in self.tops:
-            tops = (self.folder, *sorted(p for p in self.folder.glob("*") if p.is_dir()))
-            self.tops[kind] = next((top for top in tops if any(top.glob(stars(self.tree[kind])))), self.folder)
+            pattern = stars(self.tree[kind])
+            below = sorted(p for p in (self.folder / name for name in visible(self.folder, "*")) if p.is_dir())
+            self.tops[kind] = next((top for top in (self.folder, *below) if any(visible(top, pattern))), self.folder)
         return self.tops[kind]
 
     def find(self):
         """Sorted keys, read off the paths of the first kind of file."""
         kind, template = next(iter(self.tree.items()))
         parts = re.compile(re.sub(r"\\{\d?\\}", "([^/]+)", re.escape(template)))
-        return sorted(parts.fullmatch(path.replace(os.sep, "/")).groups() for path in glob.glob(stars(template), root_dir=self.top(kind)))
+        return sorted(parts.fullmatch(path).groups() for path in visible(self.top(kind), stars(template)))
 
     def pairs(self):
         return frozenset(range(len(self)) if any(TASKS[task].frames == 2 for task in self.tasks) else ())
@@ -97,7 +111,8 @@ class Reader:
         """(rows, columns) slices of the fixed crop of an h x w image."""
         height, width = self.crop or (h, w)
         if h < height or w < width:
-            raise ValueError(f"{self.name} in {self.folder}: an image is {h}x{w}, smaller than the crop of {height}x{width}")
+            raise ValueError(f"{self.name} in {self.folder}: an image is {h}x{w}, "
+                             f"smaller than the crop of {height}x{width}")
         top, left = (h - height) // (1 if self.bottom else 2), (w - width) // 2
         return slice(top, top + height), slice(left, left + width)
 
@@ -114,37 +129,49 @@ class Reader:
         """Numbers of the samples to use for the task: `labelled`, less what a dataset leaves out."""
         return self.labelled(task)
 
+    def source(self, i, task):
+        """Where to look when the label of a sample is wrong: its file, where it has one, else the sample's name."""
+        return f"the {task} label of {self.title(i)}"
+
+    def title(self, i):
+        """The name of a sample."""
+        return "/".join((self.name, self.split, *self.samples[i]))
+
     def load(self, i, tasks, with_next=False):
         """Sample i -> {"name": str, "image": (H,W,3) uint8 RGB, "labels": {task: (H,W,C) float32, semantic uint8},
-        "valid": {task: (H,W) bool}}; "next" like "image" where a second frame exists and with_next or a task of two frames asks for it;
-        "extra" {name: (H,W) bool} where the dataset has any.
+        "valid": {task: (H,W) bool}}; "next" like "image" where a second frame exists and with_next or a task of two
+        frames asks for it; "extra" {name: (H,W) bool} where the dataset has any.
 
-        ValueError: a task without labels here; an unreadable file; label and image of different sizes. FileNotFoundError: a missing file.
+        Labels are finite: a pixel with NaN or infinity is 0 and invalid.
+        ValueError: a task without labels here; an unreadable file; a label that cannot be right; label and image of
+        different sizes. FileNotFoundError: a missing file.
         """
         unknown = [task for task in tasks if task not in self.tasks]
         if unknown:
             raise ValueError(f"{self.name} has no labels for {', '.join(unknown)}: it has {', '.join(self.tasks)}")
-        frame = self.Frame(self, self.samples[i])
-        name, image = "/".join((self.name, self.split, *frame.key)), frame.image(0)
+        name, frame = self.title(i), self.Frame(self, self.samples[i])
+        image = frame.image(0)
         h, w = image.shape[:2]
         rows, cols = self.window(h, w)
 
         def cut(x, what):
             if x.shape[:2] != (h, w):
-                raise ValueError(f"{name} in {self.folder}: the {what} is {'x'.join(map(str, x.shape[:2]))}, but the image {h}x{w}")
+                size = "x".join(map(str, x.shape[:2]))
+                raise ValueError(f"{name} in {self.folder}: the {what} is {size}, but the image {h}x{w}")
             return np.ascontiguousarray(x[rows, cols])
 
         sample = {"name": name, "image": cut(image, "image"), "labels": {}, "valid": {}}
         if i in self.paired and (with_next or any(TASKS[task].frames == 2 for task in tasks)):
             sample["next"] = cut(frame.image(1), "second frame")
         for task in tasks:
-            label, valid = getattr(frame, task)()
-            label, valid = cut(label.reshape(*label.shape[:2], -1), f"{task} label"), cut(valid, f"{task} mask")
-            if label.dtype != np.uint8:
-                number = every(np.isfinite(label))
-                if not number.all():
-                    label, valid = np.where(number[..., None], label, 0), valid & number
-                label = label.astype(np.float32, copy=False)
+            with np.errstate(invalid="ignore", over="ignore"):  # arithmetic with pixels that are NaN or infinite
+                label, valid = getattr(frame, task)()
+                label = label.reshape(*label.shape[:2], -1)
+                label = label if TASKS[task].categorical else label.astype(np.float32, copy=False)
+            label, valid = cut(label, f"{task} label"), cut(valid, f"{task} mask")
+            number = every(np.isfinite(label))
+            if not number.all():
+                label, valid = np.where(number[..., None], label, 0), valid & number
             sample["labels"][task], sample["valid"][task] = label, valid
         extra = {what: cut(mask, what) for what, mask in frame.extra(tasks).items()}
         return {**sample, "extra": extra} if extra else sample
