@@ -1,6 +1,8 @@
-"""Every flag of the paper's ablations changes what it says and nothing else, is stored in the checkpoint, and is shown by evaluate.py.
+"""Every flag of the paper's ablations changes what it says and nothing else, is stored in the checkpoint, and is shown
+by evaluate.py.
 
-What each does in detail is proved where it is built: test_model.py (masks, heads, second frame, N-to-N), test_train.py, test_data.py."""
+What each does in detail is proved where it is built: test_model.py (masks, heads, second frame, N-to-N), test_train.py,
+test_data.py."""
 import functools
 import json
 import shutil
@@ -16,31 +18,38 @@ from data import train_readers
 from model import StableMTL, draw_mask
 from tasks import TASKS
 
-TINY = ("--steps 4 --scenes 2 --size 16x24 --batch 4 --micro 4 --picture-every 0 --workers 0 --warmup 2 --threads 1 --cache none --val-samples 0 "
-        "--tasks semantic,normal,depth,optical_flow")
+pytestmark = pytest.mark.usefixtures("quick")
+FOUR = "semantic,normal,depth,optical_flow"
+TINY = ("--steps 4 --scenes 2 --size 16x24 --batch 4 --micro 4 --picture-every 0 --workers 0 --warmup 2 --threads 1 "
+        f"--cache none --val-samples 0 --tasks {FOUR}")
 
 
 @pytest.fixture(scope="module")
 def stage1(tiny_base, tmp_path_factory):
     """Folder of a stage 1 of four tasks, trained without isolation and without a label. Do not write there."""
     out = tmp_path_factory.mktemp("ablations") / "out"
-    assert train.main(f"--base {tiny_base} --out {out} {TINY} --steps 1 --no-isolation --drop rooms:depth".split()) == 0
+    flags = "--steps 1 --no-isolation --drop rooms:depth"
+    assert train.main(f"--base {tiny_base} --out {out} {TINY} {flags}".split()) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def begin(tiny_base, stage1, tmp_path_factory):
-    """begin(flags) -> what train.py is about to do with them: initial weights, batches, losses, stored settings. No step is computed."""
+    """begin(flags) -> what train.py is about to do with them: initial weights, batches, losses, stored settings. No
+    step is computed."""
     @functools.cache
     def call(text=""):
         seen, out = {"batches": []}, tmp_path_factory.mktemp("begin") / "out"
-        shutil.copytree(stage1, out) if "--stage 2" in text else out.mkdir()
+        if "--stage 2" in text:
+            shutil.copytree(stage1, out)
 
         def no_step(model, batches, kinds, *_):
             if not seen["batches"]:
-                seen.update(model=model, kinds=kinds, weights={k: v.clone() for k, v in model.state_dict().items()}, tasks=model.tasks,
+                seen.update(model=model, kinds=kinds, tasks=model.tasks,
+                            weights={k: v.clone() for k, v in model.state_dict().items()},
                             acts=(model.rho, model.mask, model.second_frame, model.multi, model.training))
-            seen["batches"].append([(tuple(b["tasks"]), b["keys"], [f.sum().item() for f in b["frames"]]) for b in batches])
+            sums = [[f.sum().item() for f in b["frames"]] for b in batches]
+            seen["batches"].append([(tuple(b["tasks"]), b["keys"], s) for b, s in zip(batches, sums, strict=True)])
             return {"latent": 1.0}
         with pytest.MonkeyPatch.context() as m:
             m.setattr(train, "step_gradients", no_step)
@@ -54,8 +63,9 @@ def begin(tiny_base, stage1, tmp_path_factory):
 
 def differing(a, b):
     """Names of what differs between two beginnings; weights by the module they belong to."""
-    weights = {k.split(".")[0] for k in a["weights"].keys() | b["weights"].keys()
-               if k not in a["weights"] or k not in b["weights"] or not torch.equal(a["weights"][k], b["weights"][k])}
+    ours, theirs = a["weights"], b["weights"]
+    weights = {k.split(".")[0] for k in ours.keys() ^ theirs.keys()}
+    weights |= {k.split(".")[0] for k in ours.keys() & theirs.keys() if not torch.equal(ours[k], theirs[k])}
     settings = {f"--{k}" for k in a["settings"] if a["settings"][k] != b["settings"][k] and k != "out"}
     return weights | settings | {k for k in ("tasks", "batches", "kinds", "acts") if a[k] != b[k]}
 
@@ -86,24 +96,28 @@ def test_a_flag_changes_what_it_says_and_nothing_else(begin, flags, differs):
 
 def test_a_dropped_label_leaves_other_steps_alone(begin):
     """--drop: the tasks come in the same order, the others with the same samples, and the dropped label never."""
-    plain, dropped = begin(), begin("--drop streets:depth")
-    for a, b in zip(plain["batches"], dropped["batches"]):
-        assert [t for t, _, _ in a][0] == [t for t, _, _ in b][0]
-        assert (a == b) == (a[0][0] != ("depth",)) and not any(n[0] == "streets" for t, names, _ in b if t == ("depth",) for n in names)
+    plain, dropped = begin()["batches"], begin("--drop streets:depth")["batches"]
+    for a, b in zip(plain, dropped, strict=True):
+        ((task,), *_), ((other,), *_) = a[0], b[0]
+        assert task == other
+        assert (a == b) == (task != "depth")
+        assert task != "depth" or not any(name == "streets" for _, keys, _ in b for name, *_ in keys)
+    assert ("depth",) in [step[0][0] for step in dropped]
 
 
 def test_n_to_n_supervises_every_label_an_image_has(begin):
     """One image, all tasks its world labels; the others keep one task."""
-    four = ("semantic", "normal", "depth", "optical_flow")
-    labels = {r.name: [t for t in r.tasks if t in four] for r in train_readers(size=(16, 24), scenes=2)}
+    labels = {r.name: {*r.tasks} & {*FOUR.split(",")} for r in train_readers(size=(16, 24), scenes=2)}
     labels["rooms"].remove("depth")     # stage 1 left it out, and stage 2 takes that over
     for step in begin("--stage 2 --attention n-to-n")["batches"]:
-        assert all(list(tasks) == [t for t in TASKS if t in labels[names[0][0]]] for tasks, names, _ in step)
-    assert all(len(tasks) == 1 for step in begin("--stage 2")["batches"] for tasks, _, _ in step)
+        for tasks, keys, _ in step:
+            assert list(tasks) == [t for t in TASKS if t in labels[keys[0][0]]]
+    assert all(len(tasks) == 1 for step in begin("--stage 2")["batches"] for tasks, *_ in step)
 
 
 def test_masks_follow_the_attention_of_the_trained_layer(begin, monkeypatch):
-    """--mask score: what is left out in a layer is drawn from that layer's own mean attention, --rho says how often, per layer."""
+    """--mask score: what is left out in a layer is drawn from that layer's own mean attention, --rho says how often,
+    per layer."""
     m, drawn = begin("--stage 2 --rho 0.5")["model"], []
     for layer in m.attention.values():      # attention that is not even
         for i, t in enumerate(m.tasks):
@@ -114,37 +128,47 @@ def test_masks_follow_the_attention_of_the_trained_layer(begin, monkeypatch):
         drawn.append((scores, draw_mask(scores, rho, how), rho, how))
         return drawn[-1][1]
     monkeypatch.setattr(model, "draw_mask", spy)
-    z, n = torch.randn(2, 4, 8, 12), 60
+    z, n, layers = torch.randn(2, 4, 8, 12), 60, len(m.attention)
     torch.manual_seed(0)
     with torch.no_grad():
+        streams = m.streams(z, z, m.tasks)
         for _ in range(n):
-            m(z, z, ["depth"])
-    layers = len(m.attention)
-    assert len(drawn) == n * layers and {d[2:] for d in drawn} == {(0.5, "score")}
-    assert torch.stack([d[1].any() for d in drawn]).float().mean().item() == pytest.approx(0.5, abs=0.11)
-    left_out = sum(d[1] for d in drawn if d[1].any()).float()      # three other tasks; expected: the sum of the scores
-    expected = sum(d[0] for d in drawn if d[1].any())
+            m(z, z, ["depth"], streams=streams)
+    assert len(drawn) == n * layers
+    assert {d[2:] for d in drawn} == {(0.5, "score")}
+    masked = [(scores, left_out) for scores, left_out, *_ in drawn if left_out.any()]
+    assert len(masked) / len(drawn) == pytest.approx(0.5, abs=0.11)
+    left_out = sum(mask for _, mask in masked).float()      # three other tasks; expected: the sum of the scores
+    expected = sum(scores for scores, _ in masked)
     assert expected.max() > 1.3 * expected.min(), "even attention would show nothing"
     assert ((left_out - expected) ** 2 / expected).sum() < 13.8     # chi-square, 2 degrees of freedom, p > 0.001
 
 
 def test_settings_of_both_stages_are_kept_and_shown(tiny_base, stage1, tmp_path, capsys):
-    """Stage 2 keeps stage 1's settings beside its own, also over --resume, --overwrite and --init; evaluate.py prints and writes both."""
-    out = shutil.copytree(stage1, tmp_path / "out")
-    go = lambda text: run(lambda: train.main(text.split()))
-    config = lambda folder: json.loads((folder / "config.json").read_text())
-    start = f"--base {tiny_base} --out {out} {TINY} --steps 1 --stage 2"
+    """Stage 2 keeps stage 1's settings beside its own, also over --resume, --overwrite and --init; evaluate.py prints
+    and writes both."""
+    out, longer = shutil.copytree(stage1, tmp_path / "out"), tmp_path / "longer"
+
+    def go(text):
+        return run(lambda: train.main(text.split()))
+
+    def config(folder):
+        return json.loads((folder / "config.json").read_text())
+    start = f"--base {tiny_base} {TINY} --steps 1"
     for flags in ("--rho 0.7 --mask argmax --heads 2", "--rho 0.2 --mask uniform --heads 1 --overwrite"):
-        assert go(f"{start} {flags}") == 0
+        assert go(f"{start} --out {out} --stage 2 {flags}") == 0
     assert go(f"--resume --out {out}") == 0
     saved = config(out)
-    assert saved["stage1"] == config(stage1)["train"] and config(stage1)["stage1"] is None
-    assert (saved["train"]["rho"], saved["train"]["mask"], saved["train"]["heads"]) == (0.2, "uniform", 1) == (
-        0.2, "uniform", StableMTL.load(out).multi["heads"])
-    assert go(f"--base {tiny_base} --out {tmp_path / 'longer'} {TINY} --steps 1 --init {out}") == 0
-    assert config(tmp_path / "longer")["stage1"] == saved["stage1"]
+    assert saved["stage1"] == config(stage1)["train"]
+    assert config(stage1)["stage1"] is None
+    assert [saved["train"][k] for k in ("rho", "mask", "heads")] == [0.2, "uniform", 1]
+    assert StableMTL.load(out).multi["heads"] == 1
+    assert go(f"{start} --out {longer} --init {out}") == 0
+    assert config(longer)["stage1"] == saved["stage1"]
     capsys.readouterr()
     assert evaluate.main(["--ckpt", str(out), "--limit", "1", "--trivial", "0", "--workers", "0"]) == 0
     shown, report = capsys.readouterr().out, json.loads((out / "results.json").read_text())
-    assert "isolation False" in shown and "drop rooms:depth" in shown and "rho 0.2" in shown and "mask uniform" in shown and "heads 1" in shown
-    assert report["settings"] == saved["train"] and report["stage1"] == saved["stage1"]
+    for setting in ("isolation False", "drop rooms:depth", "rho 0.2", "mask uniform", "heads 1"):
+        assert setting in shown
+    assert report["settings"] == saved["train"]
+    assert report["stage1"] == saved["stage1"]
