@@ -260,8 +260,8 @@ def draw_scatter(title, points, xlabel, ylabel):
     for i, (name, (x, y)) in enumerate(points.items()):
         axes.plot(x, y, f"C{i % 10}", marker=MARKERS[i % len(MARKERS)], markersize=8, ls="none", label=name)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.set_xlim(left=0)
     axes.margins(0.15)
+    axes.set_xlim(0, 1.1 * max(x for x, _ in points.values()))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside center right", frameon=False)
     return figure

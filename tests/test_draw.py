@@ -277,8 +277,11 @@ def test_scatter_tells_points_apart():
     shown = {line.get_label(): line for line in axes.get_lines() if line.get_label() in points}
     assert {t: tuple(line.get_xydata()[0]) for t, line in shown.items()} == points
     assert len({(line.get_color(), line.get_marker()) for line in shown.values()}) == len(TASKS)
-    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
-    assert x0 == 0 and all(x < x1 and y0 < y < y1 for x, y in points.values()) and y0 < 0 < y1
+    frame = axes.get_window_extent()
+    assert axes.get_xlim()[0] == 0
+    for x, y in [(0.5, 0), *points.values()]:       # markers are whole: none was, at the right edge
+        px, py = axes.transData.transform((x, y))
+        assert frame.x0 < px < frame.x1 - 8 and frame.y0 + 8 < py < frame.y1 - 8
 
 
 def test_curves():
