@@ -93,7 +93,8 @@ def read_lines(path, shape=dict):
 
 
 SETTINGS = {"stage": int, "steps": int, "batch": int, "seed": int}     # of a run, at least these
-CONFIG = {"train": (None, SETTINGS), "stage1": (None, SETTINGS), "size": (None, [int, int]), "held_out": (None, dict)}
+CONFIG = {"train": (None, SETTINGS), "stage1": (None, SETTINGS), "size": (None, [int, int]), "held_out": (None, dict),
+          "imported": (None, {"base": str}), "tasks": (None, [str]), "palette": (None, str)}
 STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int}
 RELEASED_SIZE = [288, 384]      # H x W of Hypersim's training images: the size of imported weights, which say none
 

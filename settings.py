@@ -144,10 +144,21 @@ def stage1_settings(folder):
     return config["stage1"] if train and train["stage"] == 2 else train
 
 
+def settled(folder):
+    """What a stage 2 or a continued stage 1 takes over from a checkpoint: the settings of its stage 1, or of imported
+    weights what is known: their base, tasks and palette, and the paper's preset. None if nothing is."""
+    config = read_config(folder)
+    known = None
+    if config.get("imported"):
+        known = {"preset": "paper", "base": config["imported"]["base"], "tasks": ",".join(config.get("tasks") or ["all"]),
+                 "palette": config.get("palette") or "cityscapes", "second_frame": "concat"}
+    return stage1_settings(folder) or known
+
+
 def inherit(cfg, given):
     """Take over what the stage 1 in --out (or --init) settled, and say what; ValueError if a flag contradicts it."""
     source = cfg.init if cfg.stage == 1 else cfg.out if cfg.stage == 2 else ""
-    before = stage1_settings(source) if source else None
+    before = settled(source) if source else None
     if not before:
         return
     for name in SETTLED:

@@ -19,6 +19,7 @@ import train
 from checkpoint import read_config, read_json
 from cli import run
 from model import StableMTL, TaskAttention, transformer_blocks
+from settings import parse_args
 from tasks import TASKS
 from tools import convert
 from toy.make import new_text
@@ -309,6 +310,8 @@ def test_an_import_is_evaluated_predicted_with_and_trained_on(world, tmp_path, m
     conv, photo, seen = tmp_path / "conv", tmp_path / "photo.png", []
     convert.main(import_flags(world[0], conv))
     assert read_config(conv)["imported"]["single"] == str(world[0] / "single.pth")
+    settings = parse_args(["--stage", "2", "--out", str(conv)])     # as the paper trained on them, not as toys are
+    assert (settings.preset, settings.lr, settings.base) == ("paper", 1e-4, str(world[0] / "base"))
     Image.fromarray(np.zeros((450, 600, 3), np.uint8)).save(photo)
 
     def predict(self, image, *args, **options):
