@@ -56,7 +56,7 @@ def sample_rows(frames, pairs, columns):
     """
     beside, cells = (columns - 1) // 2, []
     for k in range(max(len(frames), -(-len(pairs) // beside))):
-        row = [*frames[k:k + 1], *[None] * (k >= len(frames))]
+        row = [frames[k] if k < len(frames) else None]
         for pair in pairs[k * beside:(k + 1) * beside]:
             row += pair
         cells += row + [None] * (columns - len(row))
@@ -121,7 +121,7 @@ def _task_key(title, task):
             below = 0
         columns[-1].append((20 + below, Image.fromarray(picture), text))
         below += len(picture) + 4
-    key = Image.new("RGB", (1000, 100), "white")
+    key = Image.new("RGB", (500 * len(columns), 100), "white")
     draw, left = ImageDraw.Draw(key), 0
     draw.text((0, 0), title, "black", FONT)
     for column in columns:

@@ -176,6 +176,13 @@ def test_key_fits_any_panel(width):
     assert panel.width == draw.draw_key(TASKS.values(), draw.COMPARED, 10).width + 20
 
 
+def test_a_key_of_many_classes():
+    """An eighth task may have forty: the panel grows, nothing is cut off."""
+    many = replace(TASKS["semantic"], key=lambda: [(f"class number {i}", torch.zeros(1, 12, 12)) for i in range(40)])
+    key = np.asarray(draw.draw_key([many], "", 300))
+    assert key.shape[1] > 1000 and (key[:, -4:] == 255).all() and (key[:, -60:] < 128).any()
+
+
 def test_tasks_without_a_key():
     """An eighth task need not have one; without tasks and note nothing is added."""
     assert draw.draw_key([], "", 300).height == 0
