@@ -13,7 +13,7 @@ import cli
 import toy
 from checkpoint import read_config
 from model import ATTENTIONS, MASKS, SECOND_FRAMES
-from tasks import PALETTES, parse_tasks
+from tasks import PALETTES, TASKS, parse_tasks
 
 # ---- the list: every field is a flag; None: set by the preset, or in stage 2 by stage 1 ----
 
@@ -194,7 +194,8 @@ def idle_flags(cfg):
         (("mask",), cfg.rho == 0 and "with --rho 0 nothing is left out"),
         (("scenes",), cfg.data and "it counts scenes of the toy worlds, and --data names others"),
         (("stream_gb",), cfg.attention == "n-to-n" and "n-to-n has no frozen streams"),
-        (("palette",), "semantic" not in parse_tasks(cfg.tasks) and "it colours classes, and --tasks leaves them out"),
+        (("palette",), not any(TASKS[t].categorical for t in parse_tasks(cfg.tasks))
+         and "it colours classes, and --tasks leaves them out"),
     ]
 
 

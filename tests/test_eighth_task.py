@@ -1,4 +1,4 @@
-"""An eighth task: one entry in TASKS, one metric, one reader that delivers it. Everything else takes it as it takes the seven."""
+"""An eighth task: one entry in TASKS, one metric, one reader that delivers it. All else takes it like the seven."""
 import ast
 import json
 import math
@@ -19,7 +19,7 @@ from model import StableMTL
 from readers.folder import Folder
 from readers.formats import read_npy
 from readers.toyworld import ToyWorld
-from tasks import TASKS, Task
+from tasks import TASKS, Task, registry
 
 TINY = "--batch 2 --micro 2 --save-every 9 --picture-every 3 --workers 0 --warmup 1 --threads 1 --val-samples 0"
 
@@ -69,7 +69,8 @@ def data(tmp_path):
             (root / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(root / folder / f"{i}.png")
         depth = s["labels"]["depth"]
-        for folder, x in (("depth", depth), ("optical_flow", s["labels"]["optical_flow"]), ("inverse_depth", 1 / np.where(depth > 0, depth, np.inf))):
+        maps = s["labels"] | {"inverse_depth": 1 / np.where(depth > 0, depth, np.inf)}
+        for folder, x in maps.items():
             (root / folder).mkdir(exist_ok=True)
             np.save(root / folder / f"{i}.npy", x)
     return root
@@ -83,19 +84,23 @@ def test_an_eighth_task_trains_evaluates_and_samples(registered, data, tiny_base
     assert train.main(["--stage", "2", "--steps", "3", "--cache", str(tmp_path / "cache"), *common]) == 0
     for stage in (1, 2):
         losses = {e["task"][0]: e["loss"] for e in log_lines(out) if e["stage"] == stage}
-        assert set(losses) == {"depth", "optical_flow", "inverse_depth"} and all(math.isfinite(x) and x > 0 for x in losses.values())
+        assert set(losses) == {"depth", "optical_flow", "inverse_depth"}
+        assert all(math.isfinite(x) and x > 0 for x in losses.values())
     assert (out / "pictures" / "stage2_000003.png").exists()
     model, keys = StableMTL.load(out), load_file(out / "task_attention.safetensors")
-    assert model.tasks == ("depth", "optical_flow", "inverse_depth") and any("task_to_q.inverse_depth" in k for k in keys)
+    assert model.tasks == ("depth", "optical_flow", "inverse_depth")
+    assert any("task_to_q.inverse_depth" in k for k in keys)
 
     argv = ["--ckpt", str(out), "--data", str(data), "--workers", "0", "--json"]
     assert evaluate.main([*argv, str(tmp_path / "a.json")]) == 0
     assert evaluate.main([*argv, str(tmp_path / "b.json"), "--baseline", str(tmp_path / "a.json")]) == 0
     a, b = (json.loads((tmp_path / n).read_text()) for n in ("a.json", "b.json"))
-    assert a["results"]["folder"]["inverse_depth"]["MAE"] > 0 and a["trivial"]["folder"]["constant"]["inverse_depth"]["images"] == 2
+    assert a["results"]["folder"]["inverse_depth"]["MAE"] > 0
+    assert a["trivial"]["folder"]["constant"]["inverse_depth"]["images"] == 2
     assert b["delta_m"] == 0 and "| folder | inverse_depth | MAE ↓ |" in capsys.readouterr().out
 
-    assert sample.main([str(data / "images/0.png"), "--ckpt", str(out), "--output", str(tmp_path / "maps"), "--attention"]) == 0
+    argv = [str(data / "images/0.png"), "--ckpt", str(out), "--output", str(tmp_path / "maps"), "--attention"]
+    assert sample.main(argv) == 0
     array = np.load(tmp_path / "maps/0/inverse_depth.npy")
     assert array.shape == (16, 24, 1) and 0 <= array.min() <= array.max() <= 1
     assert Image.open(tmp_path / "maps/0/inverse_depth.png").size == (24, 16)
@@ -111,10 +116,9 @@ def test_a_task_without_labels_is_refused(registered, tiny_base, tmp_path):
 
 def test_palettes_leave_it_alone(registered):
     """The choice of class colours changes the codec of the classes and of nothing else."""
-    from tasks import registry
-    corners = registry("corners")
+    corners, classes = registry("corners"), TASKS["semantic"]
     assert corners["inverse_depth"] is INVERSE and [t for t in TASKS if corners[t] != TASKS[t]] == ["semantic"]
-    assert corners["semantic"] == replace(TASKS["semantic"], encode=corners["semantic"].encode, decode=corners["semantic"].decode)
+    assert corners["semantic"] == replace(classes, encode=corners["semantic"].encode, decode=corners["semantic"].decode)
 
 
 def test_no_other_file_names_a_task():
@@ -125,6 +129,6 @@ def test_no_other_file_names_a_task():
         place = path.relative_to(root)
         if place.parts[0] in ("tests", "readers") or str(place) in allowed:
             continue
-        tree = ast.parse(path.read_text())
-        named = {f"{path.name}:{n.lineno} {n.value}" for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in tuple(TASKS)}
+        constants = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+        named = {f"{path.name}:{n.lineno} {n.value}" for n in constants if n.value in tuple(TASKS)}
         assert not named, named

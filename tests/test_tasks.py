@@ -13,7 +13,9 @@ def label(task, h=9, w=14, seed=0):
     x = torch.randn(2, task.channels, h, w, generator=g)
     if task.name == "normal":
         return torch.nn.functional.normalize(x, dim=1)
-    return x.abs() % 1 if task.unit.endswith("[0,1]") and task.name != "depth" else x * 5 + (30 if task.name == "depth" else 0)
+    if task.name == "depth":
+        return x * 5 + 30
+    return x.abs() % 1 if task.unit.endswith("[0,1]") else x * 5
 
 
 ALL = torch.ones(2, 1, 9, 14, dtype=torch.bool)
@@ -56,7 +58,23 @@ def test_flows_keep_sign_zero_and_proportion(name):
     out = t.decode(t.encode(y, ALL))
     assert out.shape == y.shape and (out[:, :, 0, 0] == 0).all() and out.abs().amax() == 1
     torch.testing.assert_close(out * y.abs().amax((2, 3), keepdim=True), y)
-    assert torch.equal(TASKS["optical_flow"].encode(label(TASKS["optical_flow"]), ALL)[:, 2], TASKS["optical_flow"].encode(label(TASKS["optical_flow"]), ALL)[:, 0])
+
+
+def test_the_third_channel_of_optical_flow_repeats_the_first():
+    """A code has three channels, optical flow two."""
+    code = TASKS["optical_flow"].encode(label(TASKS["optical_flow"]), ALL)
+    assert torch.equal(code[:, 2], code[:, 0])
+
+
+@pytest.mark.parametrize("name", ["optical_flow", "scene_flow"])
+def test_invalid_pixels_do_not_scale_flows(name):
+    """What moves too fast or is too far to be valid, or unknown, set the scale of all others: 3000 pixels in a corner
+    left 0.7% of the range for a flow of 20. It has no say now, and its own code is 0."""
+    t = TASKS[name]
+    y, valid = torch.full((1, t.channels, 8, 8), 20.0), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    y[..., :2, :2], valid[..., :2, :2] = 3000, False
+    code = t.encode(y, valid)
+    assert (code[:, :, valid[0, 0]] == 1).all() and (code[:, :, ~valid[0, 0]] == 0).all()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -75,7 +93,8 @@ def test_degenerate_labels_encode_without_nan(name, case):
 def test_flip_signs_undo_themselves_and_match_the_geometry(name):
     """Flipping a label's vectors and then encoding equals encoding and then flipping with the registry's signs."""
     t = TASKS[name]
-    y, signs = label(t), {"normal": (-1, 1, 1), "optical_flow": (-1, 1), "scene_flow": (-1, 1, 1)}.get(name, (1,) * t.channels)
+    signs = {"normal": (-1, 1, 1), "optical_flow": (-1, 1), "scene_flow": (-1, 1, 1)}.get(name, (1,) * t.channels)
+    y = label(t)
     mirrored = y.flip(-1) * torch.tensor(signs).view(1, -1, 1, 1)
     code = t.encode(y, ALL).flip(-1) * torch.tensor(t.hflip).view(1, 3, 1, 1)
     torch.testing.assert_close(t.encode(mirrored, ALL), code)
@@ -94,7 +113,8 @@ def test_semantic_picture_uses_display_colours():
     """Whatever palette codes the classes, the picture shows the Cityscapes colours."""
     y = torch.arange(8).view(1, 1, 8).float()
     for palette in PALETTES:
-        assert (registry(palette)["semantic"].colour(y, torch.ones(1, 8, dtype=torch.bool))[0] == np.array(CITYSCAPES)).all()
+        picture = registry(palette)["semantic"].colour(y, torch.ones(1, 8, dtype=torch.bool))
+        assert (picture[0] == np.array(CITYSCAPES)).all()
 
 
 def test_names():
