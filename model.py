@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
 from safetensors.torch import save_file
 from torch import nn
 
@@ -38,10 +37,7 @@ class KeyValue(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, width // 2), nn.Linear(width // 2, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        self.fc1, self.fc2 = nn.Linear(width, width // 2), nn.Linear(width // 2, width)     # applied by keys_values
 
 
 class Query(nn.Module):
@@ -54,6 +50,12 @@ class Query(nn.Module):
 
     def forward(self, x):
         return self.net(x)
+
+
+def stacked(layers):
+    """Weight and bias of T like layers: of linear ones (T,out,in) and (T,1,out), of norms (T,1,C) both."""
+    weight, bias = torch.stack([x.weight for x in layers]), torch.stack([x.bias for x in layers])
+    return weight.view(len(weight), -1, weight.shape[-1]), bias[:, None]
 
 
 class TaskAttention(nn.Module):
@@ -81,31 +83,36 @@ class TaskAttention(nn.Module):
         nn.init.zeros_(self.to_out_task.bias)
 
     def keys_values(self, feats):
-        """{task: (B,N,C)} auxiliary streams -> {task: (k, v)}, each (B,N,heads,C/heads). Done once per stream."""
-        out = {}
-        for t, f in feats.items():
-            s = "shared" if self.shared else t
-            k = self.task_to_k[s](self.task_norm_k[s](f)).unflatten(-1, (self.heads, -1))
-            v = self.task_to_v[s](self.task_norm_v[s](f)).unflatten(-1, (self.heads, -1))
-            out[t] = k, v
-        return out
+        """{task: (B,N,C)} auxiliary streams -> (tasks, k, v), k and v (T,B,N,C): all tasks at once, each stream once.
+
+        All norms share their statistics; gain and bias go into the first layer: W (x g + b) + c = (W g) x + (W b + c).
+        """
+        own, f = ["shared" if self.shared else t for t in feats], torch.stack(list(feats.values()))
+        x, out = F.layer_norm(f, f.shape[-1:]).flatten(1, 2), []                         # (T,B*N,C)
+        for norms, projections in (self.task_norm_k, self.task_to_k), (self.task_norm_v, self.task_to_v):
+            gain, bias = stacked([norms[t] for t in own])
+            w1, b1 = stacked([projections[t].fc1 for t in own])
+            w2, b2 = stacked([projections[t].fc2 for t in own])
+            h = torch.baddbmm(b1 + bias @ w1.mT, x, (w1 * gain).mT)                      # (T,B*N,C/2)
+            out.append(torch.baddbmm(b2, F.gelu(h), w2.mT).view_as(f))
+        return tuple(feats), *out
 
     def forward(self, a, task, kv, mask=None):
-        """a: (B,N,C) main stream of `task`; kv: {task: (k, v)}; mask: None or (T,) scores -> (T,) bool, True: left out
+        """a: (B,N,C) main stream of `task`; kv: keys_values; mask: None or (T,) scores -> (T,) bool, True: left out
 
         Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks.
         """
-        others = [t for t in kv if t != task]
-        s = "shared" if self.shared else task
-        q = self.task_to_q[s](self.task_norm_q[s](a)).unflatten(-1, (self.heads, -1))    # (B,N,heads,D)
-        k = torch.stack([kv[t][0] for t in others])                                      # (T,B,N,heads,D)
-        v = torch.stack([kv[t][1] for t in others])
-        logits = (q * k).sum(-1) * q.shape[-1] ** -0.5                                   # (T,B,N,heads)
+        tasks, k, v = kv
+        others, s = [i for i, t in enumerate(tasks) if t != task], "shared" if self.shared else task
+        k, v = (x if len(others) == len(tasks) else x[others] for x in (k, v))           # (T,B,N,C)
+        head = torch.eye(self.heads, device=a.device, dtype=a.dtype).repeat_interleave(a.shape[-1] // self.heads, 0)
+        q = self.task_to_q[s](self.task_norm_q[s](a))                                    # (B,N,C)
+        logits = (q * k) @ head * (a.shape[-1] // self.heads) ** -0.5                    # (T,B,N,heads)
         weights = logits.softmax(0)
         if mask is not None:
             left_out = mask(weights.detach().float().mean((1, 2, 3)))
             weights = logits.masked_fill(left_out.view(-1, 1, 1, 1), float("-inf")).softmax(0)
-        y = (weights[..., None] * v).sum(0).flatten(-2)                                  # (B,N,C)
+        y = ((weights.to(head.dtype) @ head.T) * v).sum(0)                               # (B,N,C)
         return self.to_out_task(y), weights.detach()
 
 
@@ -216,7 +223,7 @@ class StableMTL(nn.Module):
             y, weights = layer(x, task, kv, masking)
             out.append(x + y)
             if self.attention_log is not None:
-                others, means = [t for t in kv if t != task], weights.float().mean((1, 2, 3)).tolist()
+                others, means = [t for t in kv[0] if t != task], weights.float().mean((1, 2, 3)).tolist()
                 self.attention_log.append((block, task, dict(zip(others, means, strict=True))))
         return torch.cat(out)
 
@@ -405,15 +412,6 @@ def _parts(tasks, z, rows):
     """Split the task list so that tasks x batch stays within `rows` (at least one task at a time)."""
     size = len(tasks) if rows is None else max(1, rows // len(z))
     return [tuple(tasks[i:i + size]) for i in range(0, len(tasks), size)]
-
-
-def compile_blocks(model):
-    """torch.compile what repeats, residual blocks and feed-forward layers, once per shape; taps stay plain Python."""
-    torch._dynamo.config.recompile_limit = 64     # Stable Diffusion's blocks have about 30 shapes and share a forward
-    for module in model.modules():
-        if isinstance(module, (ResnetBlock2D, FeedForward)):
-            module.compile(dynamic=False)
-    return model
 
 
 # ---- the base: a Stable Diffusion folder or hub id ----

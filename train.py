@@ -33,6 +33,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import FeedForward
+from diffusers.models.resnet import ResnetBlock2D
 from tqdm import tqdm
 
 import toy
@@ -40,7 +42,7 @@ from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, open_log, read_json, read_state, restore, save_model, save_state, write_json
 from data import Mixture, loader, parse_drop, prepare, train_readers, whole_cells
 from draw import cell, draw_panel
-from model import StableMTL, compile_blocks, from_base, load_base
+from model import StableMTL, from_base, load_base
 from settings import ANYTIME, Config, parse_args, parse_loss, parse_size, parse_widths, stage1_settings
 from tasks import CLASSES, TASKS, parse_tasks, registry
 from toy.make import make, new_unet
@@ -270,6 +272,15 @@ def precision(cfg, device):
     return partial(torch.autocast, device.type, dtype), scaler
 
 
+def compile_blocks(model):
+    """torch.compile what repeats, residual blocks and feed-forward layers, once per shape; taps stay plain Python."""
+    torch._dynamo.config.recompile_limit = 64     # Stable Diffusion's blocks have about 30 shapes and share a forward
+    for module in model.modules():
+        if isinstance(module, (ResnetBlock2D, FeedForward)):
+            module.compile(dynamic=False)
+    return model
+
+
 def keep_memory():
     """Let glibc keep freed memory: returning every activation to the system costs a third of a step on the CPU."""
     with contextlib.suppress(OSError, AttributeError):
@@ -378,7 +389,8 @@ def train(rank, world, device, cfg, saved, tensors):
     if cfg.val_samples:
         try:
             shown = train_readers(cfg.data, parse_size(cfg.size), cfg.scenes, "val")
-            held_out = Mixture(shown, mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
+            known = [t for t in mixture.tasks if any(t in r.tasks and len(r.indices(t)) for r in shown)]
+            held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
     with locked(out) if chief else contextlib.nullcontext():

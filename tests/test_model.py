@@ -118,6 +118,10 @@ def test_stage_two_starts_as_stage_one():
     assert all(torch.equal(before[t], after[t]) for t in ALL)
 
 
+def two_layers(project, x):
+    return project.fc2(torch.nn.functional.gelu(project.fc1(x)))
+
+
 def naive(layer, a, task, feats):
     """Task attention one image, pixel, head and task at a time, on the layer's own weights."""
     others, out, width = [t for t in feats if t != task], torch.zeros_like(a), a.shape[-1]
@@ -125,8 +129,8 @@ def naive(layer, a, task, feats):
     for b in range(len(a)):
         for n in range(a.shape[1]):
             q = layer.task_to_q[pick(task)](layer.task_norm_q[pick(task)](a[b, n]))
-            k = {t: layer.task_to_k[pick(t)](layer.task_norm_k[pick(t)](feats[t][b, n])) for t in others}
-            v = {t: layer.task_to_v[pick(t)](layer.task_norm_v[pick(t)](feats[t][b, n])) for t in others}
+            k = {t: two_layers(layer.task_to_k[pick(t)], layer.task_norm_k[pick(t)](feats[t][b, n])) for t in others}
+            v = {t: two_layers(layer.task_to_v[pick(t)], layer.task_norm_v[pick(t)](feats[t][b, n])) for t in others}
             y = torch.zeros(width)
             for h in range(layer.heads):
                 s = slice(h * d, (h + 1) * d)
@@ -169,7 +173,7 @@ def test_masked_task_is_as_good_as_absent():
         return torch.tensor([t == "depth" for t in ALL[1:]])
 
     masked, _ = layer(a, "semantic", kv, out_of_depth)
-    absent, _ = layer(a, "semantic", {t: x for t, x in kv.items() if t != "depth"})
+    absent, _ = layer(a, "semantic", layer.keys_values({t: f for t, f in feats.items() if t != "depth"}))
     close(masked, absent)
     close(seen[0], weights.mean((1, 2, 3)), 1e-6)
 
@@ -282,15 +286,16 @@ def test_predict_computes_nothing_twice(rows):
     stream, no text encoder."""
     m, pair = tiny.model(multi=True), torch.rand(2, 1, 3, 32, 32)
     layer = m.attention["mid_block/attentions/0/transformer_blocks/0"]
-    projections = {f"{kind} {t}": getattr(layer, f"task_to_{kind}")[t] for kind in "qkv" for t in ALL}
+    queries, streams, keys_values = {f"q {t}": layer.task_to_q[t] for t in ALL}, [], layer.keys_values
+    layer.keys_values = lambda feats: streams.append(tuple(feats)) or keys_values(feats)
     counts = counting({"encode": m.vae.encoder, "decode": m.vae.decoder,
                        "auxiliary": m.unet.conv_in, "main": m.main.conv_in,
-                       "auxiliary end": m.unet.conv_out, "main end": m.main.conv_out, **projections})
+                       "auxiliary end": m.unet.conv_out, "main end": m.main.conv_out, **queries})
     out = m.predict(*pair, rows=rows)
-    assert {n: c["rows"] for n, c in counts.items() if n not in projections} == {
+    assert {n: c["rows"] for n, c in counts.items() if n not in queries} == {
         "encode": 2, "decode": 7, "auxiliary": 7, "main": 7, "auxiliary end": 0, "main end": 7}
     assert counts["auxiliary"]["calls"] == {None: 1, 1: 7, 3: 3}[rows]
-    assert all(counts[p]["calls"] == 1 for p in projections)
+    assert all(counts[q]["calls"] == 1 for q in queries) and streams == [ALL]
     assert not any("CLIP" in type(module).__name__ for module in m.modules())
     assert {t: x.shape[1] for t, x in out.items()} == {t: TASKS[t].channels for t in ALL}
 

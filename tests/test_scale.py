@@ -8,7 +8,6 @@ import torch
 
 import train
 from cli import run
-from model import compile_blocks
 
 SMALL = ("--steps 2 --scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 1 --processes 1 "
          "--threads 1 --cache none --val-samples 0")
@@ -29,7 +28,7 @@ def test_compiled_blocks_give_the_same_gradients(traced):
     """Every residual block and feed-forward layer of both streams is captured whole (fullgraph); outputs and gradients
     do not change."""
     (z_i, z_j), results = tiny.latents(), []
-    for prepare in (lambda m: m, compile_blocks):
+    for prepare in (lambda m: m, train.compile_blocks):
         model = prepare(tiny.model(multi=True))
         z = model(z_i, z_j, ["depth"])["depth"]
         z.square().mean().backward()
