@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 def whole(least=0, most=2**31 - 1):
     """argparse type: an integer from `least` to `most`."""
     def parse(text):
-        if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= most):
+        if not (text.isdecimal() and len(text) < 99 and least <= int(text) <= most):
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
     return parse

@@ -16,6 +16,9 @@ import sys
 from collections import defaultdict
 from functools import partial
 
+from cli import Parser, run  # before torch, for Ctrl-C meanwhile
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,6 @@ from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cli import Parser, run
 from draw import LABELS, cell, draw_panel
 from readers import READERS, check, found
 from readers.toyworld import ToyWorld

@@ -22,12 +22,14 @@ import os
 import sys
 from pathlib import Path
 
+from cli import Parser, run, writable  # before torch, for Ctrl-C meanwhile
+
+# isort: split
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from checkpoint import RELEASED_SIZE, save_model, write_json
-from cli import Parser, run, writable
 from loading import grouped, mismatch, not_finite, reason
 from model import StableMTL, from_base
 from tasks import TASKS

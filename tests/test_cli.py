@@ -1,0 +1,152 @@
+"""What every command shares: flags with limits, outputs that are tried first, Ctrl-C without a traceback, tables on any
+terminal."""
+import argparse
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- flags ----
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (cli.whole(), ["0", "7", "2147483647"], ["-1", "2147483648", "1.0", "1e3", "nan", "", " 1", "+1", "9" * 5000]),
+    (cli.whole(1, 1024), ["1", "1024"], ["0", "1025", "100000"]),
+    (cli.whole(0, 2**64 - 1), ["18446744073709551615"], ["18446744073709551616", "99999999999999999999999"]),
+    (cli.number(0, 1), ["0", "1", "0.4", "1e-3"], ["-0.1", "1.5", "nan", "inf", "x", ""]),
+    (cli.number(0, 1, ends=False), ["0.5"], ["0", "1", "nan"]),
+    (cli.number(0), ["0", "1e30"], ["inf", "-inf", "nan", "-1e-9"]),
+    (cli.number(), ["-5", "1e300"], ["inf", "-inf", "nan"])])
+def test_numbers_have_limits(kind, good, bad):
+    """inf, NaN, negative and huge values went through: to a segmentation fault with --threads 100000."""
+    for text in good:
+        value = kind(text)
+        assert value == type(value)(text) and math.isfinite(value)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)
+
+
+def test_the_flag_is_named_as_typed():
+    """The sentence names the flag and the value as they were typed."""
+    parser = cli.Parser()
+    parser.add_argument("--beta2", type=cli.number(0, 1, ends=False))
+    with pytest.raises(ValueError, match="argument --beta2: '1.5' is not a finite number above 0 and below 1"):
+        parser.parse_args(["--beta2", "1.5"])
+
+
+def test_outputs_are_tried_before_the_work(tmp_path):
+    """A file whose folder is missing, is a file, or takes nothing is refused, and the trial leaves nothing behind."""
+    (tmp_path / "file").touch()
+    assert cli.writable(f"{tmp_path}/new.json") == f"{tmp_path}/new.json"
+    assert cli.writable(tmp_path / "file") == tmp_path / "file"
+    assert cli.writable(tmp_path / "a" / "b" / "c", folder=True) == tmp_path / "a" / "b" / "c"
+    with pytest.raises(OSError, match="cannot be written: there is no folder .*/a$"):
+        cli.writable(tmp_path / "a" / "new.json")
+    with pytest.raises(OSError, match="cannot be written: it is a folder"):
+        cli.writable(tmp_path)
+    for wrong, options in ((tmp_path / "file" / "new.json", {}), (tmp_path / "file" / "maps", {"folder": True})):
+        with pytest.raises(OSError, match="cannot be written: there is no folder .*/file"):
+            cli.writable(wrong, **options)
+    with pytest.raises(OSError, match="/proc/new cannot be written: .* in /proc"):
+        cli.writable("/proc/new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---- Ctrl-C ----
+
+def python(folder, *arguments, torch="class OutOfMemoryError(Exception): pass", **environment):
+    """Run Python in the root of this project, with stand-ins for what takes long to import."""
+    stand_ins = folder / "modules"
+    stand_ins.mkdir()
+    for name in ("torch", "numpy", "diffusers"):
+        (stand_ins / f"{name}.py").write_text(torch)
+    (stand_ins / "safetensors.py").write_text("class SafetensorError(Exception): pass")
+    environment = os.environ | {"PYTHONPATH": str(stand_ins)} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, timeout=50)
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.append({root!r})
+{before}
+import cli
+
+def stop(name):
+    os.kill(os.getpid(), signal.Signals[name])
+    time.sleep(60 if name not in {ignored!r} else 0)
+
+def main():
+    try:
+        for name in {signals!r}[:1]:
+            stop(name)
+    finally:
+        print("tidied up", flush=True)
+        for name in {signals!r}[1:]:
+            stop(name)
+
+sys.exit(cli.run(main))
+"""
+
+
+def script(tmp_path, *signals, before="", ignored=()):
+    path = tmp_path / "command.py"
+    path.write_text(SCRIPT.format(root=str(ROOT), signals=signals, before=before, ignored=ignored))
+    done = python(tmp_path, path)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+@pytest.mark.parametrize("signals", ["SIGINT", "SIGTERM", "SIGHUP", "SIGINT SIGINT", "SIGTERM SIGINT"])
+def test_a_stop_is_one_line(tmp_path, signals):
+    """Ctrl-C, kill and a closed terminal: the command tidies up, says one line, exit code 130. Asked a second time it
+    leaves at once; it printed a traceback."""
+    assert script(tmp_path, *signals.split()) == (130, "tidied up\n", "command.py: interrupted\n")
+
+
+def test_nohup_keeps_its_meaning(tmp_path):
+    """A command that was started to outlive its terminal does."""
+    before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    assert script(tmp_path, "SIGHUP", before=before, ignored=("SIGHUP",)) == (0, "tidied up\n", "")
+
+
+@pytest.mark.parametrize("command", ["train.py", "evaluate.py", "sample.py", "data.py", "-m tools.bench",
+                                     "-m tools.study", "-m tools.convert"])
+def test_a_stop_while_importing_is_one_line(tmp_path, command):
+    """Ctrl-C in the seconds in which a command imports torch printed the traceback of whatever was being imported."""
+    stop = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    done = python(tmp_path, *command.split(), torch=stop)
+    name = command.replace("-m tools.", "").removesuffix(".py") + ".py"
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (130, b"", f"{name}: interrupted\n")
+
+
+def test_handlers_come_and_go():
+    """on_stop answers while its block runs, and what answered before answers after it."""
+    heard, before = [], [signal.getsignal(s) for s in cli.STOPS]
+    with cli.on_stop(lambda number, frame: heard.append(number)):
+        for stop in cli.STOPS:
+            signal.raise_signal(stop)
+    assert heard == cli.STOPS and [signal.getsignal(s) for s in cli.STOPS] == before
+
+
+# ---- tables ----
+
+@pytest.mark.parametrize("encoding, shown", [("utf-8", "↑ ± é"), ("ascii", "^ +- ?"), ("latin-1", "^ ± é")])
+def test_tables_on_any_terminal(tmp_path, encoding, shown):
+    """Where stdout is not UTF-8, a table of results that took hours died at its first arrow."""
+    code = "import sys, cli; sys.exit(cli.run(lambda: print('↑ ± é')))"
+    done = python(tmp_path, "-c", code, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout.decode(encoding)) == (0, f"{shown}\n")
+
+
+def test_markdown():
+    """Columns in which nothing stands are left out."""
+    rows = [{"a": "1", "b": ""}, {"a": "2", "c": "x"}]
+    assert cli.markdown(rows, ("a", "b", "c")) == ["| a | c |", "|---|---|", "| 1 |  |", "| 2 | x |"]
