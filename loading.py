@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -26,8 +27,8 @@ disable_progress_bar()      # one for every part that is read or written
 # ---- tensors of the expected names and shapes ----
 
 def reason(error):
-    """The first line of what an exception says, or its name."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """The first line of what an exception says, or else its name."""
+    return next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
 
 
 def grouped(groups):
@@ -77,6 +78,19 @@ def variant(folder):
     return next((v for v in VARIANTS if v in found), found[0])
 
 
+@contextmanager
+def quiet():
+    """Inside, libraries do not warn: of what matters here we make an error, and the rest is not for the user."""
+    heard = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(heard)
+
+
 def _pretrained(kind, base, part):
     """(model in float32, what diffusers or transformers noted while loading it), of the first variant there is."""
     options = {"torch_dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True,
@@ -86,20 +100,16 @@ def _pretrained(kind, base, part):
         folder = Path(base) / part
         read_json(folder / "config.json", f"no config.json in {folder}")
         tries = [variant(folder)]
-    heard = logging.root.manager.disable
-    logging.disable(logging.ERROR)      # what the libraries warn of is an error here
-    try:
-        for name in tries:
-            try:
+    for name in tries:
+        try:
+            with quiet():
                 loaded = kind.from_pretrained(base, subfolder=part, variant=name, **options)
-            except OSError as error:
-                failed = failed or error
-                continue
-            if name:
-                print(f"notice: {part} of {base} is its {name} variant", file=sys.stderr)
-            return loaded
-    finally:
-        logging.disable(heard)
+        except OSError as error:
+            failed = failed or error
+            continue
+        if name:
+            print(f"notice: {part} of {base} is its {name} variant", file=sys.stderr)
+        return loaded
     raise failed
 
 
@@ -193,7 +203,8 @@ def read_base(base):
     with faults_of_base(base):
         vae, unet, text_encoder = (load_part(kind, base, part) for part, kind in kinds.items())
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+            with quiet():
+                tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
         except Exception as error:      # damaged files raise anything
             raise ValueError(f"tokenizer: {reason(error)}") from error
         check_parts(vae, unet, text_encoder.config.hidden_size, (1, 3))

@@ -150,8 +150,9 @@ def settled(folder):
     config = read_config(folder)
     known = None
     if config.get("imported"):
-        known = {"preset": "paper", "base": config["imported"]["base"], "tasks": ",".join(config.get("tasks") or ["all"]),
-                 "palette": config.get("palette") or "cityscapes", "second_frame": "concat"}
+        tasks, palette = config.get("tasks") or ["all"], config.get("palette") or "cityscapes"
+        known = {"preset": "paper", "base": config["imported"]["base"], "tasks": ",".join(tasks), "palette": palette,
+                 "second_frame": "concat"}
     return stage1_settings(folder) or known
 
 
