@@ -41,7 +41,8 @@ import toy
 from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, open_log, read_json, read_state, restore, save_model, save_state, write_json
 from data import Mixture, loader, parse_drop, prepare, train_readers, whole_cells
-from draw import cell, draw_panel
+from draw import COMPARED, cell, compare, draw_panel, sample_rows
+from evaluate import aligned
 from model import StableMTL, from_base, load_base
 from settings import ANYTIME, Config, parse_args, parse_loss, parse_size, parse_widths, stage1_settings
 from tasks import CLASSES, TASKS, parse_tasks, registry
@@ -557,22 +558,26 @@ def about_run(cfg, model, readers, saved):
 
 @torch.no_grad()
 def save_picture(model, readers, path):
-    """The first sample of every dataset: the image, then each of its labels beside the prediction."""
+    """A sample of every dataset: its frames, then every label beside the prediction, fitted as for the metric."""
     training, device, cells = model.training, next(model.parameters()).device, []
     model.eval()
     for reader in readers:
-        for t in (t for t in reader.tasks if t in model.tasks and len(reader.indices(t))):
-            item = prepare(reader, reader.indices(t)[0], (t,), model.codecs)
-            a, b = (f[None].to(device) for f in item["frames"])
-            predicted, valid = model.predict(a, b, [t])[t][0], item["valid"][t][0].to(device)
-            label = model.codecs[t].decode(item["labels"][t][None].to(device))[0]
-            image = ((a[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-            colour = model.codecs[t].colour
-            pictures = image, colour(label, valid), colour(predicted, torch.ones_like(valid))
-            titles = "image", f"{t}, label", f"{t}, predicted"
-            cells += [(f"{reader.name} {what}", cell(p)) for what, p in zip(titles, pictures, strict=True)]
+        tasks = tuple(t for t in reader.tasks if t in model.tasks and len(reader.indices(t)))
+        index = next((i for t in tasks for i in reader.indices(t)), None)
+        tasks = tuple(t for t in tasks if index in reader.indices(t))
+        if not tasks:
+            continue
+        item, pairs = prepare(reader, index, tasks, model.codecs), []
+        maps = model.predict(*(f[None].to(device) for f in item["frames"]), tasks)
+        for t in tasks:
+            codec, predicted, valid = model.codecs[t], maps[t][0].float().cpu(), item["valid"][t][0]
+            label = codec.decode(item["labels"][t][None])[0]
+            pairs.append(compare(codec, label, valid, aligned(codec, predicted, label, valid), native=False))
+        frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in item["frames"]]
+        titles = f"{reader.name} {reader.split}", "second frame"
+        cells += sample_rows([(title, cell(f)) for title, f in zip(titles, frames, strict=True)], pairs, 5)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_panel(cells, 6).save(path)
+    draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
     set_mode(model, training)
 
 
