@@ -10,13 +10,14 @@ from PIL import Image
 import evaluate
 import train
 from cli import run
+from model import StableMTL
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 
 
 @pytest.fixture(scope="session")
 def own_data(tmp_path_factory):
-    """Three toy scenes written as files: images/, next/, and every label but normals."""
+    """Three toy scenes written as files, all of them in every split: images/, next/, and every label but normals."""
     root = tmp_path_factory.mktemp("own")
     world = ToyWorld("streets", "train", 3, (32, 48), all_labels=True)
     for i in range(3):
@@ -31,17 +32,28 @@ def own_data(tmp_path_factory):
                 Image.fromarray(label[..., 0]).save(root / task / f"s{i}.png")
             else:
                 np.save(root / task / f"s{i}.npy", np.where(s["valid"][task][..., None], label, np.nan))
+    (root / "train.txt").write_text("s0\ns1\ns2\n")     # the others have no list
     return root
+
+
+@pytest.fixture
+def go(capsys):
+    """go(command line) -> (exit code, stdout, stderr); few samples, no trivial rows."""
+    def call(flags, *more):
+        argv = [*flags.split(), *map(str, more), "--limit", "1", "--trivial", "0", "--workers", "0"]
+        return (run(lambda: evaluate.main(argv)), *capsys.readouterr())
+    return call
 
 
 def test_toy_results_are_complete(tiny_ckpt, tmp_path, capsys):
     """Every labelled cell of the four worlds is there; against itself Delta_m is 0."""
-    flags = ["--ckpt", str(tiny_ckpt), "--limit", "2", "--trivial", "2", "--workers", "0", "--json", str(tmp_path / "a")]
+    flags = f"--ckpt {tiny_ckpt} --limit 2 --trivial 2 --workers 0 --json {tmp_path / 'a'}".split()
     assert evaluate.main(flags) == 0
     report = json.loads((tmp_path / "a").read_text())
     results = report["results"]
-    assert {w: set(r) for w, r in results.items()} == {"rooms": {"normal", "depth", "shading", "albedo"}, "things": {"optical_flow", "scene_flow"},
-                                                       "streets": {"semantic", "normal", "depth", "optical_flow", "scene_flow"}, "real": set(TASKS)}
+    assert {w: set(r) for w, r in results.items()} == {
+        "rooms": {"normal", "depth", "shading", "albedo"}, "things": {"optical_flow", "scene_flow"},
+        "streets": {"semantic", "normal", "depth", "optical_flow", "scene_flow"}, "real": set(TASKS)}
     assert set(report["trivial"]["real"]["constant"]) == set(TASKS) and report["unfinished"] == []
     assert evaluate.main([*flags, "--baseline", str(tmp_path / "a")]) == 0
     assert json.loads((tmp_path / "a").read_text()) == report | {"delta_m": 0}
@@ -49,25 +61,30 @@ def test_toy_results_are_complete(tiny_ckpt, tmp_path, capsys):
 
 
 def test_unreadable_samples_are_named_or_counted(own_data, tiny_base, tmp_path, capsys):
-    """A truncated file stops training and evaluation by name; --skip-bad counts it in the training's summary and names it in results.json."""
+    """A truncated file stops training and evaluation by name; --skip-bad counts it in the training's summary and names
+    it in results.json."""
     root, out = shutil.copytree(own_data, tmp_path / "own"), tmp_path / "out"
     bad = root / "depth" / "s1.npy"
     bad.write_bytes(bad.read_bytes()[:500])
-    flags = f"--data {root} --base {tiny_base} --out {out} --tasks depth --steps 1 --batch 8 --micro 8 --val-samples 0 --workers 0 --picture-every 0".split()
+    flags = (f"--data {root} --base {tiny_base} --out {out} --tasks depth --steps 1 --batch 8 --micro 8 "
+             "--val-samples 0 --workers 0 --picture-every 0").split()
     evaluation = ["--ckpt", str(out), "--data", str(root), "--workers", "0"]
-    for skip, code in (["--skip-bad"], 0), ([], 2):
-        assert run(lambda: train.main([*flags, "--overwrite", *skip])) == code
-        said = capsys.readouterr()
-        assert "; 1 samples skipped;" in said.out if skip else f"folder sample 1: {bad} is not a readable NPY file" in said.err
-        assert run(lambda: evaluate.main([*evaluation, *skip])) == code
-        assert skip or f"folder:1: {bad} is not" in capsys.readouterr().err
+    assert train.main([*flags, "--skip-bad"]) == 0
+    assert "; 1 samples skipped;" in capsys.readouterr().out
+    assert evaluate.main([*evaluation, "--skip-bad"]) == 0
+    assert run(lambda: train.main([*flags, "--overwrite"])) == 2
+    assert f"folder sample 1: {bad} is not a readable NPY file" in capsys.readouterr().err
+    assert run(lambda: evaluate.main([*evaluation, "--overwrite"])) == 2
+    assert f"folder:1: {bad} is not" in capsys.readouterr().err
     report = json.loads((out / "results.json").read_text())
     assert report["results"]["folder"]["depth"]["images"] == 2 and len(report["skipped"]) == 2
-    assert report["skipped"][0].startswith("folder: training label folder:1: ") and report["skipped"][1].startswith(f"folder:1: {bad}")
+    label, image = report["skipped"]
+    assert label.startswith("folder: training label folder:1: ") and image.startswith(f"folder:1: {bad}")
 
 
 def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, capsys):
-    """After Ctrl-C the same command computes only the missing test sets and ends in the file of an undisturbed run; --overwrite computes all."""
+    """After Ctrl-C the same command computes only the missing test sets and ends in the file of an undisturbed run;
+    --overwrite computes all."""
     computed, stop, original = [], None, evaluate.evaluate
 
     def counted(model, reader, *args):
@@ -79,12 +96,13 @@ def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, caps
 
     def go(name, *more):
         computed.clear()
-        flags = ["--ckpt", str(tiny_ckpt_1), "--limit", "1", "--trivial", "1", "--workers", "0", "--json", str(tmp_path / name), *more]
-        return run(lambda: evaluate.main(flags)), capsys.readouterr().err
+        flags = f"--ckpt {tiny_ckpt_1} --limit 1 --trivial 1 --workers 0 --json {tmp_path / name}".split()
+        return run(lambda: evaluate.main([*flags, *more])), capsys.readouterr().err
     assert go("whole")[0] == 0 and computed == ["rooms", "streets", "things", "real"]
     stop = "things"
     code, said = go("twice")
-    assert code == 130 and "2 of 4 test sets" in said and json.loads((tmp_path / "twice").read_text())["unfinished"] == ["things", "real"]
+    assert code == 130 and "2 of 4 test sets" in said
+    assert json.loads((tmp_path / "twice").read_text())["unfinished"] == ["things", "real"]
     code, said = go("other", "--baseline", str(tmp_path / "twice"))
     assert code == 2 and "unfinished" in said
     stop = None
@@ -97,15 +115,18 @@ def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, caps
 
 
 def test_results_of_other_weights_are_not_reused(tiny_ckpt_1, tmp_path):
-    """A test set's fingerprint changes with any weight, the size and the samples, and with nothing else about the folder."""
+    """A test set's fingerprint changes with any weight, the size and the samples, and with nothing else there."""
     copy = shutil.copytree(tiny_ckpt_1, tmp_path / "copy")
     args = type("Args", (), {"ckpt": str(copy), "limit": 1, "json": ""})()
     world = ToyWorld("rooms", "test", 2)
-    key = lambda size=(32, 48), reader=world: evaluate.fingerprint(evaluate.settings(args, size), [reader])
+
+    def key(size=(32, 48), reader=world):
+        return evaluate.fingerprint(evaluate.settings(args, size), [reader])
     first = key()
     (copy / "results.json").write_text("{}")
     args.json = "elsewhere"
-    assert key() == first and len({first, key((16, 24)), key(reader=ToyWorld("rooms", "test", 3)), key(reader=ToyWorld("rooms", "val", 2))}) == 4
+    others = key((16, 24)), key(reader=ToyWorld("rooms", "test", 3)), key(reader=ToyWorld("rooms", "val", 2))
+    assert key() == first and len({first, *others}) == 4
     for path in sorted(copy.rglob("*.safetensors")):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
@@ -124,7 +145,7 @@ def test_memory_stays_level(tiny_ckpt_1):
             self.seen += [weakref.ref(x) for x in sample["labels"].values()]
             Counted.most = max(self.most, sum(r() is not None for r in self.seen))
             return sample
-    evaluate.evaluate(evaluate.StableMTL.load(tiny_ckpt_1), Counted("things", "test", 16, (16, 24)), batch=2, workers=0)
+    evaluate.evaluate(StableMTL.load(tiny_ckpt_1), Counted("things", "test", 16, (16, 24)), batch=2, workers=0)
     assert len(Counted.seen) == 32 and Counted.most <= 2 * 3 * 2      # two labels of three batches of two
 
 
@@ -140,20 +161,110 @@ def test_batches_and_rows_change_nothing(tiny_ckpt, tmp_path):
 
 def test_oracle_with_a_perfect_codec(tiny_model, monkeypatch):
     """Were the VAE lossless, the oracle would be perfect: 100% of classes kept, no angular or flow error."""
-    monkeypatch.setattr(evaluate, "reconstruct", lambda model, code: code)
-    results, _, _ = evaluate.evaluate(tiny_model, ToyWorld("streets", "test", 2, (32, 48)), batch=2, workers=0, oracle=True)
+    for part in ("encode", "decode"):
+        monkeypatch.setattr(StableMTL, part, lambda self, x: x)
+    streets = ToyWorld("streets", "test", 2, (32, 48))
+    results, _, _ = evaluate.evaluate(tiny_model, streets, batch=2, workers=0, oracle=True)
     assert results["semantic"]["mIoU"] == 100 and results["semantic"]["accuracy"] == 100
-    assert results["normal"]["mAE"] < 0.1 and results["optical_flow"]["EPE"] < 1e-3 and results["depth"]["PSNR"] == pytest.approx(106.02, abs=0.1)
+    assert results["normal"]["mAE"] < 0.1 and results["optical_flow"]["EPE"] < 1e-3
+    assert results["depth"]["PSNR"] == pytest.approx(106.02, abs=0.1)
 
 
 def test_own_folder_trains_and_evaluates(own_data, tiny_base, tmp_path, capsys):
-    """Images plus a subset of label folders go through both stages and the evaluation; unlabelled tasks are simply absent."""
+    """Images plus a subset of label folders go through both stages and the evaluation; unlabelled tasks are absent."""
     out = tmp_path / "out"
-    tasks = ["--tasks", "semantic,depth,optical_flow,scene_flow,shading,albedo"]
-    common = ["--data", str(own_data), "--base", str(tiny_base), "--out", str(out), "--steps", "2", "--batch", "2", "--micro", "2",
-              "--val-samples", "1", "--workers", "0", "--picture-every", "0", *tasks]
+    common = (f"--data {own_data} --base {tiny_base} --out {out} --steps 2 --batch 2 --micro 2 --val-samples 1 "
+              "--workers 0 --picture-every 0 --tasks semantic,depth,optical_flow,scene_flow,shading,albedo").split()
     assert train.main(["--stage", "1", *common]) == 0
     assert train.main(["--stage", "2", *common, "--cache", str(tmp_path / "cache")]) == 0
     assert evaluate.main(["--ckpt", str(out), "--data", str(own_data), "--workers", "0"]) == 0
     results = json.loads((out / "results.json").read_text())["results"]["folder"]
     assert set(results) == set(TASKS) - {"normal"} and all(r["images"] == 3 for r in results.values())
+
+
+# ---- which data, and where results go ----
+
+def trained_on(data, checkpoint, folder):
+    """A copy of a checkpoint, that says it was trained on this data."""
+    shutil.copytree(checkpoint, folder)
+    stage = 2 if (folder / "main_unet").is_dir() else 1
+    settings = {"stage": stage, "steps": 1, "batch": 1, "seed": 0, "data": str(data)}
+    (folder / "config.json").write_text(json.dumps({"train": settings, "stage1": None, "size": [32, 48]}))
+    return folder
+
+
+def test_the_checkpoints_own_data_is_the_default(own_data, tiny_ckpt_1, tmp_path, go, monkeypatch):
+    """A model trained on one's own folder was evaluated on the toy worlds unless told otherwise."""
+    monkeypatch.chdir(own_data.parent)
+    out = trained_on(own_data.name, tiny_ckpt_1, tmp_path / "out")
+    code, said, _ = go(f"--ckpt {out}")
+    assert code == 0 and f"test split of {own_data.resolve()}" in said and "| folder | depth |" in said
+    code, said, _ = go(f"--ckpt {out} --data toy")
+    assert code == 0 and "test split of the toy worlds" in said and "| real | depth |" in said
+    assert {p.name for p in out.glob("*.json")} == {"config.json", "model.json", "results.json", "results_toy.json"}
+    monkeypatch.chdir(tmp_path)
+    code, _, error = go(f"--ckpt {out}")
+    assert code == 2 and f"was trained on {tmp_path / own_data.name}, which is not here" in error
+    code, said, error = go(f"--ckpt {out} --data {own_data}")
+    assert code == 0 and (out / f"results_{own_data.name}.json").is_file()
+
+
+def test_results_lie_side_by_side(own_data, tiny_ckpt, tiny_ckpt_1, tmp_path, go):
+    """--split val, --stage 1 and --data replaced each other's results, two roots of one name too."""
+    out, expected = trained_on("", tiny_ckpt, tmp_path / "out"), {}
+    for folder in ("a", "b"):
+        shutil.copytree(own_data, tmp_path / folder / "own")
+    for flags, name in (("", "results"), ("--split val", "results_val"), ("--stage 1", "results_stage1"),
+                        ("--stage 1 --split val", "results_stage1_val"), ("--oracle", "oracle"),
+                        (f"--data {tmp_path}/a/own", "results_own"), (f"--data {tmp_path}/b/own", "results_own_2"),
+                        (f"--data {tmp_path}/b/../a/own --overwrite", "results_own")):
+        assert go(f"--ckpt {out} {flags}")[0] == 0
+        files = {p.name: p.read_bytes() for p in out.glob("*.json")}
+        changed = {n for n in files if files[n] != expected.get(n)} - {"config.json", "model.json"}
+        assert changed <= {f"{name}.json"} and f"{name}.json" in files
+        expected = files
+    for name, stage, split in (("results", 2, "test"), ("results_stage1_val", 1, "val")):
+        report = json.loads((out / f"{name}.json").read_text())
+        assert (report["stage"], report["split"], report["data"]) == (stage, split, "toy")
+    assert json.loads((out / "results_own_2.json").read_text())["data"] == str(tmp_path / "b" / "own")
+
+
+def test_results_of_stage_1_outlive_stage_2(tiny_ckpt, tiny_ckpt_1, tmp_path, go):
+    """The numbers of the single stream move aside when the multi stream in the same folder is evaluated."""
+    out = trained_on("", tiny_ckpt_1, tmp_path / "out")
+    assert go(f"--ckpt {out}")[0] == 0
+    single = json.loads((out / "results.json").read_text())
+    shutil.copytree(tiny_ckpt, out, dirs_exist_ok=True)
+    assert go(f"--ckpt {out}")[0] == 0
+    assert json.loads((out / "results_stage1.json").read_text()) == single and single["stage"] == 1
+    assert json.loads((out / "results.json").read_text())["stage"] == 2
+
+
+def test_a_baseline_is_checked_before_the_work(tiny_ckpt_1, tmp_path, go, monkeypatch):
+    """--baseline paper on the toy worlds, or a foreign file, failed when everything was computed, without the table. Of
+    a fitting one that lacks test sets, the others count."""
+    a = tmp_path / "a.json"
+    assert go(f"--ckpt {tiny_ckpt_1} --json {a}")[0] == 0
+    report = json.loads(a.read_text())
+    rooms, real = report["results"]["rooms"], report["results"]["real"]
+    report["results"] = {"rooms": {"depth": rooms["depth"]}, "elsewhere": real}
+    (tmp_path / "few.json").write_text(json.dumps(report))
+    code, said, _ = go(f"--ckpt {tiny_ckpt_1} --json {a} --baseline {tmp_path / 'few.json'}")
+    assert code == 0 and f"Delta_m against {tmp_path / 'few.json'} over 1 tasks: +0.00 %" in said
+    report["results"]["rooms"]["depth"]["AbsRel"] = 0
+    (tmp_path / "zero.json").write_text(json.dumps(report))
+    code, said, error = go(f"--ckpt {tiny_ckpt_1} --json {a} --baseline {tmp_path / 'zero.json'}")
+    assert code == 2 and "| rooms | depth |" in said and "baseline above zero" in error
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a: pytest.fail("computed before the baseline was looked at"))
+    for baseline in ("paper", a.parent):
+        code, _, error = go(f"--ckpt {tiny_ckpt_1} --json {tmp_path / 'b.json'} --baseline {baseline}")
+        assert code == 2 and str(baseline) in error
+
+
+def test_a_test_set_without_readable_samples_is_named(own_data, tiny_ckpt_1, tmp_path, go):
+    """With --skip-bad and nothing left, a KeyError."""
+    root = shutil.copytree(own_data, tmp_path / "own")
+    for path in (root / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    code, _, error = go(f"--ckpt {tiny_ckpt_1} --data {root} --skip-bad")
+    assert code == 2 and "images/s0.png" in error

@@ -47,53 +47,69 @@ ALL2, ALL3, ALL4 = (torch.ones(1, n, dtype=torch.bool) for n in (2, 3, 4))
 
 def test_scale_shift_is_lstsq():
     """Depth alignment equals numpy's least squares on [prediction, 1], over valid pixels only, and is clipped."""
-    p, l, v = rand(1, 9, 11), 5 * rand(1, 9, 11, seed=1), mask(9, 11)
+    p, y, v = rand(1, 9, 11), 5 * rand(1, 9, 11, seed=1), mask(9, 11)
     a = np.stack([p[:, v].ravel(), np.ones(int(v.sum()))], 1)
-    s, t = np.linalg.lstsq(a, l[:, v].numpy().ravel(), rcond=None)[0]
-    torch.testing.assert_close(evaluate.align_scale_shift(p, l, v, -99, 99), s * p + t)
-    torch.testing.assert_close(evaluate.align_scale_shift(p, l, v, 2.4, 2.6), (s * p + t).clamp(2.4, 2.6))
+    s, t = np.linalg.lstsq(a, y[:, v].numpy().ravel(), rcond=None)[0]
+    torch.testing.assert_close(evaluate.align_scale_shift(p, y, v, -99, 99), s * p + t)
+    torch.testing.assert_close(evaluate.align_scale_shift(p, y, v, 2.4, 2.6), (s * p + t).clamp(2.4, 2.6))
 
 
 def test_scale_shift_of_a_constant_is_the_mean():
     """A constant prediction, and a single valid pixel, become the label's mean without NaN."""
-    l = at(1, 2, 6)
-    torch.testing.assert_close(evaluate.align_scale_shift(at(4, 4, 4), l, ALL3, 0, 10), at(3, 3, 3))
+    y = at(1, 2, 6)
+    torch.testing.assert_close(evaluate.align_scale_shift(at(4, 4, 4), y, ALL3, 0, 10), at(3, 3, 3))
     one = torch.tensor([[False, True, False]])
-    torch.testing.assert_close(evaluate.align_scale_shift(at(7, 8, 9), l, one, 0, 10)[:, one], l[:, one])
+    torch.testing.assert_close(evaluate.align_scale_shift(at(7, 8, 9), y, one, 0, 10)[:, one], y[:, one])
 
 
 def test_flow_scale_is_per_channel_and_never_negative():
     """Each flow channel gets numpy's own one-parameter fit; a fit below zero, or a zero channel, gives zero."""
-    p, l, v = rand(3, 6, 7, lo=-1), rand(3, 6, 7, seed=1, lo=-1), mask(6, 7)
-    l[0], l[1] = p[0] * 3 + 0.1 * l[0], -p[1]
+    p, y, v = rand(3, 6, 7, lo=-1), rand(3, 6, 7, seed=1, lo=-1), mask(6, 7)
+    y[0], y[1] = p[0] * 3 + 0.1 * y[0], -p[1]
     p[2] = 0
-    got = evaluate.align_scale_nonneg(p, l, v)
-    s = np.linalg.lstsq(p[0][v][:, None].numpy(), l[0][v].numpy(), rcond=None)[0][0]
+    got = evaluate.align_scale_nonneg(p, y, v)
+    s = np.linalg.lstsq(p[0][v][:, None].numpy(), y[0][v].numpy(), rcond=None)[0][0]
     torch.testing.assert_close(got, torch.stack([s * p[0], 0 * p[1], 0 * p[2]]))
 
 
 def test_intensity_scale_is_shared_by_channels():
     """Shading and albedo get one scale for all channels (numpy's), then are clipped to [0,1]; black stays black."""
-    p, l, v = rand(3, 6, 7), rand(3, 6, 7, seed=1), mask(6, 7)
-    s = np.linalg.lstsq(p[:, v].ravel()[:, None].numpy(), l[:, v].ravel().numpy(), rcond=None)[0][0]
-    torch.testing.assert_close(evaluate.align_scale(p, l, v), (s * p).clamp(0, 1))
-    assert not evaluate.align_scale(0 * p, l, v).any()
+    p, y, v = rand(3, 6, 7), rand(3, 6, 7, seed=1), mask(6, 7)
+    s = np.linalg.lstsq(p[:, v].ravel()[:, None].numpy(), y[:, v].ravel().numpy(), rcond=None)[0][0]
+    torch.testing.assert_close(evaluate.align_scale(p, y, v), (s * p).clamp(0, 1))
+    assert not evaluate.align_scale(0 * p, y, v).any()
 
 
 @pytest.mark.parametrize("metric", [m for m in METRICS if m not in ("semantic", "normal")])
 def test_alignment_is_part_of_the_metric(metric):
     """Scaling the prediction (for depth also shifting it) changes no number."""
-    p, l, v = example(metric)
+    p, y, v = example(metric)
     a, b = make(metric), make(metric)
-    a.add(p, l, v)
-    b.add(p * 3 + (2 if metric == "depth" else 0), l, v)
+    a.add(p, y, v)
+    b.add(p * 3 + (2 if metric == "depth" else 0), y, v)
     assert a.result() == pytest.approx(b.result())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_pictures_see_what_the_metric_sees(name, monkeypatch):
+    """A prediction is fitted to its label by one function, for its metric and to be drawn beside it; without a valid
+    pixel it is drawn as it is."""
+    task, seen = TASKS[name], []
+    p, y, _ = example(task.metric)
+    v = mask(*y.shape[1:])
+    m = make(task.metric)
+    monkeypatch.setattr(m, "update", lambda pred, label, valid: seen.append(pred))
+    m.add(p, y, v)
+    assert torch.equal(evaluate.aligned(task, p.double(), y.double(), v), seen[0])
+    assert torch.equal(evaluate.aligned(task, p, y, v & ~v), p)
+    assert torch.equal(seen[0], p) == (task.metric in ("semantic", "normal"))
 
 
 # ---- formulas ----
 
 def test_iou_by_hand():
-    """Three classes out of eight: IoU 1/3, 1/2 and 0 give mIoU 27.8 %; classes absent from both are left out, ignored pixels too."""
+    """Three classes out of eight: IoU 1/3, 1/2 and 0 give mIoU 27.8 %; classes absent from both are left out, ignored
+    pixels too."""
     m = make("semantic")
     label = torch.tensor([[[0, 0, 1, 1, 255, 1]]], dtype=torch.uint8)
     pred = torch.tensor([[[0, 2, 1, 1, 5, 0]]])
@@ -112,13 +128,15 @@ def test_unknown_class_ids_are_refused():
 
 
 def test_normal_by_hand():
-    """Angles 0, 20, 45 and 180 degrees: mean 61.25, and 25/50/50 % within the thresholds; vector length is irrelevant, zero counts 90."""
+    """Angles 0, 20, 45 and 180 degrees: mean 61.25, and 25/50/50 % within the thresholds; lengths do not matter, a zero
+    vector counts 90."""
     a = torch.tensor([0, 20, 45, 180], dtype=torch.float64).deg2rad()
     pred = torch.stack([a.sin(), 0 * a, a.cos()])[:, None] * torch.tensor([1.0, 0.5, 2.0, 1.0])
     label = torch.tensor([0.0, 0, 1]).view(3, 1, 1).expand(3, 1, 4)
     m = make("normal")
     m.add(pred, label, ALL4)
-    assert m.result() == pytest.approx({"mAE": 61.25, "<11.25": 25, "<22.5": 50, "<30": 50, "images": 1, "skipped": 0}, abs=1e-4)
+    expected = {"mAE": 61.25, "<11.25": 25, "<22.5": 50, "<30": 50, "images": 1, "skipped": 0}
+    assert m.result() == pytest.approx(expected, abs=1e-4)
     assert evaluate.angles(0 * pred, label.double(), ALL4).tolist() == pytest.approx([90] * 4)
 
 
@@ -143,7 +161,7 @@ def test_depth_is_clipped_and_must_be_positive():
 
 
 def test_epe_by_hand():
-    """Prediction u right up to scale, v against the label's sign: the error is |v| alone, 3 and 4 px, in the label's unit."""
+    """Prediction u right up to scale, v against the label's sign: the error is |v| alone, 3 and 4 px."""
     m = make("epe")
     m.add(at(1, 2, 5, 5, channels=2), at(10, 20, -3, -4, channels=2), ALL2)
     assert m.result() == {"EPE": pytest.approx(3.5), "pixels": 2, "images": 1, "skipped": 0}
@@ -154,68 +172,69 @@ def test_epe_by_hand():
 
 def test_albedo_rmse_divides_by_pixels():
     """Albedo RMSE is sqrt(3) times the per-element one (the paper's convention); for one channel both are the same."""
-    p, l, v = torch.zeros(3, 1, 2), at(0.3, 0, 0.3, 0, 0.3, 0, channels=3), ALL2  # squared errors 3 x 0.09 and 0
+    p, y, v = torch.zeros(3, 1, 2), at(0.3, 0, 0.3, 0, 0.3, 0, channels=3), ALL2  # squared errors 3 x 0.09 and 0
     m = make("albedo")
-    m.add(p, l, v)
+    m.add(p, y, v)
     assert m.result()["RMSE"] == pytest.approx((3 * 0.09 / 2)**0.5)
     assert m.result()["RMSE per element"] == pytest.approx((0.09 / 2)**0.5)
     m = make("shading")
-    m.add(p[:1], l[:1], v)
+    m.add(p[:1], y[:1], v)
     assert m.result()["RMSE"] == pytest.approx((0.09 / 2)**0.5) and "RMSE per element" not in m.result()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_ssim_is_scikit_images(channels):
-    """With every pixel valid SSIM equals scikit-image's (7x7 uniform window, data range 1, channels averaged, border cropped)."""
+    """With every pixel valid SSIM equals scikit-image's: 7x7 uniform window, range 1, channels averaged, no border."""
     metrics = pytest.importorskip("skimage.metrics")
-    p, l = rand(channels, 19, 23), rand(channels, 19, 23, seed=1)
-    p = 0.6 * l + 0.4 * p
-    expected = metrics.structural_similarity(p.numpy(), l.numpy(), win_size=7, data_range=1, channel_axis=0)
-    assert evaluate.ssim(p, l, torch.ones(19, 23, dtype=torch.bool)) == pytest.approx(expected, abs=1e-12)
+    p, y = rand(channels, 19, 23), rand(channels, 19, 23, seed=1)
+    p = 0.6 * y + 0.4 * p
+    expected = metrics.structural_similarity(p.numpy(), y.numpy(), win_size=7, data_range=1, channel_axis=0)
+    assert evaluate.ssim(p, y, torch.ones(19, 23, dtype=torch.bool)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_masked_ssim_is_the_naive_loop():
-    """With a mask SSIM equals a loop over the valid pixels at least 3 from the border, on maps that are 0 where invalid."""
-    p, l, v = rand(1, 12, 13), rand(1, 12, 13, seed=1), mask(12, 13)
-    x, y = ((z[0] * v).numpy() for z in (p, l))
+    """With a mask SSIM equals a loop over valid pixels at least 3 from the border, on maps that are 0 where invalid."""
+    p, y, v = rand(1, 12, 13), rand(1, 12, 13, seed=1), mask(12, 13)
+    shown, true = ((z[0] * v).numpy() for z in (p, y))
     values = []
     for i, j in np.argwhere(v.numpy()[3:-3, 3:-3]):
-        a, b = x[i:i + 7, j:j + 7].ravel(), y[i:i + 7, j:j + 7].ravel()
+        a, b = shown[i:i + 7, j:j + 7].ravel(), true[i:i + 7, j:j + 7].ravel()
         (va, c), (_, vb) = np.cov(a, b)
-        values.append((2 * a.mean() * b.mean() + 1e-4) * (2 * c + 9e-4) / ((a.mean()**2 + b.mean()**2 + 1e-4) * (va + vb + 9e-4)))
-    assert evaluate.ssim(p, l, v) == pytest.approx(np.mean(values))
+        means = (2 * a.mean() * b.mean() + 1e-4) / (a.mean()**2 + b.mean()**2 + 1e-4)
+        values.append(means * (2 * c + 9e-4) / (va + vb + 9e-4))
+    assert evaluate.ssim(p, y, v) == pytest.approx(np.mean(values))
 
 
 def test_lmse_is_the_naive_loop():
     """LMSE equals a loop over 16x16 windows inside the image at step 8, each fitted with numpy's least squares."""
-    p, l, v = rand(3, 37, 50), rand(3, 37, 50, seed=1), mask(37, 50)
+    p, y, v = rand(3, 37, 50), rand(3, 37, 50, seed=1), mask(37, 50)
     v[:16, :16] = False  # a window without any valid pixel
     error = total = 0
     for i in range(0, 37 - 15, 8):
         for j in range(0, 50 - 15, 8):
             w = v[i:i + 16, j:j + 16]
-            a, b = (z[:, i:i + 16, j:j + 16][:, w].ravel().numpy() for z in (p, l))
+            a, b = (z[:, i:i + 16, j:j + 16][:, w].ravel().numpy() for z in (p, y))
             s = np.linalg.lstsq(a[:, None], b, rcond=None)[0][0] if a.size else 0
             error, total = error + ((b - s * a)**2).sum(), total + (b**2).sum()
-    assert evaluate.lmse(p, l, v) == pytest.approx(error / total)
+    assert evaluate.lmse(p, y, v) == pytest.approx(error / total)
 
 
 def test_lmse_forgives_scale_per_window_only():
     """A window-wise rescaled prediction has LMSE 0 in its windows, a black prediction 1."""
-    l = rand(1, 16, 16)
+    y = rand(1, 16, 16)
     full = torch.ones(16, 16, dtype=torch.bool)
-    assert evaluate.lmse(0.3 * l, l, full) == pytest.approx(0, abs=1e-12)
-    assert evaluate.lmse(0 * l, l, full) == 1
+    assert evaluate.lmse(0.3 * y, y, full) == pytest.approx(0, abs=1e-12)
+    assert evaluate.lmse(0 * y, y, full) == 1
 
 
 # ---- protocol ----
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_perfect_prediction(metric):
-    """The label itself scores perfectly, the headline is the first number, and every number is a finite float or a count."""
-    _, l, v = example(metric)
+    """The label itself scores perfectly, the headline is the first number, all are finite floats or counts."""
+    _, y, v = example(metric)
     m = make(metric)
-    m.add(l, l, v)
+    m.add(y, y, v)
     r = m.result()
     assert list(r)[0] == METRICS[metric][1]
     assert r[METRICS[metric][1]] == pytest.approx(0 if METRICS[metric][2] else 100, abs=1e-5)
@@ -224,42 +243,42 @@ def test_perfect_prediction(metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nothing_outside_the_mask_matters(metric):
-    """NaN or nonsense under the mask, in prediction or label, leaves every number as it is; the arguments are not modified."""
-    p, l, _ = example(metric)
-    v = mask(*l.shape[1:])
+    """NaN or nonsense under the mask, in prediction or label, changes no number; the arguments are not modified."""
+    p, y, _ = example(metric)
+    v = mask(*y.shape[1:])
     a, b = make(metric), make(metric)
-    a.add(p, l, v)
-    p2, l2 = (torch.where(v, x, 77 if metric == "semantic" else math.nan) for x in (p, l))
-    before = p2.clone(), l2.clone()
-    b.add(p2, l2, v)
+    a.add(p, y, v)
+    p2, y2 = (torch.where(v, x, 77 if metric == "semantic" else math.nan) for x in (p, y))
+    before = p2.clone(), y2.clone()
+    b.add(p2, y2, v)
     assert a.result() == b.result()
-    torch.testing.assert_close((p2, l2), before, equal_nan=True)
+    torch.testing.assert_close((p2, y2), before, equal_nan=True)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_images_without_valid_pixel_are_skipped_and_counted(metric):
-    """An all-invalid image changes the count of skipped images and nothing else; if there is no other image, a sentence says so."""
-    p, l, v = example(metric)
+    """An all-invalid image changes the count of skipped images and nothing else; if it is alone, a sentence says so."""
+    p, y, v = example(metric)
     m = make(metric)
-    m.add(torch.full_like(p, 99), torch.full_like(l, 99), ~v)
+    m.add(torch.full_like(p, 99), torch.full_like(y, 99), ~v)
     with pytest.raises(ValueError, match="none among 1"):
         m.result()
-    m.add(p, l, v)
+    m.add(p, y, v)
     alone = make(metric)
-    alone.add(p, l, v)
+    alone.add(p, y, v)
     assert m.result() == alone.result() | {"skipped": 1} and m.result()["images"] == 1
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (16, 16)])
 def test_tiny_images_single_pixels_and_constants(metric, size):
-    """One valid pixel and constant (also zero) predictions give finite numbers at any size; what is undefined is left out."""
-    p, l, v = example(metric, size)
+    """One valid pixel and constant (also zero) predictions give finite numbers at any size, or none."""
+    p, y, v = example(metric, size)
     one = torch.zeros_like(v)
     one[0, 0] = True
     m = make(metric)
     for pred, valid in (p, one), (0 * p, one), (0 * p, v), (0 * p + 1, v):
-        m.add(pred, l, valid)
+        m.add(pred, y, valid)
     r = m.result()
     assert r["images"] == 4 and METRICS[metric][1] in r and all(math.isfinite(x) for x in r.values())
 
@@ -267,16 +286,16 @@ def test_tiny_images_single_pixels_and_constants(metric, size):
 @pytest.mark.parametrize("metric", METRICS)
 def test_half_precision_input_is_accumulated_in_double(metric):
     """Half-precision maps give exactly the numbers of the same maps in double."""
-    p, l, v = example(metric)
-    p, l = (p, l) if metric == "semantic" else (p.bfloat16(), l.bfloat16())
+    p, y, v = example(metric)
+    p, y = (p, y) if metric == "semantic" else (p.bfloat16(), y.bfloat16())
     a, b = make(metric), make(metric)
-    a.add(p, l, v)
-    b.add(p.double(), l.double(), v)
+    a.add(p, y, v)
+    b.add(p.double(), y.double(), v)
     assert a.result() == b.result()
 
 
 def test_pooled_and_per_image_averages():
-    """One image with 1 valid pixel and one with 3: flow and IoU pool the 4 pixels, the other metrics average 2 images."""
+    """One image with 1 valid pixel and one with 3: flow and IoU pool the 4 pixels, other metrics average 2 images."""
     one = torch.tensor([[True, False, False]])
     m = make("epe")
     m.add(torch.zeros(2, 1, 3), at(*[4] * 3, *[0] * 3, channels=2), one)
@@ -305,14 +324,15 @@ def test_non_finite_and_misshapen_maps_are_refused():
 # ---- trivial predictors ----
 
 def test_trivial_semantic():
-    """The constant is the most frequent class overall, the map the most frequent class of each pixel, the constant where none is valid."""
+    """The constant is the most frequent class overall, the map that of each pixel, or the constant if none is valid."""
     labels = torch.tensor([[[[3, 5, 5, 255]]], [[[3, 5, 1, 255]]], [[[2, 5, 1, 255]]]])
-    constant, pixels = evaluate.trivial(TASKS["semantic"], [(l, l[0] != 255) for l in labels])
+    constant, pixels = evaluate.trivial(TASKS["semantic"], [(y, y[0] != 255) for y in labels])
     assert constant.tolist() == [[[5, 5, 5, 5]]] and pixels.tolist() == [[[3, 5, 1, 5]]]
 
 
 def test_trivial_albedo_and_shading_are_masked_means():
-    """In native units, shading's and albedo's trivial predictors are plain means over the valid labels, NaN elsewhere notwithstanding."""
+    """In native units, shading's and albedo's trivial predictors are plain means over the valid labels, NaN elsewhere
+    notwithstanding."""
     a, b = at(0.2, math.nan, 0.6), at(0.4, 0.8, math.nan)
     constant, pixels = evaluate.trivial(TASKS["shading"], [(x, ~x.isnan()[0]) for x in (a, b)])
     torch.testing.assert_close(constant.double(), at(0.5, 0.5, 0.5))
@@ -324,15 +344,16 @@ def test_trivial_albedo_and_shading_are_masked_means():
 
 
 def test_trivial_flow_ignores_each_images_scale():
-    """Flows are averaged after division by each image's largest value, so that one fast image does not outvote two slow ones."""
+    """Flows are averaged after division by each image's largest value: a fast image does not outvote two slow ones."""
     label = torch.tensor([1.0, 0.5]).view(1, 1, 2).expand(2, 1, 2)
-    constant, pixels = evaluate.trivial(TASKS["optical_flow"], [(label, ALL2), (label * 0.1, ALL2), (-label * 100, ALL2)])
+    labels = [(scale * label, ALL2) for scale in (1, 0.1, -100)]
+    constant, pixels = evaluate.trivial(TASKS["optical_flow"], labels)
     torch.testing.assert_close(pixels, label / 3)
     torch.testing.assert_close(constant, torch.full_like(label, 0.25))
 
 
 def test_trivial_normal_is_a_unit_vector_and_depth_a_fraction():
-    """The mean of two orthogonal normals is renormalised; a depth ramp in any unit has the same affine-invariant mean."""
+    """The mean of two orthogonal normals is renormalised; a depth ramp in any unit has the same relative mean."""
     x, z = (torch.eye(3)[i].view(3, 1, 1).expand(3, 1, 2) for i in (0, 2))
     constant, _ = evaluate.trivial(TASKS["normal"], [(x, ALL2), (z, ALL2)])
     torch.testing.assert_close(constant[:, 0, 0], torch.tensor([1.0, 0, 1]) / 2**0.5)
@@ -345,7 +366,8 @@ def test_trivial_normal_is_a_unit_vector_and_depth_a_fraction():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_trivial_predictions_can_be_scored(task):
-    """Both predictors of every task fit its metric; the per-pixel map is no worse on the labels it was made of. None at all is an error."""
+    """Both predictors of every task fit its metric; the per-pixel map is no worse on the labels it was made of. No
+    label at all is an error."""
     t, shape = TASKS[task], (20, 24)
     base = rand(t.channels, *shape, seed=3, lo=0.2)
     if t.categorical:
@@ -354,11 +376,11 @@ def test_trivial_predictions_can_be_scored(task):
         labels = [base + 0.1 * rand(t.channels, *shape, seed=k) for k in range(4)]
     v = torch.ones(shape, dtype=torch.bool)
     scores = []
-    for pred in evaluate.trivial(t, [(l, v) for l in labels]):
+    for pred in evaluate.trivial(t, [(y, v) for y in labels]):
         assert pred.shape == labels[0].shape
         m = make(t.metric)
-        for l in labels:
-            m.add(pred, l, v)
+        for y in labels:
+            m.add(pred, y, v)
         scores.append(m.result()[METRICS[t.metric][1]] * (1 if LOWER[task] else -1))
     assert scores[1] < scores[0]
     with pytest.raises(ValueError, match=f"expected a {task} label"):
@@ -377,10 +399,11 @@ def rounding(row, base):
     return width
 
 
-@pytest.mark.parametrize("name, printed", [("single-task", 0), ("JTR*", -106.87), ("DiffusionMTL*", -78.76), ("StableMTL-S", -1.57),
-                                           ("StableMTL", 4.78)])
+@pytest.mark.parametrize("name, printed", [("single-task", 0), ("JTR*", -106.87), ("DiffusionMTL*", -78.76),
+                                           ("StableMTL-S", -1.57), ("StableMTL", 4.78)])
 def test_delta_m_of_the_papers_rows(name, printed):
-    """Every Delta_m the paper prints follows from its rows within their rounding, but not with shading and albedo as it prints them."""
+    """Every Delta_m the paper prints follows from its rows within their rounding, but not with shading and albedo as it
+    prints them."""
     base = PAPER["single-task"]
     assert abs(delta_m(PAPER[name], base, LOWER) - printed) < min(0.03, rounding(PAPER[name], base))
     if name != "single-task":
@@ -389,7 +412,7 @@ def test_delta_m_of_the_papers_rows(name, printed):
 
 
 def test_delta_m_by_hand():
-    """mIoU up 10 % counts +10; AbsRel 20 % worse on one dataset and 10 % better on the other counts -5 once: mean +2.5."""
+    """mIoU up 10 % counts +10; AbsRel 20 % worse on one dataset and 10 % better on the other counts -5 once: +2.5."""
     base = {"semantic": {"a": 50.0}, "depth": {"a": 10.0, "b": 20.0}}
     assert delta_m({"semantic": {"a": 55.0}, "depth": {"b": 18.0, "a": 12.0}}, base, LOWER) == pytest.approx(2.5)
 
@@ -398,7 +421,8 @@ def test_delta_m_wants_the_same_test_sets():
     """A task or dataset in one table only, an empty table and a baseline of zero are errors."""
     base = {"semantic": {"a": 50.0}, "depth": {"a": 10.0}}
     extra = {"normal": {"a": 1.0}}, {"depth": {"b": 10.0}}, {"depth": {"a": 10.0, "b": 10.0}}
-    for new, old in ({}, {}), ({"semantic": {"a": 50.0}}, base), *((base | e, base) for e in extra), *((base, base | e) for e in extra):
+    more = [base | e for e in extra]
+    for new, old in ({}, {}), ({"semantic": {"a": 50.0}}, base), *((m, base) for m in more), *((base, m) for m in more):
         with pytest.raises(ValueError, match="same test sets"):
             delta_m(new, old, LOWER)
     with pytest.raises(ValueError, match="above zero"):
