@@ -69,6 +69,7 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     (root / "zero.png").touch()
     (root / "bomb.png").write_bytes(png_header(60000, 60000))
     (root / "notes" / "photo.heic").touch()
+    (root / "own" / "test.txt").write_text("a\n")
     (root / "bad.json").write_text("{")
     for name, value in {"list": [], "foreign": {"accuracy": 0.5}, "null": {"results": None},
                         "other": {"results": {"rooms": {"depth": {"RMSE": 1.0}}}}, "empty": {"results": {}},
@@ -187,8 +188,8 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("evaluate --ckpt moved", "moved was trained on .*/gone, which is not here.*--data toy"),
     ("evaluate --ckpt wrong_config", "wrong_config/config.json is damaged.*train is \\[\\]"),
     ("evaluate --ckpt wrong_results", "wrong_results/results.json is damaged.*rooms is 3, expected an object"),
-    ("evaluate --ckpt out --data nowhere", "no test dataset in nowhere"),
-    ("evaluate --ckpt out --data none", "no test dataset in none"),
+    ("evaluate --ckpt out --data nowhere", "no test dataset in .*/nowhere"),
+    ("evaluate --ckpt out --data none", "no test dataset in .*/none"),
     ("evaluate --ckpt out --data half_root", "no kitti_2015 training samples: expected training/flow_occ.*1 entries"),
     ("evaluate --ckpt out --data own --trivial 0 --workers 0", "own/depth/a.npy .*Python objects.*--skip-bad"),
     ("data", "add --check or --show"),
