@@ -1,4 +1,5 @@
 """What several test files share: small checkpoints of both stages."""
+import gc
 import json
 import os
 
@@ -11,6 +12,12 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)    # two tests run at a time (pyproject.toml), and some fork
+
+
+def pytest_collection_finish():
+    """What the imports left in memory stays to the end: let no garbage collection look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
