@@ -372,9 +372,9 @@ def trivial_guesses(reader, train, wanted, limit, workers, skip_bad=False):
                     yield resize(label, reader.size), resize(valid[None], reader.size)[0]
 
     for t in wanted:
-        sources = [r for r in train if labelled(r, [t])]
-        if sources:
-            out[t] = trivial(TASKS[t], maps([r for r in sources if r.name == reader.name] or sources, t))
+        own = [r for r in train if r.name == reader.name and labelled(r, [t])]     # others need not be looked at then
+        if sources := own or [r for r in train if labelled(r, [t])]:
+            out[t] = trivial(TASKS[t], maps(sources, t))
     return out, sorted({f"{reader.name}: training label {s}" for s in skipped})
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from raw import hypersim, kitti_2015, kitti_eigen, picture, rng, two_frames, virtual_kitti, write
+from raw import hypersim, kitti_2015, kitti_eigen, own_folder, picture, rng, two_frames, virtual_kitti, write
 
-from readers import formats
+import evaluate
+from readers import formats, found
 from readers.cityscapes import Cityscapes
 from readers.diode import Diode
 from readers.flyingthings3d import FlyingThings3D
@@ -118,6 +119,20 @@ def test_hypersim_scan_leaves_damaged_files_to_who_loads_them(tmp_path, capsys, 
     path.write_bytes(whole)     # downloaded again: it was not remembered as anything
     assert list(Hypersim(tmp_path, "train").indices("depth")) == [0, 1]
     assert "cannot be read" not in capsys.readouterr().err
+
+
+def test_hypersim_is_scanned_only_where_its_labels_are_needed(tmp_path):
+    """Evaluating another dataset under the same root read all of Hypersim's depth, even where no trivial row needed it:
+    that of a dataset with training labels of its own does not, and classes have none here."""
+    folder = hypersim(tmp_path, [("ai_001_001", "cam_00", 0, "train"), ("ai_001_001", "cam_00", 0, "val")])
+    own_folder(tmp_path / "folder", 3)
+    train = found(tmp_path, "train")
+    own, val = found(tmp_path, "val")[::-1]
+    assert set(evaluate.trivial_guesses(own, train, ["depth", "shading"], 4, 0)[0]) == {"depth", "shading"}
+    assert evaluate.trivial_guesses(val, train[:1], ["semantic"], 4, 0)[0] == {}
+    assert not (folder / "nan_frames.json").exists()
+    assert set(evaluate.trivial_guesses(val, train, ["depth"], 4, 0)[0]) == {"depth"}
+    assert (folder / "nan_frames.json").exists()
 
 
 def test_hypersim_scan_on_a_read_only_disk(tmp_path, capsys):
