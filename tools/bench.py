@@ -1,6 +1,7 @@
 """What StableMTL costs: counted operations, which no machine changes, and, where the device allows, time and memory.
 
     python -m tools.bench                       the toy base on this machine
+    python -m tools.bench --load 2              beside two programs that multiply matrices on two threads each
     python -m tools.bench --base sd2            Stable Diffusion 2's size with random weights, nothing downloaded;
                                                 on a CPU it is only counted
     python -m tools.bench --base sd2 --channels-last --graph --json cost.json --plot cost.png
@@ -30,6 +31,7 @@ from draw import draw_curves
 from model import StableMTL, widen_input
 from settings import PRESETS, parse_size
 from tasks import TASKS
+from tools import bench_cpu
 from toy.make import new_unet, new_vae
 from train import compile_blocks, step_gradients, trainable
 
@@ -99,10 +101,10 @@ def operations(f, *args):
     return counter.get_total_flops()
 
 
-def step_operations(model, z, task):
+def step_operations(model, z, task, streams=None):
     """Operations of one image's forward and backward pass in training from cached latents z (1,4,h,w)."""
     def step():
-        model(z, z, [task])[task].square().mean().backward()
+        model(z, z, [task], streams=streams)[task].square().mean().backward()
     return operations(step)
 
 
@@ -327,6 +329,19 @@ def table(result):
     return "\n".join(lines)
 
 
+def on_the_cpu(args, tasks):
+    """`bench_cpu.measure` of the base: training steps, processes against threads, idle or under load."""
+    def assembled(stage, device="cpu"):
+        return assemble(networks(args.base, device, main=stage == 2), tasks, multi=stage == 2)
+    counted = {}
+    for stage, source in bench_cpu.ROWS:
+        model = assembled(stage, "meta")
+        z = torch.empty(1, 4, *(s // model.factor for s in args.size), device="meta")
+        streams = model.streams(z, z, tasks) if "streams" in source else None
+        counted[stage, source] = step_operations(model, z, tasks[-1], streams)
+    return bench_cpu.measure(assembled, counted, args.size, args.busy, args.load)
+
+
 # ---- the command ----
 
 def picture(path):
@@ -352,6 +367,9 @@ def parse(argv):
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (first calls take a while)")
     parser.add_argument("--graph", action="store_true", help="replay inference as one CUDA graph")
     parser.add_argument("--count-only", action="store_true", help="no timing; on a CPU so for all bases but toy")
+    parser.add_argument("--busy", type=whole(0, 64), default=0, help="CPU training beside so many busy loops")
+    parser.add_argument("--load", type=whole(0, 64), default=0,
+                        help="CPU training beside so many programs that multiply matrices on two threads each")
     parser.add_argument("--json", type=writable, metavar="FILE", help="also write all numbers here")
     parser.add_argument("--plot", type=picture, metavar="FILE",
                         help="also draw cost and time against the number of tasks (paper Fig. 13): .png, .pdf or .svg")
@@ -377,6 +395,9 @@ def main(argv=None):
     if not args.count_only and (args.device.type != "cpu" or args.base == "toy"):
         result |= {"inference": inference(args, tasks), "training": training(args, tasks)}
     print(table(result))
+    if args.base == "toy" and args.device.type == "cpu" and not args.count_only and len(tasks) > 1:
+        result["cpu"] = on_the_cpu(args, tasks)
+        print("\n".join(bench_cpu.lines(result["cpu"], args.busy, args.load)))
     if args.json:
         write_json(args.json, result)
     if args.plot:
