@@ -5,9 +5,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from kill import log_lines
 from PIL import Image
 from raw import own_folder, picture, write
 
+import train
 from readers import check, found
 from readers.folder import Folder, split_by_name
 from tasks import CITYSCAPES, TASKS
@@ -347,3 +349,18 @@ def test_sizes_are_read_from_headers(tmp_path, monkeypatch):
         path.write_bytes(path.read_bytes()[:60])
     monkeypatch.setattr(cv2, "imdecode", lambda *_: sys.exit("an image was decoded"))
     assert Folder(tmp_path, "train").size == (20, 30)
+
+
+def test_a_label_that_no_held_out_image_has(tmp_path, tiny_base):
+    """Where the split leaves a rare label to training alone, the held-out loss is that of the other tasks. (Training
+    was refused, until one guessed --tasks or --val-samples 0.)"""
+    root, out = tmp_path / "data", tmp_path / "out"
+    for i in range(6):
+        write(root / f"images/{i}.png", picture(16, 24, i))
+        write(root / f"depth/{i}.npy", np.random.default_rng(i).uniform(1, 9, (16, 24)))
+    (rare,), *_ = Folder(root, "train").samples
+    write(root / f"shading/{rare}.npy", np.full((16, 24), 0.5))
+    assert train.main(f"--stage 1 --data {root} --base {tiny_base} --out {out} --steps 2 --batch 1 --save-every 2 "
+                      "--workers 0 --threads 1 --warmup 1 --val-samples 1".split()) == 0
+    assert (out / "best/model.json").exists()
+    assert {line["task"][0] for line in log_lines(out)} == {"depth", "shading"}
