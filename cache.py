@@ -31,11 +31,12 @@ class LatentCache:
         path = self.folder / "cache.json"
         if not path.is_file():
             return
-        old, new = read_json(path, ""), self.about["datasets"]
+        shape = {"vae": str, "palette": str, "datasets": {str: dict}}
+        old, new = read_json(path, "", shape, f"delete {folder}, it is built again"), self.about["datasets"]
         differs = [f"{k} {old[k]}, now {self.about[k]}" for k in ("vae", "palette") if old[k] != self.about[k]]
         for name, facts in new.items():     # runs of few tasks need few datasets, and share the folder
             was = old["datasets"].get(name, facts)
-            differs += [f"{k} of {name} {was[k]}, now {facts[k]}" for k in facts if facts[k] != was[k]]
+            differs += [f"{k} of {name} {was.get(k)}, now {facts[k]}" for k in facts if facts[k] != was.get(k)]
         if differs:
             raise ValueError(f"--cache {folder} was made for something else ({'; '.join(differs)}): "
                              "name another folder or delete this one")
@@ -63,7 +64,8 @@ class LatentCache:
         key = (reader.name, name)
         if key not in self.arrays:
             try:
-                self.arrays[key] = np.lib.format.open_memmap(self.path(reader, name), "r")   # "r+" would lengthen a cut one
+                # first to read: "r+" would lengthen a file that was cut short
+                self.arrays[key] = np.lib.format.open_memmap(self.path(reader, name), "r")
                 if mode != "r":
                     self.arrays[key] = np.lib.format.open_memmap(self.path(reader, name), mode)
             except (OSError, ValueError) as error:

@@ -121,12 +121,6 @@ def on_stop(handler):
             signal.signal(stop, handler)
 
 
-def _interrupt(*_):
-    """The first time: whatever is going on may tidy up. It is not waited for when asked a second time."""
-    _answer(_leave)
-    raise KeyboardInterrupt
-
-
 def _leave(*_):
     """At once, without a traceback: every file is written under another name first, so what is on disk is whole."""
     os.write(2, f"{COMMAND.name}: interrupted\n".encode())
@@ -224,15 +218,27 @@ def run(main):
     from safetensors import SafetensorError
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="plain")
+    stopped = []
+
+    def interrupt(*_):
+        stopped.append(True)
+        _answer(_leave)     # what is going on may tidy up, but is not waited for when asked a second time
+        raise KeyboardInterrupt
+
     code, told = 2, ""
     try:
-        with on_stop(_interrupt):
+        with on_stop(interrupt):
             return main() or 0
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         told = error
-    except KeyboardInterrupt:
-        code, told = 130, "interrupted"
     except torch.OutOfMemoryError as error:
         told = f"out of GPU memory: use smaller images, lower --rows, or in training --micro ({error})"
+    except KeyboardInterrupt:
+        stopped.append(True)
+    except Exception:
+        if not stopped:
+            raise
+    if stopped:     # whatever it was: libraries turn an interrupt into errors of their own
+        code, told = 130, "interrupted"
     print(f"{COMMAND.name}: {' '.join(str(told).split())}", file=sys.stderr)
     return code

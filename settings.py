@@ -90,6 +90,7 @@ class Config:
     overwrite: bool = setting(False, "replace the checkpoint of this stage in --out")
 
 
+KINDS = {f.name: (None, f.type) for f in dataclasses.fields(Config)}    # as checkpoint.misfit reads it
 TOY = dict(scenes=400, size="32x48", widths="", batch=8, micro=8, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
            steps={1: 1800, 2: 600})
 PRESETS = {

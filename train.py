@@ -39,12 +39,13 @@ from tqdm import tqdm
 
 import toy
 from cache import LatentCache, StreamCache, fingerprint
-from checkpoint import locked, open_log, read_json, read_state, restore, save_model, save_state, write_json
+from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
 from data import Mixture, loader, parse_drop, prepare, train_readers, whole_cells
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from evaluate import aligned
+from loading import read_model_json
 from model import StableMTL, from_base, load_base
-from settings import ANYTIME, Config, parse_args, parse_loss, parse_size, parse_widths, stage1_settings
+from settings import ANYTIME, KINDS, Config, parse_args, parse_loss, parse_size, parse_widths, stage1_settings
 from tasks import CLASSES, TASKS, parse_tasks, registry
 from toy.make import make, new_unet
 
@@ -212,8 +213,9 @@ def build_model(cfg, tasks):
 
     ValueError, FileNotFoundError: what --out holds does not allow it.
     """
-    base, found = cfg.base or str(toy.BASE), Path(cfg.out) / "model.json"
-    stages = 0 if not found.is_file() else 2 if read_json(found, "")["multi"] else 1
+    base, stages = cfg.base or str(toy.BASE), 0
+    if (Path(cfg.out) / "model.json").is_file():
+        stages = 2 if read_model_json(cfg.out)["multi"] else 1
     if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, "
                          "or replace it with --overwrite")
@@ -307,6 +309,8 @@ def main(argv=None):
     saved, tensors = None, None
     if cfg.resume:
         saved, tensors = read_state(Path(cfg.out))
+        if wrong := misfit(saved["train"], KINDS, "train"):
+            raise ValueError(f"{cfg.out}/state/state.json cannot be continued: {wrong}")
         known = {f.name for f in dataclasses.fields(Config)} - set(ANYTIME)
         anew = {name: getattr(cfg, name) for name in ANYTIME}
         cfg = Config(**{k: v for k, v in saved["train"].items() if k in known} | anew)
@@ -539,20 +543,25 @@ def labelled_tasks(cfg, readers):
     return found
 
 
+KEPT = "commit", "versions", "stage1", "imported", "held_out", "resumed"      # of config.json, when a run goes on
+
+
 def about_run(cfg, model, readers, saved):
     """What config.json says of a run: settings, sizes, versions, and which commits it ran under."""
     now = {"commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                                             "diffusers": diffusers.__version__}}
     about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks),
-             "palette": cfg.palette, "seed": cfg.seed, **now, "stage1": None, "held_out": {}, "resumed": []}
+             "palette": cfg.palette, "seed": cfg.seed, **now, "stage1": None, "imported": None, "held_out": {},
+             "resumed": []}
     if saved:
-        about |= {k: saved[k] for k in ("commit", "versions", "stage1", "held_out", "resumed") if k in saved}
+        about |= {k: saved[k] for k in KEPT if k in saved}
         if now["commit"] != saved["commit"]:
             about["resumed"].append({"step": saved["step"], **now})
             print(f"notice: {cfg.out} was trained under commit {saved['commit']} so far, and goes on under "
                   f"{now['commit']}; config.json keeps both", file=sys.stderr)
     elif cfg.init or cfg.stage == 2:
         about["stage1"] = stage1_settings(cfg.init or cfg.out)
+        about["imported"] = read_config(cfg.init or cfg.out).get("imported")
     return about
 
 

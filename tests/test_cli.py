@@ -111,6 +111,18 @@ def test_a_stop_is_one_line(tmp_path, signals):
     assert script(tmp_path, *signals.split()) == (130, "tidied up\n", "command.py: interrupted\n")
 
 
+@pytest.mark.parametrize("wrapped", ["ValueError('the weights are damaged')", "RuntimeError('native code failed')"])
+def test_a_stop_is_no_other_error(tmp_path, wrapped):
+    """Ctrl-C while weights were loaded came out as the sentence for a damaged checkpoint: safetensors turns it into an
+    error of its own."""
+    path = tmp_path / "command.py"
+    path.write_text(f"import sys\nsys.path.append({str(ROOT)!r})\nimport os, signal, cli\ndef main():\n    try:\n"
+                    f"        os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt:\n"
+                    f"        raise {wrapped}\nsys.exit(cli.run(main))\n")
+    done = python(tmp_path, path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"command.py: interrupted\n")
+
+
 def test_nohup_keeps_its_meaning(tmp_path):
     """A command that was started to outlive its terminal does."""
     before = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"

@@ -111,7 +111,7 @@ def measure(assembled, counted, size, busy=0, load=0, steps=15):
 def lines(rows, busy, load):
     """The rows as text."""
     others = [f"{n} {what}" for n, what in ((busy, "busy loops"), (load, "matrix multipliers of 2 threads")) if n]
-    out = [f"training steps of {PRESETS['toy']['batch']} images on the CPU, beside {' and '.join(others) or 'nothing'}:"]
+    out = [f"CPU training steps of {PRESETS['toy']['batch']} images, beside {' and '.join(others) or 'nothing'}:"]
     for r in rows:
         how = f"{r['processes']} x {r['threads']} threads"
         out.append(f"  stage {r['stage']}, {r['source']:27}{how:>14}{r['seconds'] * 1e3:9.0f} ms"

@@ -10,6 +10,7 @@ from cli import markdown, parse_device
 from data import tensor_image, test_readers
 from draw import attention_table, draw_attention, draw_curves, draw_intervals, draw_scatter
 from evaluate import METRIC_VALUES, METRICS, by_task, delta_m
+from loading import read_model_json
 from model import StableMTL
 from settings import parse_size
 from tasks import TASKS
@@ -97,7 +98,7 @@ def summary(args):
     seen, rows, counted, cost = collect(args), {}, {}, {}
     for name, seeds in seen.items():
         folder = next(job.out for job in runs(args) if job.variant == name and job.finished)
-        kind = str(read_json(folder / "model.json", "").get("multi"))       # all that a step's operations depend on
+        kind = str(read_model_json(folder)["multi"])       # all that a step's operations depend on
         step = counted[kind] = counted.get(kind) or operations(folder, args.settings["batch"])
         cost[name] = step * next(iter(seeds.values()))["steps"]
         for seed, row in seeds.items():
