@@ -199,8 +199,10 @@ def test_archives_may_bring_a_folder_of_their_own(tmp_path):
     adds to archives, which sorts first and holds files of the same names, is none."""
     virtual_kitti(tmp_path, top="vkitti_2.0.3_{}")
     virtual_kitti(tmp_path, top="__MACOSX")
-    s = VirtualKitti2(tmp_path, "train").load(0, ["semantic", "depth", "scene_flow"])
+    reader = VirtualKitti2(tmp_path, "train")
+    s = reader.load(0, ["semantic", "depth", "scene_flow"])
     assert s["valid"]["depth"].any() and s["valid"]["scene_flow"].any()
+    assert reader.top("image").name == "vkitti_2.0.3_rgb"
 
 
 # ---- FlyingThings3D ----
