@@ -1,4 +1,4 @@
-"""The house: what imports what, so that a reader can go from the readers up to the tools and never has to look ahead."""
+"""The house: what imports what, so that one can read from the readers up to the tools and never has to look ahead."""
 import ast
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def imported(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path):
-    """tools -> train -> sample, evaluate -> toy, baselines -> data -> readers, model -> tasks, checkpoint, cli, draw."""
+    """tools -> train -> sample, evaluate -> toy -> data -> readers, model -> tasks, checkpoint, cli, draw."""
     own = room(path)
     wrong = [other for other in imported(path) if other != own and FLOOR[other] > FLOOR[own]]
     assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(wrong)}, which is further up"

@@ -1,4 +1,4 @@
 """The toy stand-ins for Stable Diffusion and for a trained model: folders of weights, and what made them (make.py)."""
 from pathlib import Path
 
-BASE = Path(__file__).parent / "base"       # vae/, unet/, text_encoder/, tokenizer/: `python train.py --stage 0` makes it
+BASE = Path(__file__).parent / "base"       # vae/, unet/, text_encoder/, tokenizer/: train.py --stage 0 makes it

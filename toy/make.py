@@ -1,11 +1,11 @@
-"""The toy base: a genuine diffusers folder of Stable Diffusion's classes, small enough to train on a laptop and to keep in the repository.
+"""The toy base: a genuine diffusers folder of Stable Diffusion's classes, small enough for a laptop and a repository.
 
-    vae/           AutoencoderKL, 4 latent channels, f = 2; trained on images and label images of the three training worlds
+    vae/           AutoencoderKL, 4 latent channels, f = 2; trained on images and label images of the training worlds
     unet/          UNet2DConditionModel, four levels and 16 transformer blocks like SD2's; pre-trained on images alone
     text_encoder/  CLIPTextModel with random weights: a fixed, distinct token per prompt is all that is asked of it
     tokenizer/     CLIPTokenizer that knows the words of the seven prompts
 
-`python train.py --stage 0` makes it. The VAE never sees the `real` world; the UNet sees neither that world nor any label.
+`python train.py --stage 0` makes it. The VAE never sees the world `real`; the UNet sees neither that world nor a label.
 """
 import math
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from data import TOY_TRAIN, label_tensors, tensor_image
 from loading import encode_prompts
 from model import TIMESTEP
-from readers.toyworld import ToyWorld
+from readers.raycast import photo
+from readers.toyworld import ToyWorld, build
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
 THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
@@ -31,16 +32,18 @@ THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
 def new_vae(widths=(24, 48)):
     """AutoencoderKL with f = 2^(levels-1); no attention in its middle, so that it may be trained on crops."""
     n = len(widths)
-    return AutoencoderKL(block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
-                         layers_per_block=1, latent_channels=4, norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
-                         scaling_factor=1.0)
+    return AutoencoderKL(
+        block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
+        layers_per_block=1, latent_channels=4, norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
+        scaling_factor=1.0)
 
 
 def new_unet(widths=(32, 32, 48, 64), tokens=32, in_channels=12, groups=8):
     """SD2's layout (three levels with cross-attention, one without; 16 transformer blocks), one head per layer."""
     return UNet2DConditionModel(
         in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=groups,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
         cross_attention_dim=tokens, attention_head_dim=(1,) * len(widths), use_linear_projection=True, sample_size=24)
 
 
@@ -57,30 +60,32 @@ def new_text(width=32):
             left += piece
     vocab += ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges)
-    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-                            max_position_embeddings=77, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=len(vocab) - 1)
+    start, end = len(vocab) - 2, len(vocab) - 1
+    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+                            num_attention_heads=2, max_position_embeddings=77, bos_token_id=start, eos_token_id=end,
+                            pad_token_id=end)
     return tokenizer, CLIPTextModel(config)
 
 
 # ---- training material ----
 
 class _Scenes(Dataset):
-    """Both frames of a training scene and, for the VAE, the codes of all its labels, as float16 images in [-1,1]."""
+    """Both frames of a training scene and the codes of all its labels, as float16 images in [-1,1]."""
 
-    def __init__(self, scenes, size, labels):
+    def __init__(self, scenes, size):
         self.worlds = [ToyWorld(w, "train", scenes, size, all_labels=w != "things") for w in TOY_TRAIN]
-        self.scenes, self.labels = scenes, labels
+        self.scenes = scenes
 
     def __len__(self):
         return len(self.worlds) * self.scenes
 
     def __getitem__(self, k):
         world = self.worlds[k % len(self.worlds)]
-        sample = world.load(k // len(self.worlds), world.tasks if self.labels else (), with_next=True)
+        sample = world.load(k // len(self.worlds), world.tasks, with_next=True)
         out = [("frame0", tensor_image(sample["image"])), ("frame1", tensor_image(sample["next"]))]
-        for t in world.tasks if self.labels else ():
+        for t in world.tasks:
             label, valid = label_tensors(sample, t)
-            if TASKS[t].categorical:    # several colour codes of one map: keep the ids and colour them when a batch is drawn
+            if TASKS[t].categorical:    # several colour codes of one map: keep the ids, colour them in a batch
                 if valid.any():
                     out.append((t, torch.where(valid, label, torch.full_like(label, IGNORE))))
             elif valid.any():
@@ -88,10 +93,10 @@ class _Scenes(Dataset):
         return [(name, x.half()) for name, x in out]
 
 
-def _material(scenes, size, labels, workers):
+def _material(scenes, size, workers):
     """{"frame0": (n,3,H,W), ..., task: (n,C,H,W)}; the frames of one scene share their index."""
     out = {}
-    jobs = DataLoader(_Scenes(scenes, size, labels), batch_size=8, num_workers=workers, collate_fn=list)
+    jobs = DataLoader(_Scenes(scenes, size), batch_size=8, num_workers=workers, collate_fn=list)
     for group in tqdm(jobs, desc="rendering scenes"):
         for items in group:
             for name, x in items:
@@ -103,7 +108,10 @@ def _optimise(model, loss, steps, lr, generator, desc):
     """AdamW with a short warm-up and cosine decay; `loss(generator)` draws its own batch."""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 100) * 0.5 * (1 + math.cos(math.pi * s / steps)))
+
+    def rate(step):
+        return min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     bar, smooth = tqdm(range(steps), desc=desc, mininterval=5), None
     for _ in bar:
         value = loss(generator)
@@ -118,15 +126,17 @@ def _optimise(model, loss, steps, lr, generator, desc):
 
 # ---- the VAE ----
 
-FIRST = {"frame0": 2, "frame1": 2, "normal": 2, "depth": 2, "optical_flow": 2, "scene_flow": 2, "shading": 2, "albedo": 2, "semantic": 8}
-SECOND = FIRST | {"frame0": 1, "frame1": 1, "normal": 8, "albedo": 4}     # the decoder alone, with more of what it reproduces worst
+# pictures of each kind in a batch; at second the decoder alone is trained, with more of what it reproduces worst
+FIRST = {**dict.fromkeys(("frame0", "frame1", "normal", "depth", "optical_flow", "scene_flow", "shading", "albedo"), 2),
+         "semantic": 8}
+SECOND = FIRST | {"frame0": 1, "frame1": 1, "normal": 8, "albedo": 4}
 
 
 def train_vae(vae, material, steps, generator, counts, desc, crop=24, lr=2e-3):
-    """Reconstruction of crops; counts: how many of each kind of picture are in a batch. Trains what of the VAE requires a gradient.
+    """Reconstruction of crops. Trains what of the VAE requires a gradient; counts: see FIRST.
 
-    Semantic maps (half of them in each palette) add a cross-entropy over the palette colours, thin classes counting threefold. The
-    decoder sees latents with a little noise, as a UNet's predictions will be.
+    Semantic maps (half of them in each palette) add a cross-entropy over the palette colours, thin classes counting
+    threefold. The decoder sees latents with a little noise, as a UNet's predictions will be.
     """
     codecs = {p: registry(p)["semantic"] for p in PALETTES}
     colours = {p: torch.tensor(PALETTES[p], dtype=torch.float32) / 127.5 - 1 for p in PALETTES}
@@ -144,7 +154,7 @@ def train_vae(vae, material, steps, generator, counts, desc, crop=24, lr=2e-3):
         maps = {name: draw(name, g) for name in counts}
         ids = maps.pop("semantic")
         palettes = [list(PALETTES)[i % 2] for i in range(len(ids))]
-        semantic = torch.cat([codecs[p].encode(i[None], i[None] != IGNORE) for p, i in zip(palettes, ids)])
+        semantic = torch.cat([codecs[p].encode(i[None], i[None] != IGNORE) for p, i in zip(palettes, ids, strict=True)])
         x = torch.cat([semantic, *maps.values()])
         z = vae.encode(x).latent_dist.mean
         spread = z.std((0, 2, 3))
@@ -164,8 +174,8 @@ def train_vae(vae, material, steps, generator, counts, desc, crop=24, lr=2e-3):
 
 @torch.no_grad()
 def fold_normalisation(vae, material, n=256):
-    """Rescale the latent channels to mean 0, variance 1 over images and labels, exactly undone before the decoder: all in the weights of
-    the 1x1 convolutions around the latent, so that scaling_factor is 1."""
+    """Rescale the latent channels to mean 0, variance 1 over images and labels, exactly undone before the decoder: all
+    in the weights of the 1x1 convolutions around the latent, so that scaling_factor is 1."""
     names = [m for m in material if m != "semantic"]
     x = torch.cat([material[m][:n // len(names)] for m in names]).float()
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(32)])
@@ -179,34 +189,121 @@ def fold_normalisation(vae, material, n=256):
     vae.post_quant_conv.weight *= std.view(1, -1, 1, 1)
 
 
+# ---- films: what the UNet is pre-trained on ----
+
+def film(world, index, size):
+    """Frames 0, 1 and 2 of a training scene, images alone: (3, 3, H, W) in [-1,1].
+
+    The camera goes on as it went from frame 0 to 1, and so do the solids.
+    """
+    s = build(world, "train", index)
+    turn, go = s.R[0].T @ s.R[1], s.R[0].T @ (s.C[1] - s.C[0])
+    s.R, s.C = [*s.R, s.R[1] @ turn], [*s.C, s.C[1] + s.R[1] @ go]
+    return torch.stack([tensor_image(photo(s, frame, size, 2, None)) for frame in range(3)])
+
+
+class _Films(Dataset):
+    """Element k: a film (3, 3, H, W); the worlds take turns."""
+
+    def __init__(self, scenes, size):
+        self.scenes, self.size = scenes, size
+
+    def __len__(self):
+        return len(TOY_TRAIN) * self.scenes
+
+    def __getitem__(self, k):
+        return film(TOY_TRAIN[k % len(TOY_TRAIN)], k // len(TOY_TRAIN), self.size)
+
+
+@torch.no_grad()
+def film_latents(vae, scenes, size, workers):
+    """(worlds * scenes, 3 frames, 2 flips, 4, h, w) float16; of the films nothing else is kept."""
+    out = []
+    for images in tqdm(DataLoader(_Films(scenes, size), batch_size=8, num_workers=workers), desc="filming scenes"):
+        both = torch.stack([images, images.flip(-1)], 2)
+        z = vae.encode(both.flatten(0, 2)).latent_dist.mean
+        out.append(z.unflatten(0, both.shape[:3]).half())
+    return torch.cat(out)
+
+
 # ---- the UNet: what it knows before it sees a label ----
 
-def train_unet(unet, token, latents, steps, generator, batch=16, lr=2e-3):
-    """Generative pre-training on image pairs: rebuild a masked, noised frame while the other frame is visible.
+PAIRS = torch.tensor([(0, 1), (1, 0), (1, 2), (2, 1)])      # frames i and j: neighbours, either way in time
+FILL, MEND, BEFORE = range(3)
 
-    latents: (n, 2, flips, 4, h, w). Half to nearly all cells of frame i are replaced by noise, the rest get a little; frame j is clean, so that
-    finding what moved where pays off from the first step on. Same input layout and timestep as stage 1.
+
+def first_lesson(latents, batch, g):
+    """What moved where: most cells of frame i are noise, the rest get a little; frame j is clean.
+
+    latents: (n, 3 frames, 2 flips, 4, h, w), of which frames 0 and 1 are used.
+    Returns three times (batch, 4, h, w): what is shown as z_i, what is shown as z_j, what is to be predicted.
     """
-    n = len(latents)
+    rows, flip = torch.randint(len(latents), (batch,), generator=g), torch.randint(2, (batch,), generator=g)
+    i = torch.randint(2, (batch,), generator=g)
+    z_i, z_j = latents[rows, i, flip].float(), latents[rows, 1 - i, flip].float()
+    share = 0.5 + 0.45 * torch.rand((batch, 1, 1, 1), generator=g)
+    hidden = torch.rand((batch, 1, *z_i.shape[2:]), generator=g) < share
+    noise = torch.randn(z_i.shape, generator=g)
+    return torch.where(hidden, noise, z_i + 0.2 * noise), z_j, z_i
+
+
+def second_lesson(latents, batch, g, shares=(0.6, 0.25, 0.15), blocks=(1, 2, 4)):
+    """Inputs more like those of stage 1; each example is one of three exercises. Shapes as in `first_lesson`.
+
+        FILL    frame i with blocks of cells hidden, frame j clean -> frame i      what moved where
+        MEND    a noisy, incomplete frame, twice, as single-frame tasks see it -> that frame    what a scene looks like
+        BEFORE  frames i and j, both clean -> the frame before i      what moved where, with nothing hidden
+    """
+    n, _, _, _, h, w = latents.shape
+    each = torch.arange(batch)
+
+    def uniform(*shape):
+        return torch.rand((batch, *shape), generator=g)
+
+    # exercises and frames
+    kind = torch.multinomial(torch.tensor(shares), batch, True, generator=g)
+    mend, before = ((kind == k).view(-1, 1, 1, 1) for k in (MEND, BEFORE))
+    rows, flip = torch.randint(n, (batch,), generator=g), torch.randint(2, (batch,), generator=g)
+    films = latents[rows, :, flip].float()
+    i, j = PAIRS[torch.randint(len(PAIRS), (batch,), generator=g)].T
+    turned = (kind == BEFORE) & (i != 1)    # here i has to be the frame in the middle
+    i, j = torch.where(turned, j, i), torch.where(turned, i, j)
+    z_i, z_j = films[each, i], films[each, j]
+    target = torch.where(before, films[each, 2 - j], z_i)
+
+    # what is hidden: blocks of 1, 2 or 4 cells along a side; single cells of a frame to mend
+    grids = torch.stack([F.interpolate(uniform(1, h // b, w // b), size=(h, w)) for b in blocks])
+    size = torch.randint(len(blocks), (batch,), generator=g) * (kind != MEND)
+    share = torch.where(mend, 0.2 + 0.6 * uniform(1, 1, 1), 0.5 + 0.45 * uniform(1, 1, 1))
+    level = torch.where(mend, 0.5, 0.2) * uniform(1, 1, 1)
+    noise = torch.randn(z_i.shape, generator=g)
+    shown = torch.where(grids[size, each] < share, noise, z_i + level * noise)
+    return torch.where(before, z_i, shown), torch.where(mend, shown, z_j), target
+
+
+def train_unet(unet, token, latents, lesson, steps, generator, batch=16, lr=2e-3):
+    """Generative pre-training on films, images alone. Input layout and timestep are those of stage 1.
+
+    token: (L, D) of the empty prompt: which exercise it is, the input shows.
+    lesson(latents, batch, generator): see above.
+    """
 
     def loss(g):
-        rows, flip = torch.randint(n, (batch,), generator=g), torch.randint(2, (batch,), generator=g)
-        i = torch.randint(2, (batch,), generator=g)
-        z_i, z_j = latents[rows, i, flip].float(), latents[rows, 1 - i, flip].float()
-        hidden = torch.rand((batch, 1, *z_i.shape[2:]), generator=g) < 0.5 + 0.45 * torch.rand((batch, 1, 1, 1), generator=g)
-        noise = torch.randn(z_i.shape, generator=g)
-        shown = torch.where(hidden, noise, z_i + 0.2 * noise)
-        x = torch.cat([shown, z_j, torch.zeros_like(z_j)], 1)
-        return F.mse_loss(unet(x, TIMESTEP, token.expand(batch, -1, -1)).sample, z_i)
+        z_i, z_j, target = lesson(latents, batch, g)
+        x = torch.cat([z_i, z_j, torch.zeros_like(z_j)], 1)
+        return F.mse_loss(unet(x, TIMESTEP, token.expand(batch, -1, -1)).sample, target)
 
     _optimise(unet, loss, steps, lr, generator, "pre-training the UNet")
 
 
-def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=2400, seed=0, workers=2):
-    """Train all of it and write the folder in half precision. An existing vae/ in the folder is kept: delete it to train it anew."""
+def make(folder, scenes=800, films=4000, size=(32, 48), vae_steps=4000, unet_steps=(2400, 4000), seed=0, workers=2):
+    """Train all of it and write the folder in half precision. An existing vae/ is kept: delete it to train it anew.
+
+    scenes: per world, for the VAE and the UNet's first lesson; films: per world, for its second lesson.
+    """
     folder, generator = Path(folder), torch.Generator()
 
-    def restart(part):      # every part draws from its own seed, whether or not the one before it was trained in this run
+    def restart(part):      # every part draws from its own seed, whether or not the one before it was trained
         torch.manual_seed(seed + part)
         generator.manual_seed(seed + part)
 
@@ -216,7 +313,7 @@ def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=2400, see
     text_encoder.half().save_pretrained(folder / "text_encoder")
     if not (folder / "vae").is_dir():
         vae = new_vae()
-        material = _material(scenes, size, True, workers)
+        material = _material(scenes, size, workers)
         train_vae(vae, material, vae_steps, generator, FIRST, "training the VAE")
         fold_normalisation(vae, material)
         vae.half().float()      # as it will be stored
@@ -226,12 +323,13 @@ def make(folder, scenes=800, size=(32, 48), vae_steps=4000, unet_steps=2400, see
         train_vae(vae, material, vae_steps // 2, generator, SECOND, "training its decoder", lr=1e-3)
         vae.half().save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    restart(1)
-    unet, frames = new_unet(), _material(scenes, size, False, workers)
-    with torch.no_grad():
-        encode = lambda x: torch.cat([vae.encode(p.float()).latent_dist.mean.half() for p in x.split(32)])
-        latents = torch.stack([torch.stack([encode(frames[f]), encode(frames[f].flip(-1))], 1) for f in ("frame0", "frame1")], 1)
+    latents = film_latents(vae, max(scenes, films), size, workers)
     token = encode_prompts(tokenizer, text_encoder.float(), {"": ""})[""]
-    train_unet(unet, token, latents, unet_steps, generator)
+    restart(1)
+    unet = new_unet()
+    train_unet(unet, token, latents[:len(TOY_TRAIN) * scenes], first_lesson, unet_steps[0], generator)
+    unet.half().float()     # so that the second lesson can begin from a stored first one
+    restart(3)
+    train_unet(unet, token, latents[:len(TOY_TRAIN) * films], second_lesson, unet_steps[1], generator, lr=1.5e-3)
     unet.half().save_pretrained(folder / "unet")
     print(f"the toy base is in {folder}")
