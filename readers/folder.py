@@ -118,6 +118,8 @@ class Folder(Reader):
                 for stem in self.labels[task].keys() - pictures.keys():
                     raise ValueError(f"{self.labels[task][stem]} belongs to no picture: "
                                      f"expected {self.folder / sub / stem}.png or .jpg")
+        if not self.images:
+            return []
         lists = [f"{split}.txt" for split in self.splits if (self.folder / f"{split}.txt").exists()]
         if f"{self.split}.txt" in lists:
             return [(stem,) for stem in self.listed(self.folder / f"{self.split}.txt")]
@@ -157,14 +159,14 @@ class Folder(Reader):
         if others and not size:
             raise ValueError(f"{first} is {shape[0]}x{shape[1]}, {others[0]} {'x'.join(map(str, sizes[others[0]]))}: "
                              "crop images to one aspect ratio, or stretch all to one size by --size HEIGHTxWIDTH")
-        chosen = size or reduced(*shape)
-        changed = [path for path, s in sizes.items() if s != chosen]
+        h, w = size or reduced(*shape)
+        changed = [(path.name, "x".join(map(str, s))) for path, s in sizes.items() if s != (h, w)]
         if changed:
-            h, w = sizes[changed[0]]
-            notice(f"{self.folder}: {len(changed)} of {len(sizes)} images are resized to {chosen[0]}x{chosen[1]}"
-                   + (f", {len(others)} of them stretched" if others else "")
-                   + f"; the first is {changed[0].name} of {h}x{w}" + ("" if size else " (--size sets another size)"))
-        return chosen
+            stretched = f", {len(others)} of them stretched" if others else ""
+            remedy = "" if size else " (--size sets another size)"
+            notice(f"{self.folder}: {len(changed)} of {len(sizes)} images are resized to {h}x{w}{stretched}; the first "
+                   f"is {' of '.join(changed[0])}{remedy}")
+        return h, w
 
     def pairs(self):
         return frozenset(i for i, (stem,) in enumerate(self.samples) if stem in self.second)
