@@ -462,7 +462,7 @@ def parse(argv):
 
 def place(data):
     """A --data, now or in training, in one word: "toy" for the toy worlds, or the absolute path of a root."""
-    return "toy" if data in (None, "", "toy") else str(Path(data).resolve())
+    return "toy" if data in (None, "", "toy") else str(Path(str(data)).resolve())
 
 
 def results_file(args, stage, home):
