@@ -155,7 +155,8 @@ def read_flo(path):
 
 def known_flow(x):
     """Floating-point flow with NaN instead of Middlebury's marks of unknown pixels."""
-    return np.where(np.abs(x) > UNKNOWN_FLOW, np.float32(np.nan), x)
+    unknown = np.abs(x) > UNKNOWN_FLOW
+    return np.where(unknown, np.float32(np.nan), x) if unknown.any() else x
 
 
 def read_hdf5(path):
