@@ -84,7 +84,7 @@ def _frames(path, read, stride, linked):
     if now:
         yield one(*now)
     if damage:
-        yield Input(str(path.resolve()), path.stem, fail)
+        yield Input(str(path.resolve()), path.stem, fail, fail)
 
 
 def _runs(folder):
@@ -216,10 +216,11 @@ MADE_FROM = {"input": str, "key": (None, str), "files": (None, [str])}
 
 
 def made_from(folder):
-    """What `write` noted in a folder: its "input", of a finished one also "key" and "files"; {} if nothing legible."""
+    """What `write` noted in a folder: (input, key, names of the files); None, None and none if nothing is legible."""
+    note = {}
     with suppress(OSError, ValueError):
-        return read_json(folder / "made_from.json", "", MADE_FROM)
-    return {}
+        note = read_json(folder / "made_from.json", "", MADE_FROM)
+    return note.get("input"), note.get("key"), set(note.get("files") or ())
 
 
 def own_folder(output, item, taken):
@@ -227,7 +228,7 @@ def own_folder(output, item, taken):
     for n in count(1):
         top = output / (item.name if n == 1 else f"{item.name}-{n}")
         if top not in taken:
-            taken[top] = made_from(top).get("input", item.source)
+            taken[top] = made_from(top)[0] or item.source
         if taken[top] == item.source:
             return top / item.frame
 
@@ -240,8 +241,8 @@ def fingerprint(frames, settings):
 
 def finished(folder, key, files):
     """Are these files there, made with this fingerprint?"""
-    note = made_from(folder)
-    return note.get("key") == key and all(f in note["files"] and (folder / f).is_file() for f in files)
+    _, before, there = made_from(folder)
+    return before == key and all(f in there and (folder / f).is_file() for f in files)
 
 
 def put(path, save, *args):
@@ -266,9 +267,9 @@ def write(folder, item, key, frames, maps, table=None):
 
     Without made_from.json, which comes last, an input is not finished. Maps of another input or checkpoint do not stay.
     """
-    before, size = made_from(folder), frames[0].shape[:2]
+    (_, before, there), size = made_from(folder), frames[0].shape[:2]
     ours = {"panel.png", "attention.png", "attention.json", *(f"{t}.{end}" for t in TASKS for end in ("png", "npy"))}
-    files = ours.intersection(before["files"]) if before.get("key") == key else set()
+    files = ours & there if before == key else set()
     folder.mkdir(parents=True, exist_ok=True)
     for name in {"made_from.json"} | ours - files:
         (folder / name).unlink(missing_ok=True)
@@ -372,7 +373,7 @@ def main(argv=None):
                 continue
             try:
                 frames = read_frames(item)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 if not args.skip_bad:
                     raise
                 tqdm.write(f"skipped: {error}", file=sys.stderr)

@@ -325,8 +325,10 @@ def test_finished_inputs_are_kept(go, tmp_path, monkeypatch):
         go(*flags, "--overwrite")
     monkeypatch.undo()
     assert go(*flags)[1].startswith("1 predicted")
-    (tmp_path / "out/f2/made_from.json").write_text('{"input": 3}')
-    assert go(*flags)[1].startswith("1 predicted")
+    note = json.loads((tmp_path / "out/f2/made_from.json").read_text())
+    for foreign in ({"input": 3}, [], {"input": note["input"], "key": note["key"]}):
+        (tmp_path / "out/f2/made_from.json").write_text(json.dumps(foreign))
+        assert go(*flags)[1].startswith("1 predicted")
 
 
 def test_stale_results_are_not_kept(go, tmp_path, tiny_ckpt_1):
@@ -397,6 +399,7 @@ def test_a_damaged_video_is_an_error_after_what_can_be_read(go, tmp_path, clip):
     done = outputs(tmp_path)
     assert code == 2 and f"{clip} is damaged, 2 of 5 frames could be read" in error
     assert done == ["clip/000000", "clip/000001"]
+    assert go(clip, "--tasks", "optical_flow", "--stage", 1)[0] == 2
     code, said, error = go(clip, good, "--tasks", "depth", "--stage", 1, "--skip-bad")
     assert code == 0 and outputs(tmp_path) == [*done, "good"] and f"skipped: {clip} is damaged" in error
     assert said.startswith("1 predicted") and "2 already finished" in said and "1 unreadable" in said
