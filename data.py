@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from functools import partial
 
-from cli import Parser, run  # before torch, for Ctrl-C meanwhile
+from cli import Parser, parse_size, run  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from draw import LABELS, cell, draw_panel
-from readers import READERS, check, found
+from readers import READERS, check, found, make
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 
@@ -358,7 +358,7 @@ def shown(args):
     if not args.data:
         reader = ToyWorld(name, args.split, all_labels=True)
     elif name in READERS and args.split in READERS[name].use:
-        reader = READERS[name](args.data, READERS[name].use[args.split])
+        reader = make(READERS[name], args.data, READERS[name].use[args.split], parse_size(args.size))
     else:
         use = ", ".join(f"{r.name} ({', '.join(r.use)})" for r in READERS.values())
         raise ValueError(f"--show {args.show} --split {args.split}: expected NAME:INDEX with one of {use}")
@@ -376,6 +376,7 @@ def main(argv=None):
                         help="with --check: load every sample, not only the first, middle and last of each task")
     parser.add_argument("--show", metavar="NAME:INDEX", help="write a picture of one sample with all its labels")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="where --show takes it from")
+    parser.add_argument("--size", help="HxW of one's own images (default: theirs)")
     parser.add_argument("--output", default="", help="file that --show writes (default: NAME_INDEX.png)")
     args = parser.parse_args(argv)
     if not (args.check or args.show):
@@ -383,7 +384,7 @@ def main(argv=None):
     if args.check and not args.data:
         raise ValueError("--check looks at real datasets: add --data <root> (the toy worlds are always there)")
     if args.check:
-        print("\n".join(check(args.data, args.full)))
+        print("\n".join(check(args.data, args.full, parse_size(args.size))))
     if args.show:
         reader, index = shown(args)
         path = args.output or f"{reader.name}_{index}.png"

@@ -213,7 +213,7 @@ def check(cfg, given=()):
     for name, value in PRESETS[cfg.preset].items():
         if getattr(cfg, name) is None and not (name == "size" and cfg.data):
             setattr(cfg, name, value[max(cfg.stage, 1)] if isinstance(value, dict) else value)
-    parse_size(cfg.size)
+    cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
     parse_loss(cfg.loss)
     cli.parse_device(cfg.device)
@@ -226,18 +226,6 @@ def parse_widths(text):
     if widths and (len(widths) != 4 or not all(w.isdecimal() and int(w) > 0 and int(w) % 8 == 0 for w in widths)):
         raise ValueError(f"--widths {text}: expected four multiples of 8, for example 32,32,48,64")
     return tuple(int(w) for w in widths)
-
-
-def parse_size(text):
-    """"32x48" -> (32, 48), height x width; None or "" -> None: that of the data."""
-    if not text:
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and len(text) < 12):
-        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH, for example 32x48")
-    if min(int(height), int(width)) < 8:
-        raise ValueError(f"--size {text}: at least 8x8")
-    return int(height), int(width)
 
 
 def parse_loss(text):

@@ -45,7 +45,7 @@ from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from evaluate import aligned
 from loading import read_model_json
 from model import StableMTL, from_base, load_base
-from settings import ANYTIME, KINDS, Config, parse_args, parse_loss, parse_size, parse_widths, stage1_settings
+from settings import ANYTIME, KINDS, Config, parse_args, parse_loss, parse_widths, stage1_settings
 from tasks import CLASSES, TASKS, parse_tasks, registry
 from toy.make import make, new_unet
 
@@ -363,13 +363,13 @@ def train(rank, world, device, cfg, saved, tensors):
     workers = workers if cfg.workers is None else cfg.workers
 
     # ---- data and model: frozen VAE and tokens, trainable UNet ----
-    readers = train_readers(cfg.data, parse_size(cfg.size), cfg.scenes)
+    readers = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes)
     model = build_model(cfg, labelled_tasks(cfg, readers))
     if world > 1:
         dist.barrier()    # nobody writes to --out before everybody has read it
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
-    if not cfg.data and any(s % model.factor for s in parse_size(cfg.size)):
+    if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
     kinds, codecs = parse_loss(cfg.loss), model.codecs
     model.to(device)
@@ -393,7 +393,7 @@ def train(rank, world, device, cfg, saved, tensors):
     held_out, shown = None, readers
     if cfg.val_samples:
         try:
-            shown = train_readers(cfg.data, parse_size(cfg.size), cfg.scenes, "val")
+            shown = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes, "val")
             known = [t for t in mixture.tasks if any(t in r.tasks and len(r.indices(t)) for r in shown)]
             held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, parse_device, run, whole, writable  # before torch: from here on Ctrl-C ends in one line
+from cli import Parser, parse_device, parse_size, run, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import torch
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from checkpoint import write_json
 from draw import draw_curves
 from model import StableMTL, widen_input
-from settings import PRESETS, parse_size
+from settings import PRESETS
 from tasks import TASKS
 from tools import bench_cpu
 from toy.make import new_unet, new_vae
