@@ -88,13 +88,23 @@ def test_processes_of_its_own_change_nothing(tiny_base, stage1, tmp_path):
     assert [p.name for p in sorted(three.glob("cache/streams-*/*"))] == ["rooms.f16", "streets.f16", "things.f16"]
 
 
-def begin(tmp_path, tiny_base, n=2):
-    """A training of many steps in n processes, well under way -> the process that a user sees."""
-    flags = [*TINY.split(), "--steps", "5000", "--save-every", "5000", "--tasks", THREE, "--processes", str(n)]
-    pid = kill.start(["--base", str(tiny_base), "--out", str(tmp_path / "out"), *flags], tmp_path / "output.txt")
-    lines = tmp_path / "out" / "log.jsonl"
-    wait_for(lambda: lines.is_file() and len(lines.read_text().splitlines()) > 2)
-    return pid
+@pytest.fixture
+def begin(tiny_base, tmp_path):
+    """begin(n) -> the process that a user sees of a training of many steps in n processes, well under way. Whatever
+    becomes of the test, it does not outlive it."""
+    begun = []
+
+    def call(n=2):
+        flags = [*TINY.split(), "--steps", "5000", "--save-every", "5000", "--tasks", THREE, "--processes", str(n)]
+        place = ["--base", str(tiny_base), "--out", str(tmp_path / "out")]
+        begun.append(kill.start([*place, *flags], tmp_path / "output.txt"))
+        lines = tmp_path / "out" / "log.jsonl"
+        wait_for(lambda: lines.is_file() and len(lines.read_text().splitlines()) > 2)
+        return begun[-1]
+    yield call
+    for pid in begun:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=60):
@@ -119,9 +129,9 @@ def alive(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
-def test_no_process_outlives_the_one_a_user_sees(tiny_base, tmp_path, stop):
+def test_no_process_outlives_the_one_a_user_sees(begin, tmp_path, stop):
     """Stopped, hung up or killed: all processes end; after a stop the run says how to go on, and does."""
-    pid = begin(tmp_path, tiny_base)
+    pid = begin()
     others = children(pid)
     assert len(others) == 1 and alive(others[0])
     os.kill(pid, getattr(signal, stop))
@@ -136,9 +146,9 @@ def test_no_process_outlives_the_one_a_user_sees(tiny_base, tmp_path, stop):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_a_process_that_dies_ends_the_run_in_a_sentence(tiny_base, tmp_path):
+def test_a_process_that_dies_ends_the_run_in_a_sentence(begin, tmp_path):
     """The others do not wait for it for ever."""
-    pid = begin(tmp_path, tiny_base)
+    pid = begin()
     os.kill(children(pid)[0], signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     told = (tmp_path / "output.txt").read_text()
@@ -173,9 +183,9 @@ def test_how_many_processes(monkeypatch, tiny_base):
 
 # ---- two trainings in one folder ----
 
-def test_two_trainings_in_one_folder(go, tiny_base, tmp_path):
+def test_two_trainings_in_one_folder(go, begin, tmp_path):
     """The second is refused with the number of the first, which goes on; what a killed run left is no obstacle."""
-    pid = begin(tmp_path, tiny_base, n=1)
+    pid = begin(n=1)
     code, _, error = go("--resume")
     assert code == 2 and f"process {pid} on {socket.gethostname()}" in error and alive(pid)
     os.kill(pid, signal.SIGKILL)
