@@ -111,6 +111,13 @@ def markdown(rows, columns):
     return [head, "|---" * len(columns) + "|", *body]
 
 
+def half(device):
+    """The autocast context of inference: bfloat16 on GPUs that have it themselves (T4 and V100 emulate it, slowly)."""
+    import torch
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16, enabled=native)
+
+
 # ---- Ctrl-C and its kin ----
 
 STOPS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]    # not every system has the last

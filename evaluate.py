@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from statistics import fmean
 
-from cli import Parser, markdown, parse_device, run, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, half, markdown, parse_device, run, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import torch
@@ -325,7 +325,7 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
             predicted = round_trip(model, [maps for _, maps in group], psnr)
         else:
             pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, _ in group), strict=True)]
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            with half(device):
                 predicted = model.predict(*pair, tasks=[t for t in group[0][1] if t in TASKS], rows=rows)
         for n, (_, maps) in enumerate(group):
             for name, (label, valid) in maps.items():

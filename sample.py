@@ -28,7 +28,7 @@ from functools import lru_cache, partial
 from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
-from cli import Parser, parse_device, run, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, half, parse_device, run, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
@@ -201,7 +201,7 @@ def predict(model, frames, tasks, args, trained):
     size = network_size(*frames[0].shape[:2], args.size, trained, model.factor)
     model.attention_log = [] if args.attention else None
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=args.device.type == "cuda"):
+        with half(args.device):
             maps = model.predict(*[to_network(f, size, args.device) for f in frames], tasks=tasks, rows=args.rows)
     except RuntimeError as error:
         if "allocate" not in str(error):        # so say CUDA and the CPU of a lack of memory

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import cli
 import toy
@@ -161,7 +162,10 @@ def inherit(cfg, given):
     """Take over what the stage 1 in --out (or --init) settled, and say what; ValueError if a flag contradicts it."""
     source = cfg.init if cfg.stage == 1 else cfg.out if cfg.stage == 2 else ""
     before = settled(source) if source else None
-    if not before:
+    if not before:      # a checkpoint that does not say: its model is what it is
+        idle = [flag_name(name) for name in SETTLED[1:] if name in given]
+        if source and idle and (Path(source) / "model.json").is_file():
+            raise ValueError(f"{', '.join(idle)} cannot change what the checkpoint in {source} has: leave it out")
         return
     for name in SETTLED:
         if name in given and not same_setting(name, given[name], before.get(name, "")):

@@ -230,9 +230,6 @@ def build_model(cfg, tasks):
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
                                 f"run python train.py --stage 1 --out {cfg.out} first")
     model = StableMTL.load(cfg.out, stage=1)
-    if cfg.tasks != "all" and parse_tasks(cfg.tasks) != model.tasks:    # of weights that do not say their settings
-        raise ValueError(f"--tasks {cfg.tasks}: stage 2 has the tasks of the stage 1 in {cfg.out}, "
-                         f"{', '.join(model.tasks)}")
     if cfg.main_init == "stage1":
         main = UNet2DConditionModel.from_config(model.unet.config)
         main.load_state_dict(model.unet.state_dict())

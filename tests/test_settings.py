@@ -112,6 +112,15 @@ def test_a_flag_acts_or_is_refused(go, second, tmp_path, flags, told):
     assert before == {p: p.read_bytes() for p in second.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize("flag", ["--palette corners", "--second-frame none", "--tasks depth"])
+def test_a_checkpoint_that_does_not_say_cannot_be_changed_either(go, second, flag):
+    """Without config.json, as some copies are: what its model settles is refused all the same, and stage 2 trains."""
+    (second / "config.json").unlink()
+    code, _, error = go(f"--stage 2 {flag}")
+    assert code == 2 and f"{flag.split()[0]} cannot change what the checkpoint in" in error
+    assert go("--stage 2")[0] == 0
+
+
 def test_main_init_base_with_widths(go, tiny_base, tmp_path):
     """A fresh main UNet of the widths of stage 1's fresh UNet, however a config writes them; others are refused."""
     assert go(f"--tasks {THREE} --widths 8,8,16,16")[0] == 0
