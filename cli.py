@@ -111,6 +111,17 @@ def markdown(rows, columns):
     return [head, "|---" * len(columns) + "|", *body]
 
 
+def steady(model):
+    """One CPU thread for a small network, unless OMP_NUM_THREADS says otherwise: more are hardly faster, and beside
+    other programs they wait for one another, spinning, many times longer than the work takes."""
+    import torch
+    weights = list(model.parameters())
+    small = weights[0].device.type == "cpu" and sum(p.numel() for p in weights) < 5e7
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return model
+
+
 def half(device):
     """The autocast context of inference: bfloat16 on GPUs that have it themselves (T4 and V100 emulate it, slowly)."""
     import torch

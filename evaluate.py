@@ -26,7 +26,7 @@ from itertools import count
 from pathlib import Path
 from statistics import fmean
 
-from cli import Parser, half, markdown, parse_device, run, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, half, markdown, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import torch
@@ -521,11 +521,11 @@ def main(argv=None):
     # ---- what is evaluated, and on what ----
     args, start = parse(argv), time.time()
     args.device = str(parse_device(args.device))
-    torch.manual_seed(0)
     if args.ckpt:
         model = StableMTL.load(args.ckpt, args.stage, args.device)
     else:
         model = from_base(str(toy.BASE), tuple(TASKS)).to(args.device).eval()
+    steady(model)
     if args.palette:
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     config, stage = read_config(args.ckpt or toy.BASE), 2 if model.multi else 1

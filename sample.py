@@ -28,7 +28,7 @@ from functools import lru_cache, partial
 from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
-from cli import Parser, half, parse_device, run, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, half, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
@@ -334,7 +334,7 @@ def parse(argv):
 def load(args):
     """(model, the tasks asked for, the (H, W) it was trained at, None if the checkpoint does not say)."""
     args.device = parse_device(args.device)
-    wanted, model = parse_tasks(args.tasks), StableMTL.load(args.ckpt, args.stage, args.device)
+    wanted, model = parse_tasks(args.tasks), steady(StableMTL.load(args.ckpt, args.stage, args.device))
     tasks = [t for t in model.tasks if t in wanted]
     if args.tasks != "all" and len(tasks) < len(wanted):
         raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")
