@@ -274,7 +274,8 @@ def precision(cfg, device):
 
 def compile_blocks(model):
     """torch.compile what repeats, residual blocks and feed-forward layers, once per shape; taps stay plain Python."""
-    torch._dynamo.config.recompile_limit = 64     # Stable Diffusion's blocks have about 30 shapes and share a forward
+    # Stable Diffusion's blocks have about 30 shapes and share a forward (recompile_limit is its name since torch 2.7)
+    torch._dynamo.config.cache_size_limit = 64
     for module in model.modules():
         if isinstance(module, (ResnetBlock2D, FeedForward)):
             module.compile(dynamic=False)

@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import signal
 
 import pytest
 
@@ -12,6 +13,11 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)    # two tests run at a time (pyproject.toml), and some fork
+
+
+# in the background a shell has these ignored, and so would all that tests start and then stop
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish():

@@ -292,7 +292,7 @@ def test_second_frame(go, tmp_path, flags, depends):
 
 def test_n_to_n_supervises_all_labels_of_an_image(go, tiny_base, second):
     """--attention n-to-n: a step trains every task its images are labelled for, and every query of them moves."""
-    flags = "--stage 2 --attention n-to-n --steps 3 --lr 0.01 --batch 2"
+    flags = "--stage 2 --attention n-to-n --rho 0 --steps 3 --lr 0.01 --batch 2"
     before = train.build_model(config(tiny_base, second, flags), ()).attention.state_dict()
     assert go(flags)[0] == 0
     after = StableMTL.load(second).attention.state_dict()
