@@ -444,7 +444,7 @@ def train(rank, world, device, cfg, saved, tensors):
         start, seen, stops, in_vain = time.time(), 0, [], 0
         bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
         log = open_log(out / "log.jsonl", cfg.stage, step) if chief else open(os.devnull, "w")
-        with bar, log, cli.on_stop(lambda *_: stops.append(True)):  # Ctrl-C ends the run after the step at hand, whole
+        with bar, log, cli.on_stop(partial(cli.note_stop, stops)):  # Ctrl-C ends the run after the step at hand, whole
             for fetched in loader(mixture, step, cfg.steps, workers if mixture.cache is None else 0):
                 # one optimizer step: micro-batches of one task, clip, step, reset
                 batches = fetched["batches"]

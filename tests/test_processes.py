@@ -146,6 +146,21 @@ def test_no_process_outlives_the_one_a_user_sees(begin, tmp_path, stop):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_who_asks_three_times_does_not_wait(begin, tmp_path):
+    """A step may take long; the third Ctrl-C ends the run at once, in a line, and no process stays."""
+    pid = begin()
+    others = children(pid)
+    os.kill(pid, signal.SIGSTOP)    # in the middle of something
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(pid, stop)
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    wait_for(lambda: not alive(others[0]), 10)
+    told = (tmp_path / "output.txt").read_text()
+    assert "interrupted" in told and "Traceback" not in told and "continue with" not in told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_process_that_dies_ends_the_run_in_a_sentence(begin, tmp_path):
     """The others do not wait for it for ever."""
     pid = begin()
