@@ -62,6 +62,8 @@ class Config:
     batch: int = setting(None, "samples per optimizer step, over all processes", kind=cli.whole(1))
     micro: int = setting(None, "samples per forward pass; changes memory, not the result", kind=cli.whole(1))
     lr: float = setting(None, "peak learning rate of Adam", kind=cli.number(0, ends=False))
+    attention_lr: float = setting(1.0, "learning rate of the task attention as a multiple of --lr (1 = as released)",
+                                  kind=cli.number(0, ends=False))
     beta2: float = setting(None, "Adam's decay of the squared gradient; 0.99 suits short runs",
                            kind=cli.number(0, 1, ends=False))
     warmup: int = setting(100, "steps of linear warm-up", kind=cli.whole(0))
@@ -192,7 +194,7 @@ def idle_flags(cfg):
     return [
         ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
-        (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb"),
+        (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr"),
          cfg.stage == 1 and "it belongs to --stage 2"),
         (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),
         (("widths",), not (fresh or cfg.main_init == "base") and "it makes a fresh UNet, in a stage 1 without --init "

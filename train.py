@@ -412,7 +412,9 @@ def train(rank, world, device, cfg, saved, tensors):
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9)
 
         # ---- optimizer, schedule, resume ----
-        optimizer = torch.optim.Adam(params, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+        rates = {"task_attention": cfg.attention_lr}      # of the learning rate
+        groups = [{"params": [*m.parameters()], "rate": rates.get(name, 1.0)} for name, m in parts.items()]
+        optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
         autocast, scaler = precision(cfg, device)
         about = about_run(cfg, model, readers, saved)
         step = 0
@@ -455,7 +457,7 @@ def train(rank, world, device, cfg, saved, tensors):
                     losses, stop = sync_gradients(params, losses, device, bool(stops))
                 lr = learning_rate(cfg, step)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["rate"]
                 if scaler:
                     scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()

@@ -1,8 +1,10 @@
 """Settings: what stage 2 takes over from stage 1, flags that would do nothing, what is written beside the weights."""
 import dataclasses
 import json
+import shutil
 
 import pytest
+import torch
 from kill import compare, log_lines
 from runs import THREE, TINY, saved
 
@@ -127,6 +129,20 @@ def test_main_init_base_with_widths(go, tiny_base, tmp_path):
     assert go("--stage 2 --main-init base --widths 8,8,16,16")[0] == 0
     code, _, error = go("--stage 2 --overwrite --main-init base --widths 8,8,16,8")
     assert code == 2 and "other widths" in error
+
+
+def test_the_task_attention_learns_at_its_own_rate(go, stage1, tmp_path):
+    """--attention-lr 8: Adam's first step moves the output layers of the attention 8 times as far, the UNet as far."""
+    moved = {}
+    for rate in ("1", "8"):
+        out = shutil.copytree(stage1, tmp_path / rate)
+        assert go(f"--stage 2 --rho 0 --steps 1 --lr 1e-3 --warmup 0 --attention-lr {rate} --out {out}")[0] == 0
+        moved[rate] = StableMTL.load(out)
+    layers = [{name: layer.to_out_task.bias for name, layer in moved[rate].attention.items()} for rate in ("1", "8")]
+    for name in layers[0]:
+        assert torch.allclose(8 * layers[0][name], layers[1][name], rtol=1e-3, atol=1e-7) and layers[0][name].any()
+    mains = zip(moved["1"].main.parameters(), moved["8"].main.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in mains)
 
 
 # ---- numbers that are none ----
