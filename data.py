@@ -369,7 +369,7 @@ def shown(args):
 
 def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--data", default="", help="root folder of the real datasets; empty = the toy worlds")
+    parser.add_argument("--data", default="", help="root folder of real datasets, or one's own; empty = the toy worlds")
     parser.add_argument("--check", action="store_true",
                         help="report every dataset under --data: found, samples per task, first unreadable file")
     parser.add_argument("--full", action="store_true",
@@ -377,7 +377,7 @@ def main(argv=None):
     parser.add_argument("--show", metavar="NAME:INDEX", help="write a picture of one sample with all its labels")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="where --show takes it from")
     parser.add_argument("--size", help="HxW of one's own images (default: theirs)")
-    parser.add_argument("--output", default="", help="file that --show writes (default: NAME_INDEX.png)")
+    parser.add_argument("--output", "--out", default="", help="file that --show writes (default: NAME_INDEX.png)")
     args = parser.parse_args(argv)
     if not (args.check or args.show):
         parser.error("nothing to do: add --check or --show NAME:INDEX")

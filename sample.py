@@ -311,7 +311,7 @@ def parse(argv):
     flag("paths", nargs="*", metavar="path", help="images, folders, videos, animations")
     flag("--toy", metavar="WORLD:N", help=f"sample N of the test split of a toy world: {', '.join(WORLDS)}")
     flag("--ckpt", default="out", help="folder written by train.py (default: %(default)s)")
-    flag("--output", type=partial(writable, folder=True), default="samples", help="folder of the results "
+    flag("--output", "--out", type=partial(writable, folder=True), default="samples", help="folder of the results "
          "(default: %(default)s)")
     flag("--overwrite", action="store_true", help="compute finished inputs again")
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
@@ -378,6 +378,7 @@ def main(argv=None):
                     raise
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 tally["bad"] += 1
+                tally["motionless"] -= len(tasks) < len(asked)
                 continue
             key = fingerprint(frames, common)
             files = ["panel.png", *(f"{t}.npy" for t in tasks), *["attention.json"] * args.attention]

@@ -583,8 +583,8 @@ def save_picture(model, readers, path):
             label = codec.decode(item["labels"][t][None])[0]
             pairs.append(compare(codec, label, valid, aligned(codec, predicted, label, valid), native=False))
         frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in item["frames"]]
-        titles = f"{reader.name} {reader.split}", "second frame"
-        cells += sample_rows([(title, cell(f)) for title, f in zip(titles, frames, strict=True)], pairs, 5)
+        titles = [f"{reader.name} {reader.split}", "second frame"][:1 if torch.equal(*item["frames"]) else 2]
+        cells += sample_rows([(title, cell(f)) for title, f in zip(titles, frames, strict=False)], pairs, 5)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
     set_mode(model, training)

@@ -50,9 +50,11 @@ def check(root, full=False, size=None):
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root} is no folder: expected one that holds some of {', '.join(READERS)} "
                                 "(docs/data.md)")
-    lines = []
+    lines, own = [], any(r.there(root) and r.place(root) == Path(root) for r in READERS.values())
     for reader in READERS.values():
         if not reader.there(root):
+            if own:     # the root itself is a folder of one's own: no dataset is expected in it
+                continue
             lines.append(f"{reader.name}: not here, expected in {reader.place(root)}; get it from {reader.page}")
             continue
         for split in reader.use.values():
@@ -79,4 +81,4 @@ def trial(data, task, full):
         if not valid.any():
             return f"{data.source(i, task)} has no valid pixel"
         shares.append(valid.mean())
-    return f"{len(shares)} tried, all well, {sum(shares) / len(shares):.0%} of their pixels valid"
+    return f"{len(shares)} tried, all load, {sum(shares) / len(shares):.0%} of their pixels valid"

@@ -54,7 +54,7 @@ def test_found_and_check(tmp_path):
         for part in ("virtual_kitti_2 train: 6 samples", "hypersim: not here", "virtual_kitti_2 test: no virtual_kitti",
                      "kitti_2015 training: 1 samples"):
             assert part in text
-    assert "optical_flow      4  3 tried, all well, 94% of their pixels valid" in quick and "4 tried" in full
+    assert "optical_flow      4  3 tried, all load, 94% of their pixels valid" in quick and "4 tried" in full
     assert "depth_00001.png" in full and "depth_00001.png" not in quick
     write(depth, np.full((16, 11), 65535, np.uint16))
     blank = "the depth label of virtual_kitti_2/train/Scene02/clone/Camera_1/00001 has no valid pixel"
@@ -88,7 +88,7 @@ def test_a_dataset_of_ones_own_making(tmp_path, monkeypatch):
     s = reader.load(0, ["depth"])
     assert reader.size == (16, 24) and s["name"] == "another/train/7" and s["labels"]["depth"].dtype == np.float32
     assert s["valid"]["depth"].sum() == 44 and np.isfinite(s["labels"]["depth"]).all()
-    assert "    depth             1  1 tried, all well, 92% of their pixels valid" in check(tmp_path)
+    assert "    depth             1  1 tried, all load, 92% of their pixels valid" in check(tmp_path)
 
 
 def test_mixture_facts():

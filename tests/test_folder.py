@@ -100,7 +100,7 @@ def test_unknown_flow_is_invalid(tmp_path, name):
     write(tmp_path / name, x)
     label, valid = load(tmp_path, task)
     assert not valid[:3].any() and not valid[3, 0] and valid.sum() == 23 and label.max() == 1
-    assert check(tmp_path)[-1].endswith("1 tried, all well, 48% of their pixels valid")
+    assert check(tmp_path)[-1].endswith("1 tried, all load, 48% of their pixels valid")
     write(tmp_path / name, np.full_like(x, 1e10))
     assert any(line.endswith(f"{tmp_path / name} has no valid pixel") for line in check(tmp_path))
 
