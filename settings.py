@@ -13,6 +13,7 @@ from pathlib import Path
 import cli
 import toy
 from checkpoint import read_config
+from loading import read_model_json
 from model import ATTENTIONS, MASKS, SECOND_FRAMES
 from tasks import PALETTES, TASKS, parse_tasks
 
@@ -149,30 +150,27 @@ def stage1_settings(folder):
 
 
 def settled(folder):
-    """What a stage 2 or a continued stage 1 takes over from a checkpoint: the settings of its stage 1, or of imported
-    weights what is known: their base, tasks and palette, and the paper's preset. None if nothing is."""
-    config = read_config(folder)
-    known = None
-    if config.get("imported"):
-        tasks, palette = config.get("tasks") or ["all"], config.get("palette") or "cityscapes"
-        known = {"preset": "paper", "base": config["imported"]["base"], "tasks": ",".join(tasks), "palette": palette,
-                 "second_frame": "concat"}
-    return stage1_settings(folder) or known
+    """What a stage 2 or a continued stage 1 takes over from a checkpoint: the settings of its stage 1; where it does
+    not say, what its model tells, and of imported weights their base and the paper's preset. None if there is none."""
+    if known := stage1_settings(folder):
+        return known
+    if not (Path(folder) / "model.json").is_file():
+        return None
+    model, imported = read_model_json(folder), read_config(folder).get("imported")
+    known = {"tasks": ",".join(model["tasks"]), "palette": model["palette"], "second_frame": model["second_frame"]}
+    return known | ({"preset": "paper", "base": imported["base"]} if imported else {})
 
 
 def inherit(cfg, given):
     """Take over what the stage 1 in --out (or --init) settled, and say what; ValueError if a flag contradicts it."""
     source = cfg.init if cfg.stage == 1 else cfg.out if cfg.stage == 2 else ""
     before = settled(source) if source else None
-    if not before:      # a checkpoint that does not say: its model is what it is
-        idle = [flag_name(name) for name in SETTLED[1:] if name in given]
-        if source and idle and (Path(source) / "model.json").is_file():
-            raise ValueError(f"{', '.join(idle)} cannot change what the checkpoint in {source} has: leave it out")
+    if not before:
         return
     for name in SETTLED:
-        if name in given and not same_setting(name, given[name], before.get(name, "")):
+        if name in given and name in before and not same_setting(name, given[name], before[name]):
             raise ValueError(f"{flag_name(name)} {given[name]} contradicts the stage 1 in {source}, which has "
-                             f"{before.get(name) or 'the toy base'}: leave it out, or train another stage 1")
+                             f"{before[name] or 'the toy base'}: leave it out, or train another stage 1")
     taken = {name: before[name] for name in INHERITED if name not in given and before.get(name) is not None}
     defaults = {f.name: f.default for f in dataclasses.fields(Config)} | TOY | {"preset": "toy"}
     for name, value in taken.items():

@@ -146,7 +146,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--stage 2 --rho 2": "from 0 to 1",
     "--stage 2 --drop rooms": "--drop rooms",
     "--stage 2 --size 15x24": "not a multiple",
-    "--stage 2 --tasks depth": "stage 2 has the tasks of",
+    "--stage 2 --tasks depth": "contradicts the stage 1 in out",
     "--stage 2 --main-init base": "other widths than the stage 1",
     "--stage 2 --out damaged --overwrite": "damaged is damaged",
     "--stage 2 --out half_ckpt --overwrite": "incomplete: no tokens",

@@ -58,7 +58,7 @@ def test_a_step_leaves_other_tasks_alone(go, second, tmp_path, monkeypatch):
         return {t: [p.detach().clone() for n, p in params if f"task_to_q.{t}." in n] for t in tasks}
 
     def spy(self, *args, **options):
-        params = list(zip(names, self.param_groups[0]["params"], strict=True))
+        params = list(zip(names, [p for group in self.param_groups for p in group["params"]], strict=True))
         before = queries(params)
         result = step(self, *args, **options)
         known = {t for n, p in params for t in tasks if f"task_to_q.{t}." in n and self.state.get(p)}
