@@ -178,8 +178,8 @@ def cores():
 def spread(work, world):
     """work(rank) in `world` processes at once, rank 0 in this one -> [what each returned].
 
-    On the CPU several processes of one thread each are faster than one of several threads, and do not collapse when
-    other programs run beside them: threads that wait for each other spin. `work` is a function that can be pickled.
+    On the CPU several processes of one thread each do not collapse when other programs run beside them, as one process
+    of several threads does: threads that wait for each other spin. `work` is a function that can be pickled.
     The other processes leave Ctrl-C to this one and never outlive it. A mistake in one of them is raised here as
     ValueError, its death as ChildProcessError.
     """
