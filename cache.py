@@ -198,12 +198,12 @@ class StreamCache:
         self.model, self.shapes, self.records = model, {}, {}
         tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
         folder = Path(folder) / f"streams-{fingerprint(model.unet.state_dict() | tokens)}"
-        weight = next(model.unet.parameters())
+        weight, known = next(model.unet.parameters()), {}
+        for size in {tuple(reader.size) for reader in readers}:
+            z = weight.new_zeros(1, model.unet.config.out_channels, *(s // model.factor for s in size))
+            known[size] = {block: f[model.tasks[0]].shape[1:] for block, f in model.streams(z, z, model.tasks).items()}
         for reader in readers:
-            h, w = (s // model.factor for s in reader.size)
-            z = weight.new_zeros(1, model.unet.config.out_channels, h, w)
-            feats = model.streams(z, z, model.tasks)
-            self.shapes[reader.name] = {block: f[model.tasks[0]].shape[1:] for block, f in feats.items()}
+            self.shapes[reader.name] = known[tuple(reader.size)]
             numbers = len(model.tasks) * sum(shape.numel() for shape in self.shapes[reader.name].values())
             kept = min(len(reader), int(limit / len(readers) / (4 * numbers)))      # two flips of two bytes
             self.records[reader.name] = Records(folder / f"{reader.name}.f16", 2 * kept, numbers)

@@ -1,10 +1,11 @@
 """Files that survive: everything is written under a temporary name, flushed to disk, and renamed.
 
-    out/state/         what --resume needs: settings, step, trained weights, Adam's moments, random state
+    out/state/         what --resume needs: settings, step, trained weights, Adam's moments
                        (json + safetensors, with a checksum)
     out/state.prev/    the one before, used with a notice if state/ turns out damaged
 
-Nothing is pickled. The sampler has no state: what step s sees follows from (seed, s) alone (data.Mixture).
+Nothing is pickled. Nothing random has a state: what step s sees (data.Mixture) and draws (train.train) follows from
+(seed, s) alone.
 """
 import contextlib
 import fcntl
@@ -178,15 +179,12 @@ def save_model(model, out):
 
 
 def save_state(out, about, step, parts, optimizer):
-    """Settings, weights, optimizer and random state of a run -> out/state, and the earlier one -> out/state.prev."""
+    """Settings, weights and optimizer of a run -> out/state, and the earlier one -> out/state.prev."""
     out, temporary = Path(out), Path(out) / "state.tmp"
     tensors = {f"weight/{n}/{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
     names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{names[i]}/{k}": torch.as_tensor(v) for k, v in moments.items()}
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
     try:
         _emptied(temporary)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
@@ -241,9 +239,6 @@ def restore(tensors, parts, optimizer):
         raise ValueError(f"the saved state is of another model ({str(error).splitlines()[0]}): put the base back as it "
                          "was, or train anew with --overwrite") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 def open_log(path, stage, step):
@@ -261,7 +256,7 @@ def open_log(path, stage, step):
 def locked(out):
     """Hold `out` for this process; BlockingIOError says which other one has it. The system lets go when a process ends,
     however it ends, so that no lock is ever stale."""
-    path = Path(out) / "lock.json"
+    path = Path(out) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as f:
         try:

@@ -89,6 +89,8 @@ def writable(path, folder=False):
     return path
 
 
+# ---- devices ----
+
 def parse_device(text):
     """"auto" -> cuda where there is one, else cpu."""
     import torch
@@ -99,16 +101,6 @@ def parse_device(text):
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {text} is not available here: use cpu, or cuda on a machine with a GPU") from None
     return torch.device(text)
-
-
-# ---- tables ----
-
-def markdown(rows, columns):
-    """[{column: text}] -> the lines of a table of those columns that hold anything."""
-    columns = [c for c in columns if any(r.get(c) for r in rows)]
-    lines = [columns, *([r.get(c, "") for c in columns] for r in rows)]
-    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
-    return [head, "|---" * len(columns) + "|", *body]
 
 
 def steady(model):
@@ -122,11 +114,26 @@ def steady(model):
     return model
 
 
-def half(device):
-    """The autocast context of inference: bfloat16 on GPUs that have it themselves (T4 and V100 emulate it, slowly)."""
+def has_bf16(device):
+    """Whether it is a GPU that has bfloat16 itself (T4 and V100 emulate it, slowly)."""
     import torch
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16, enabled=native)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def half(device):
+    """The autocast context of inference: bfloat16 on GPUs that have it."""
+    import torch
+    return torch.autocast("cuda", torch.bfloat16, enabled=has_bf16(device))
+
+
+# ---- tables ----
+
+def markdown(rows, columns):
+    """[{column: text}] -> the lines of a table of those columns that hold anything."""
+    columns = [c for c in columns if any(r.get(c) for r in rows)]
+    lines = [columns, *([r.get(c, "") for c in columns] for r in rows)]
+    head, *body = ("| " + " | ".join(line) + " |" for line in lines)
+    return [head, "|---" * len(columns) + "|", *body]
 
 
 # ---- Ctrl-C and its kin ----
@@ -183,6 +190,7 @@ def spread(work, world):
     The other processes leave Ctrl-C to this one and never outlive it. A mistake in one of them is raised here as
     ValueError, its death as ChildProcessError.
     """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")     # they meet right here
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     others = {}
     for rank in range(1, world):

@@ -77,6 +77,11 @@ def tensor_image(array):
     return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def picture(frame):
+    """Inverse of tensor_image: (3,H,W) in [-1,1] -> (H,W,3) uint8."""
+    return ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+
 def resize(x, size):
     """(C,H,W) -> (C,*size), nearest-exact; values (flow, depth) are never rescaled."""
     if tuple(x.shape[-2:]) == tuple(size):
@@ -343,8 +348,7 @@ def show(reader, index):
     sample, cells = reader.load(index, tasks, with_next=True), []
     for key, name in (("image", "image"), ("next", "second frame")):
         if key in sample:
-            frame = (resize(tensor_image(sample[key]), reader.size) + 1) * 127.5
-            cells.append((name, cell(frame.round().byte().permute(1, 2, 0).numpy())))
+            cells.append((name, cell(picture(resize(tensor_image(sample[key]), reader.size)))))
     for t in tasks:
         label, valid = (resize(x, reader.size) for x in label_tensors(sample, t))
         told = [t, f"{100 * valid.float().mean():.0f}% valid", TASKS[t].tell(label, valid[0]) if valid.any() else ""]

@@ -38,6 +38,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import read_config, read_json
+from data import tensor_image
 from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
 from evaluate import aligned
 from model import StableMTL
@@ -173,7 +174,7 @@ def to_network(array, size, device):
     """(H,W,3) uint8 -> (1,3,*size) in [-1,1]."""
     image = Image.fromarray(array)
     image = image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return tensor_image(np.array(image))[None].to(device)
 
 
 def restore(x, task, size):
@@ -368,8 +369,8 @@ def main(argv=None):
     try:
         for item in bar:
             tasks, folder = [t for t in asked if TASKS[t].frames == 1 or item.next], own_folder(output, item, taken)
-            tally["motionless"] += len(tasks) < len(asked)
             if not tasks:
+                tally["motionless"] += 1
                 continue
             try:
                 frames = read_frames(item)
@@ -378,8 +379,8 @@ def main(argv=None):
                     raise
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 tally["bad"] += 1
-                tally["motionless"] -= len(tasks) < len(asked)
                 continue
+            tally["motionless"] += len(tasks) < len(asked)
             key = fingerprint(frames, common)
             files = ["panel.png", *(f"{t}.npy" for t in tasks), *["attention.json"] * args.attention]
             if not args.overwrite and finished(folder, key, files):

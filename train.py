@@ -40,7 +40,7 @@ from tqdm import tqdm
 import toy
 from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
-from data import Mixture, loader, parse_drop, prepare, train_readers, whole_cells
+from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers, whole_cells
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from evaluate import aligned
 from loading import read_model_json
@@ -262,7 +262,7 @@ def precision(cfg, device):
     """(function that opens the autocast context, gradient scaler or None)."""
     kind = cfg.precision
     if kind == "auto" and device.type == "cuda":
-        kind = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        kind = "bf16" if cli.has_bf16(device) else "fp16"
     elif kind == "auto":
         kind = "fp32"
     if kind == "fp32":
@@ -316,7 +316,6 @@ def main(argv=None):
         return ranked(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg, saved, tensors)
     world = number_of_processes(cfg)
     with tempfile.TemporaryDirectory() as place:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         work = partial(ranked, world=world, cfg=cfg, saved=saved, tensors=tensors, meeting=f"file://{place}/ranks")
         return cli.spread(work, world)[0]
 
@@ -392,7 +391,7 @@ def train(rank, world, device, cfg, saved, tensors):
     if cfg.val_samples:
         try:
             shown = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes, "val")
-            known = [t for t in mixture.tasks if any(t in r.tasks and len(r.indices(t)) for r in shown)]
+            known = [t for t in mixture.tasks if any(labelled(r, [t]) for r in shown)]
             held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
@@ -534,7 +533,7 @@ def labelled_tasks(cfg, readers):
     tasks = parse_tasks(cfg.tasks)
     if not cfg.data or cfg.tasks != "all":
         return tasks
-    found = tuple(t for t in tasks if any(t in r.tasks and len(r.indices(t)) for r in readers))
+    found = tuple(t for t in tasks if any(labelled(r, [t]) for r in readers))
     if not found:
         raise ValueError(f"--data {cfg.data} has no training label of any task: "
                          f"python data.py --data {cfg.data} --check says what is there")
@@ -571,7 +570,7 @@ def save_picture(model, readers, path):
     training, device, cells = model.training, next(model.parameters()).device, []
     model.eval()
     for reader in readers:
-        tasks = tuple(t for t in reader.tasks if t in model.tasks and len(reader.indices(t)))
+        tasks = labelled(reader, model.tasks)
         index = next((i for t in tasks for i in reader.indices(t)), None)
         tasks = tuple(t for t in tasks if index in reader.indices(t))
         if not tasks:
@@ -582,9 +581,9 @@ def save_picture(model, readers, path):
             codec, predicted, valid = model.codecs[t], maps[t][0].float().cpu(), item["valid"][t][0]
             label = codec.decode(item["labels"][t][None])[0]
             pairs.append(compare(codec, label, valid, aligned(codec, predicted, label, valid), native=False))
-        frames = [((f + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for f in item["frames"]]
         titles = [f"{reader.name} {reader.split}", "second frame"][:1 if torch.equal(*item["frames"]) else 2]
-        cells += sample_rows([(title, cell(f)) for title, f in zip(titles, frames, strict=False)], pairs, 5)
+        frames = [(title, cell(picture(f))) for title, f in zip(titles, item["frames"], strict=False)]
+        cells += sample_rows(frames, pairs, 5)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
     set_mode(model, training)

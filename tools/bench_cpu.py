@@ -1,6 +1,5 @@
 """Training steps on a CPU: processes against threads, idle and beside other programs. Called by tools/bench.py."""
 import contextlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -91,7 +90,6 @@ def measure(assembled, counted, size, busy=0, load=0, steps=15):
     core against one process per core, which is train.py's default; peak: share of the machine's measured GEMM rate,
     which is idle. busy, load: programs that spin, or multiply matrices on two threads each, meanwhile.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     cores, batch, out = cli.cores(), PRESETS["toy"]["batch"], []
     machine = sum(cli.spread(peak, cores))
     with beside(busy=busy, load=load):
