@@ -4,7 +4,7 @@
     python tests/kill.py --kills 20 --stage 2
 
 Every second kill waits until a checkpoint is being written. Tiny model, CPU; minutes for 20 kills. Exit code 0 if the
-weights (of the last and of the best checkpoint), Adam's moments, the random state, the latent cache, the held-out
+weights (of the last and of the best checkpoint), Adam's moments, the latent cache, the held-out
 losses and the log (all but img_per_s) are the same, 1 if not.
 """
 import argparse

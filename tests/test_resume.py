@@ -31,7 +31,7 @@ def undisturbed(tiny_base, stage1, tmp_path_factory):
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("place", ["between", "within", "saving"])
 def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypatch, stage, place):
-    """Ctrl-C between two steps, within a step or while saving, then --resume: weights, Adam, random state and log are
+    """Ctrl-C between two steps, within a step or while saving, then --resume: weights, Adam, and log are
     those of four steps."""
     if stage == 2:
         shutil.copytree(stage1, tmp_path / "out")
