@@ -35,7 +35,7 @@ def cell(picture):
 def compare(task, label, valid, predicted, native=True):
     """A label and a prediction of a tasks.Task in the label's colour scale -> their two cells, label first.
 
-    label, predicted: (C,H,W) of one unit, so a prediction up to scale has been fitted (evaluate.aligned); valid: (H,W)
+    label, predicted: (C,H,W) of one unit, so a prediction up to scale has been fitted (metrics.aligned); valid: (H,W)
     bool, the label's; without a valid pixel the prediction has its own scale. native: the label has the dataset's unit
     (metres, pixels), and its title says how far its colours reach.
     """

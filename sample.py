@@ -40,7 +40,7 @@ from tqdm import tqdm
 from checkpoint import read_config, read_json
 from data import tensor_image
 from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
-from evaluate import aligned
+from metrics import aligned
 from model import StableMTL
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import cli
 import toy
+from attention import ATTENTIONS, MASKS
 from checkpoint import read_config
 from loading import read_model_json
-from model import ATTENTIONS, MASKS, SECOND_FRAMES
+from model import SECOND_FRAMES
 from tasks import PALETTES, TASKS, parse_tasks
 
 # ---- the list: every field is a flag; None: set by the preset, or in stage 2 by stage 1 ----

@@ -39,7 +39,7 @@ class Task:
     frames: int          # 2 if the task is about motion to the second frame
     channels: int        # native channels C
     unit: str            # of decoded arrays, as stated in sample.py --help
-    metric: str          # key of evaluate.METRICS
+    metric: str          # key of metrics.METRICS
     encode: Callable
     decode: Callable
     colour: Callable

@@ -16,6 +16,7 @@ from test_house import FILES, ROOT, room
 
 import data
 import evaluate
+import metrics
 import sample
 import settings
 import train
@@ -139,7 +140,7 @@ def test_python_blocks_run(page, workshop, monkeypatch):
     """All blocks of a page in order, as one program."""
     monkeypatch.setattr(Folder.Frame, "inverse_depth", None, raising=False)     # undone after the test
     space = {}
-    with mock.patch.dict(TASKS), mock.patch.dict(evaluate.METRICS), mock.patch.dict(Folder.suffixes):
+    with mock.patch.dict(TASKS), mock.patch.dict(metrics.METRICS), mock.patch.dict(Folder.suffixes):
         for block in blocks(page, "python"):
             exec(compile(block, page, "exec"), space)
     if page == "README.md":     # what it says of the maps

@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 import draw
-from evaluate import aligned
+from metrics import aligned
 from readers.toyworld import ToyWorld
 from tasks import CITYSCAPES, TASKS
 

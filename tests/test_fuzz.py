@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import evaluate
+import metrics
 from readers import formats, media
 from tasks import CLASSES, IGNORE, TASKS
 from tools import convert
@@ -70,7 +70,7 @@ RANGES = {"mIoU": 100, "accuracy": 100, "mAE": 180, "AbsRel": np.inf, "delta1": 
           "LMSE": 1 + 1e-9, "RMSE": np.inf}
 
 
-@pytest.mark.parametrize("metric", evaluate.METRICS)
+@pytest.mark.parametrize("metric", metrics.METRICS)
 @some
 @given(SIDES, SIDES, MASKS, SCALES, POISON, SEEDS)
 def test_metrics(metric, height, width, share, scale, poison, seed):
@@ -84,7 +84,7 @@ def test_metrics(metric, height, width, share, scale, poison, seed):
         pred = torch.from_numpy(rng.standard_normal(label.shape) * scale)
     results = []
     for outside in (0.0, poison):
-        make = evaluate.METRICS[metric][0]
+        make = metrics.METRICS[metric][0]
         scores = make(clip=(1e-3, 80.0)) if metric == "depth" else make()
         for _ in range(2):
             scores.add(*(torch.where(valid, x, torch.tensor(outside, dtype=x.dtype)) for x in (pred, label)), valid)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
-from evaluate import METRICS, PAPER, delta_m
+import metrics
+from evaluate import PAPER
+from metrics import METRICS, delta_m
 from tasks import CLASSES, TASKS
 
 LOWER = {name: METRICS[task.metric][2] for name, task in TASKS.items()}
@@ -50,16 +51,16 @@ def test_scale_shift_is_lstsq():
     p, y, v = rand(1, 9, 11), 5 * rand(1, 9, 11, seed=1), mask(9, 11)
     a = np.stack([p[:, v].ravel(), np.ones(int(v.sum()))], 1)
     s, t = np.linalg.lstsq(a, y[:, v].numpy().ravel(), rcond=None)[0]
-    torch.testing.assert_close(evaluate.align_scale_shift(p, y, v, -99, 99), s * p + t)
-    torch.testing.assert_close(evaluate.align_scale_shift(p, y, v, 2.4, 2.6), (s * p + t).clamp(2.4, 2.6))
+    torch.testing.assert_close(metrics.align_scale_shift(p, y, v, -99, 99), s * p + t)
+    torch.testing.assert_close(metrics.align_scale_shift(p, y, v, 2.4, 2.6), (s * p + t).clamp(2.4, 2.6))
 
 
 def test_scale_shift_of_a_constant_is_the_mean():
     """A constant prediction, and a single valid pixel, become the label's mean without NaN."""
     y = at(1, 2, 6)
-    torch.testing.assert_close(evaluate.align_scale_shift(at(4, 4, 4), y, ALL3, 0, 10), at(3, 3, 3))
+    torch.testing.assert_close(metrics.align_scale_shift(at(4, 4, 4), y, ALL3, 0, 10), at(3, 3, 3))
     one = torch.tensor([[False, True, False]])
-    torch.testing.assert_close(evaluate.align_scale_shift(at(7, 8, 9), y, one, 0, 10)[:, one], y[:, one])
+    torch.testing.assert_close(metrics.align_scale_shift(at(7, 8, 9), y, one, 0, 10)[:, one], y[:, one])
 
 
 def test_flow_scale_is_per_channel_and_never_negative():
@@ -67,7 +68,7 @@ def test_flow_scale_is_per_channel_and_never_negative():
     p, y, v = rand(3, 6, 7, lo=-1), rand(3, 6, 7, seed=1, lo=-1), mask(6, 7)
     y[0], y[1] = p[0] * 3 + 0.1 * y[0], -p[1]
     p[2] = 0
-    got = evaluate.align_scale_nonneg(p, y, v)
+    got = metrics.align_scale_nonneg(p, y, v)
     s = np.linalg.lstsq(p[0][v][:, None].numpy(), y[0][v].numpy(), rcond=None)[0][0]
     torch.testing.assert_close(got, torch.stack([s * p[0], 0 * p[1], 0 * p[2]]))
 
@@ -76,8 +77,8 @@ def test_intensity_scale_is_shared_by_channels():
     """Shading and albedo get one scale for all channels (numpy's), then are clipped to [0,1]; black stays black."""
     p, y, v = rand(3, 6, 7), rand(3, 6, 7, seed=1), mask(6, 7)
     s = np.linalg.lstsq(p[:, v].ravel()[:, None].numpy(), y[:, v].ravel().numpy(), rcond=None)[0][0]
-    torch.testing.assert_close(evaluate.align_scale(p, y, v), (s * p).clamp(0, 1))
-    assert not evaluate.align_scale(0 * p, y, v).any()
+    torch.testing.assert_close(metrics.align_scale(p, y, v), (s * p).clamp(0, 1))
+    assert not metrics.align_scale(0 * p, y, v).any()
 
 
 @pytest.mark.parametrize("metric", [m for m in METRICS if m not in ("semantic", "normal")])
@@ -100,8 +101,8 @@ def test_pictures_see_what_the_metric_sees(name, monkeypatch):
     m = make(task.metric)
     monkeypatch.setattr(m, "update", lambda pred, label, valid: seen.append(pred))
     m.add(p, y, v)
-    assert torch.equal(evaluate.aligned(task, p.double(), y.double(), v), seen[0])
-    assert torch.equal(evaluate.aligned(task, p, y, v & ~v), p)
+    assert torch.equal(metrics.aligned(task, p.double(), y.double(), v), seen[0])
+    assert torch.equal(metrics.aligned(task, p, y, v & ~v), p)
     assert torch.equal(seen[0], p) == (task.metric in ("semantic", "normal"))
 
 
@@ -118,7 +119,7 @@ def test_iou_by_hand():
     assert list(r)[0] == "mIoU" and r["mIoU"] == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3)
     assert [k for k in r if k.startswith("IoU")] == [f"IoU {c}" for c in CLASSES[:3]]
     assert r[f"IoU {CLASSES[1]}"] == pytest.approx(100 * 2 / 3)
-    assert evaluate.confusion(pred, label, label[0] != 255, 8)[:3, :3].tolist() == [[1, 0, 1], [1, 2, 0], [0, 0, 0]]
+    assert metrics.confusion(pred, label, label[0] != 255, 8)[:3, :3].tolist() == [[1, 0, 1], [1, 2, 0], [0, 0, 0]]
 
 
 def test_unknown_class_ids_are_refused():
@@ -137,16 +138,16 @@ def test_normal_by_hand():
     m.add(pred, label, ALL4)
     expected = {"mAE": 61.25, "<11.25": 25, "<22.5": 50, "<30": 50, "images": 1, "skipped": 0}
     assert m.result() == pytest.approx(expected, abs=1e-4)
-    assert evaluate.angles(0 * pred, label.double(), ALL4).tolist() == pytest.approx([90] * 4)
+    assert metrics.angles(0 * pred, label.double(), ALL4).tolist() == pytest.approx([90] * 4)
 
 
 def test_depth_by_hand():
     """Predictions 4, 4 m for labels 2, 4 m, without alignment."""
-    r = evaluate.depth_errors(at(4, 4), at(2, 4), ALL2)
+    r = metrics.depth_errors(at(4, 4), at(2, 4), ALL2)
     expected = {"AbsRel": 50, "SqRel": 1, "RMSE": 2**0.5, "RMSElog": math.log(2) / 2**0.5, "log10": math.log10(2) / 2}
     assert r == pytest.approx(expected | {"delta1": 50, "delta2": 50, "delta3": 50})
     edges = at(1.2, 1.5, 1.9, 2.0)  # ratios below 1.25, 1.25^2 = 1.5625, 1.25^3 = 1.953, none
-    assert [evaluate.depth_errors(edges, at(1, 1, 1, 1), ALL4)[f"delta{k}"] for k in (1, 2, 3)] == [25, 50, 75]
+    assert [metrics.depth_errors(edges, at(1, 1, 1, 1), ALL4)[f"delta{k}"] for k in (1, 2, 3)] == [25, 50, 75]
 
 
 def test_depth_is_clipped_and_must_be_positive():
@@ -157,7 +158,7 @@ def test_depth_is_clipped_and_must_be_positive():
     with pytest.raises(ValueError, match="above 0 m"):
         make("depth").add(at(1, 2), at(0, 1), ALL2)
     with pytest.raises(ValueError, match="0 < lo < hi"):
-        evaluate.Depth((0, 80))
+        metrics.Depth((0, 80))
 
 
 def test_epe_by_hand():
@@ -185,11 +186,11 @@ def test_albedo_rmse_divides_by_pixels():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_ssim_is_scikit_images(channels):
     """With every pixel valid SSIM equals scikit-image's: 7x7 uniform window, range 1, channels averaged, no border."""
-    metrics = pytest.importorskip("skimage.metrics")
+    similarity = pytest.importorskip("skimage.metrics")
     p, y = rand(channels, 19, 23), rand(channels, 19, 23, seed=1)
     p = 0.6 * y + 0.4 * p
-    expected = metrics.structural_similarity(p.numpy(), y.numpy(), win_size=7, data_range=1, channel_axis=0)
-    assert evaluate.ssim(p, y, torch.ones(19, 23, dtype=torch.bool)) == pytest.approx(expected, abs=1e-12)
+    expected = similarity.structural_similarity(p.numpy(), y.numpy(), win_size=7, data_range=1, channel_axis=0)
+    assert metrics.ssim(p, y, torch.ones(19, 23, dtype=torch.bool)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_masked_ssim_is_the_naive_loop():
@@ -202,7 +203,7 @@ def test_masked_ssim_is_the_naive_loop():
         (va, c), (_, vb) = np.cov(a, b)
         means = (2 * a.mean() * b.mean() + 1e-4) / (a.mean()**2 + b.mean()**2 + 1e-4)
         values.append(means * (2 * c + 9e-4) / (va + vb + 9e-4))
-    assert evaluate.ssim(p, y, v) == pytest.approx(np.mean(values))
+    assert metrics.ssim(p, y, v) == pytest.approx(np.mean(values))
 
 
 def test_lmse_is_the_naive_loop():
@@ -216,15 +217,15 @@ def test_lmse_is_the_naive_loop():
             a, b = (z[:, i:i + 16, j:j + 16][:, w].ravel().numpy() for z in (p, y))
             s = np.linalg.lstsq(a[:, None], b, rcond=None)[0][0] if a.size else 0
             error, total = error + ((b - s * a)**2).sum(), total + (b**2).sum()
-    assert evaluate.lmse(p, y, v) == pytest.approx(error / total)
+    assert metrics.lmse(p, y, v) == pytest.approx(error / total)
 
 
 def test_lmse_forgives_scale_per_window_only():
     """A window-wise rescaled prediction has LMSE 0 in its windows, a black prediction 1."""
     y = rand(1, 16, 16)
     full = torch.ones(16, 16, dtype=torch.bool)
-    assert evaluate.lmse(0.3 * y, y, full) == pytest.approx(0, abs=1e-12)
-    assert evaluate.lmse(0 * y, y, full) == 1
+    assert metrics.lmse(0.3 * y, y, full) == pytest.approx(0, abs=1e-12)
+    assert metrics.lmse(0 * y, y, full) == 1
 
 
 # ---- protocol ----
@@ -326,7 +327,7 @@ def test_non_finite_and_misshapen_maps_are_refused():
 def test_trivial_semantic():
     """The constant is the most frequent class overall, the map that of each pixel, or the constant if none is valid."""
     labels = torch.tensor([[[[3, 5, 5, 255]]], [[[3, 5, 1, 255]]], [[[2, 5, 1, 255]]]])
-    constant, pixels = evaluate.trivial(TASKS["semantic"], [(y, y[0] != 255) for y in labels])
+    constant, pixels = metrics.trivial(TASKS["semantic"], [(y, y[0] != 255) for y in labels])
     assert constant.tolist() == [[[5, 5, 5, 5]]] and pixels.tolist() == [[[3, 5, 1, 5]]]
 
 
@@ -334,11 +335,11 @@ def test_trivial_albedo_and_shading_are_masked_means():
     """In native units, shading's and albedo's trivial predictors are plain means over the valid labels, NaN elsewhere
     notwithstanding."""
     a, b = at(0.2, math.nan, 0.6), at(0.4, 0.8, math.nan)
-    constant, pixels = evaluate.trivial(TASKS["shading"], [(x, ~x.isnan()[0]) for x in (a, b)])
+    constant, pixels = metrics.trivial(TASKS["shading"], [(x, ~x.isnan()[0]) for x in (a, b)])
     torch.testing.assert_close(constant.double(), at(0.5, 0.5, 0.5))
     torch.testing.assert_close(pixels.double(), at(0.3, 0.8, 0.6))
     rgb = rand(4, 3, 5, 6)
-    constant, pixels = evaluate.trivial(TASKS["albedo"], [(x, torch.ones(5, 6, dtype=torch.bool)) for x in rgb])
+    constant, pixels = metrics.trivial(TASKS["albedo"], [(x, torch.ones(5, 6, dtype=torch.bool)) for x in rgb])
     torch.testing.assert_close(constant[:, 2, 3].double(), rgb.mean((0, 2, 3)))
     torch.testing.assert_close(pixels.double(), rgb.mean(0))
 
@@ -347,7 +348,7 @@ def test_trivial_flow_ignores_each_images_scale():
     """Flows are averaged after division by each image's largest value: a fast image does not outvote two slow ones."""
     label = torch.tensor([1.0, 0.5]).view(1, 1, 2).expand(2, 1, 2)
     labels = [(scale * label, ALL2) for scale in (1, 0.1, -100)]
-    constant, pixels = evaluate.trivial(TASKS["optical_flow"], labels)
+    constant, pixels = metrics.trivial(TASKS["optical_flow"], labels)
     torch.testing.assert_close(pixels, label / 3)
     torch.testing.assert_close(constant, torch.full_like(label, 0.25))
 
@@ -355,11 +356,11 @@ def test_trivial_flow_ignores_each_images_scale():
 def test_trivial_normal_is_a_unit_vector_and_depth_a_fraction():
     """The mean of two orthogonal normals is renormalised; a depth ramp in any unit has the same relative mean."""
     x, z = (torch.eye(3)[i].view(3, 1, 1).expand(3, 1, 2) for i in (0, 2))
-    constant, _ = evaluate.trivial(TASKS["normal"], [(x, ALL2), (z, ALL2)])
+    constant, _ = metrics.trivial(TASKS["normal"], [(x, ALL2), (z, ALL2)])
     torch.testing.assert_close(constant[:, 0, 0], torch.tensor([1.0, 0, 1]) / 2**0.5)
     ramp = torch.linspace(1, 9, 101).view(1, 1, -1)
     full = torch.ones(1, 101, dtype=torch.bool)
-    (_, near), (_, far) = (evaluate.trivial(TASKS["depth"], [(d, full)]) for d in (ramp, 1000 * ramp + 7))
+    (_, near), (_, far) = (metrics.trivial(TASKS["depth"], [(d, full)]) for d in (ramp, 1000 * ramp + 7))
     torch.testing.assert_close(near, far)
     assert near[0, 0, 0] == 0 and near[0, 0, -1] == 1 and near[0, 0, 50] == pytest.approx(0.5, abs=1e-3)
 
@@ -376,7 +377,7 @@ def test_trivial_predictions_can_be_scored(task):
         labels = [base + 0.1 * rand(t.channels, *shape, seed=k) for k in range(4)]
     v = torch.ones(shape, dtype=torch.bool)
     scores = []
-    for pred in evaluate.trivial(t, [(y, v) for y in labels]):
+    for pred in metrics.trivial(t, [(y, v) for y in labels]):
         assert pred.shape == labels[0].shape
         m = make(t.metric)
         for y in labels:
@@ -384,7 +385,7 @@ def test_trivial_predictions_can_be_scored(task):
         scores.append(m.result()[METRICS[t.metric][1]] * (1 if LOWER[task] else -1))
     assert scores[1] < scores[0]
     with pytest.raises(ValueError, match=f"expected a {task} label"):
-        evaluate.trivial(t, [(labels[0], ~v)])
+        metrics.trivial(t, [(labels[0], ~v)])
 
 
 # ---- Delta_m ----

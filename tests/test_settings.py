@@ -8,6 +8,7 @@ import torch
 from kill import compare, log_lines
 from runs import THREE, TINY, saved
 
+import losses
 import settings
 import train
 from model import StableMTL
@@ -151,11 +152,11 @@ def test_fp16_that_never_learns_stops(go, tmp_path, monkeypatch):
     """fp16 whose every gradient is NaN: stopped as fp32 is, after PATIENCE steps that the scaler skipped; the log is
     valid json without bare NaN, and no best/ is claimed."""
     monkeypatch.setattr(train, "PATIENCE", 3)
-    terms = train.loss_terms
+    terms = losses.loss_terms
 
     def broken(*args):
         return {kind: (error * float("nan"), count) for kind, (error, count) in terms(*args).items()}
-    monkeypatch.setattr(train, "loss_terms", broken)
+    monkeypatch.setattr(losses, "loss_terms", broken)
     code, out, error = go(f"--tasks {THREE} --steps 30 --precision fp16 --val-samples 1")
     assert code == 2 and "for the 3th step in a row" in error and "--precision fp32" in error and "lowest" not in out
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import metrics
 import train
 from checkpoint import write_json
 from cli import run
@@ -159,7 +160,7 @@ def made_up(tmp_path, monkeypatch):
         tasks = train.parse_tasks((out / "tasks.txt").read_text())
         results = {}
         for reader in evaluate.test_readers():
-            results[reader.name] = {t: {evaluate.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
+            results[reader.name] = {t: {metrics.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
                                     for t in reader.tasks if t in tasks}
         write_json(argv[argv.index("--json") + 1], {"results": results})
 

@@ -11,6 +11,7 @@ from runs import THREE, TINY, close, same
 from safetensors.torch import load_file
 
 import data
+import losses
 import settings
 import train
 from data import Mixture, train_readers, whole_cells
@@ -36,9 +37,9 @@ def model(tiny_base):
 def gradients(model, batches, kinds, encode=True):
     """({kind: loss}, {parameter: gradient}) of one step."""
     model.zero_grad(set_to_none=True)
-    losses = train.step_gradients(model, batches, kinds, encode, CPU, *PLAIN)
+    found = losses.step_gradients(model, batches, kinds, encode, CPU, *PLAIN)
     params = [named for m in train.trainable(model).values() for named in m.named_parameters()]
-    return losses, {n: p.grad.clone() for n, p in params if p.grad is not None}
+    return found, {n: p.grad.clone() for n, p in params if p.grad is not None}
 
 
 # ---- one task at a time ----
@@ -194,7 +195,7 @@ def test_every_loss_of_every_task(model, readers, task):
     assert not close(latent, pixel, 1e-2)
     assert not close(pixel, dense, 1e-2)
     code, valid = batch["labels"][task], batch["valid"][task]
-    error = train.DENSE[TASKS[task].dense_loss](code, code, valid, model.codecs[task])
+    error = losses.DENSE[TASKS[task].dense_loss](code, code, valid, model.codecs[task])
     assert error.shape == valid.shape
     assert error[valid].max() < (0.2 if TASKS[task].categorical else 1e-4)
 
@@ -219,12 +220,12 @@ def test_a_batch_overfits(tiny_base, readers):
     torch.manual_seed(0)
     model = from_base(str(tiny_base), ("depth",))
     batch = Mixture(readers, ("depth",), TASKS, 2, 2, seed=1)[0]["batches"]
-    optimizer, losses = torch.optim.Adam(model.unet.parameters(), 1e-2), []
+    optimizer, values = torch.optim.Adam(model.unet.parameters(), 1e-2), []
     for _ in range(30):
-        losses.append(train.step_gradients(model, batch, {"latent": 1.0}, True, CPU, *PLAIN)["latent"])
+        values.append(losses.step_gradients(model, batch, {"latent": 1.0}, True, CPU, *PLAIN)["latent"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    assert losses[-1] < losses[0] / 3, losses[::5]
+    assert values[-1] < values[0] / 3, values[::5]
 
 
 def test_learning_rate():

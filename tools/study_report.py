@@ -9,8 +9,9 @@ from checkpoint import read_json, read_lines, write_json
 from cli import markdown, parse_device, parse_size
 from data import tensor_image, test_readers
 from draw import attention_table, draw_attention, draw_curves, draw_intervals, draw_scatter
-from evaluate import METRIC_VALUES, METRICS, by_task, delta_m
+from evaluate import METRIC_VALUES, by_task
 from loading import read_model_json
+from metrics import METRICS, delta_m
 from model import StableMTL
 from tasks import TASKS
 from tools.bench import hardware, step_operations

@@ -1,0 +1,137 @@
+"""The attention over tasks of stage 2 (section 3.2), and the tap that puts it into diffusers' transformer blocks.
+
+Shapes: B images, T tasks, N latent pixels of a block, C its width.
+"""
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch import nn
+
+MASKS = ("score", "score-k", "argmax", "uniform")
+ATTENTIONS = ("n-to-1", "n-to-n")
+
+class KeyValue(nn.Module):
+    """C -> C/2 -> C with one exact GELU: the projection of an auxiliary stream to keys or values."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, width // 2), nn.Linear(width // 2, width)     # applied by keys_values
+
+
+class Query(nn.Module):
+    """C -> hidden -> hidden -> hidden -> C: the projection of the main stream to queries."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def stacked(layers):
+    """Weight and bias of T like layers: of linear ones (T,out,in) and (T,1,out), of norms (T,1,C) both."""
+    weight, bias = torch.stack([x.weight for x in layers]), torch.stack([x.bias for x in layers])
+    return weight.view(len(weight), -1, weight.shape[-1]), bias[:, None]
+
+
+class TaskAttention(nn.Module):
+    """One block's N-to-1 attention: every pixel of the main stream attends to the same pixel of the other streams.
+
+    The softmax runs over the other tasks, per pixel and head, never over space. `out` starts at zero, so that at step 0
+    the main stream equals stage 1. Attribute names are those of the released weights. Raises ValueError if heads does
+    not divide width.
+    """
+
+    def __init__(self, width, tasks, heads=4, hidden=640, shared=False):
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"--heads {heads} does not divide the width {width} of a layer: choose a divisor")
+        self.tasks, self.heads, self.shared = tuple(tasks), heads, shared
+        own = ("shared",) if shared else self.tasks
+        self.task_to_q = nn.ModuleDict({t: Query(width, hidden) for t in own})
+        self.task_to_k = nn.ModuleDict({t: KeyValue(width) for t in own})
+        self.task_to_v = nn.ModuleDict({t: KeyValue(width) for t in own})
+        self.task_norm_q = nn.ModuleDict({t: nn.LayerNorm(width) for t in own})
+        self.task_norm_k = nn.ModuleDict({t: nn.LayerNorm(width) for t in own})
+        self.task_norm_v = nn.ModuleDict({t: nn.LayerNorm(width) for t in own})
+        self.to_out_task = nn.Linear(width, width)
+        nn.init.zeros_(self.to_out_task.weight)
+        nn.init.zeros_(self.to_out_task.bias)
+
+    def keys_values(self, feats):
+        """{task: (B,N,C)} auxiliary streams -> (tasks, k, v), k and v (T,B,N,C): all tasks at once, each stream once.
+
+        All norms share their statistics; gain and bias go into the first layer: W (x g + b) + c = (W g) x + (W b + c).
+        """
+        own, f = ["shared" if self.shared else t for t in feats], torch.stack(list(feats.values()))
+        x, out = F.layer_norm(f, f.shape[-1:]).flatten(1, 2), []                         # (T,B*N,C)
+        for norms, projections in (self.task_norm_k, self.task_to_k), (self.task_norm_v, self.task_to_v):
+            gain, bias = stacked([norms[t] for t in own])
+            w1, b1 = stacked([projections[t].fc1 for t in own])
+            w2, b2 = stacked([projections[t].fc2 for t in own])
+            h = torch.baddbmm(b1 + bias @ w1.mT, x, (w1 * gain).mT)                      # (T,B*N,C/2)
+            out.append(torch.baddbmm(b2, F.gelu(h), w2.mT).view_as(f))
+        return tuple(feats), *out
+
+    def forward(self, a, task, kv, mask=None):
+        """a: (B,N,C) main stream of `task`; kv: keys_values; mask: None or (T,) scores -> (T,) bool, True: left out
+
+        Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks.
+        """
+        tasks, k, v = kv
+        others, s = [i for i, t in enumerate(tasks) if t != task], "shared" if self.shared else task
+        k, v = (x if len(others) == len(tasks) else x[others] for x in (k, v))           # (T,B,N,C)
+        head = torch.eye(self.heads, device=a.device, dtype=a.dtype).repeat_interleave(a.shape[-1] // self.heads, 0)
+        q = self.task_to_q[s](self.task_norm_q[s](a))                                    # (B,N,C)
+        logits = (q * k) @ head * (a.shape[-1] // self.heads) ** -0.5                    # (T,B,N,heads)
+        weights = logits.softmax(0)
+        if mask is not None:
+            left_out = mask(weights.detach().float().mean((1, 2, 3)))
+            weights = logits.masked_fill(left_out.view(-1, 1, 1, 1), float("-inf")).softmax(0)
+        y = ((weights.to(head.dtype) @ head.T) * v).sum(0)                               # (B,N,C)
+        return self.to_out_task(y), weights.detach()
+
+
+def draw_mask(scores, rho, how):
+    """Attention-guided masking (section 3.2): which of the T auxiliary tasks this layer leaves out in this step.
+
+    scores: (T,) mean attention, sums to 1. With probability rho: `score` samples one task in proportion to its score,
+    `score-k` a random number 1..T-1 of them, `argmax` takes the highest, `uniform` samples one evenly. One task is
+    always left. -> (T,) bool
+    """
+    left_out = torch.zeros_like(scores, dtype=torch.bool)
+    if len(scores) < 2 or torch.rand(()) >= rho:
+        return left_out
+    if how == "argmax":
+        chosen = scores.argmax()
+    elif how == "uniform":
+        chosen = torch.randint(len(scores), (1,))
+    else:
+        count = 1 if how == "score" else int(torch.randint(1, len(scores), (1,)))
+        chosen = torch.multinomial(scores.cpu().clamp(min=1e-12), count)
+    left_out[chosen] = True
+    return left_out
+
+
+class StreamsDone(Exception):
+    """Raised by the last tap: nothing after it is needed of an auxiliary stream."""
+
+
+class Tap:
+    """Attention processor of one `attn1`: diffusers' own self-attention, then hand the result a to `use(block, a)`."""
+
+    def __init__(self, block, use):
+        self.block, self.use, self.attend = block, use, AttnProcessor2_0()
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        return self.use(self.block, self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+
+
+def transformer_blocks(unet):
+    """{name: BasicTransformerBlock} in the order they run (modules() would list the mid block last)."""
+    blocks = {n: m for n, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+    order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    return dict(sorted(blocks.items(), key=lambda item: order[item[0].split(".")[0]]))
