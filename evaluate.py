@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 from statistics import fmean
 
-from cli import Parser, half, markdown, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, markdown, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import torch
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import toy
 from checkpoint import crc, read_config, read_json, write_json
 from data import labelled, resize, test_batches, test_readers, train_readers
+from infer import network_maps
 from metrics import GUESSES, METRICS, delta_m, trivial
 from model import StableMTL, from_base
 from readers import READERS
@@ -69,8 +70,7 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
             predicted = round_trip(model, [maps for _, maps in group], psnr)
         else:
             pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, _ in group), strict=True)]
-            with half(device):
-                predicted = model.predict(*pair, tasks=[t for t in group[0][1] if t in TASKS], rows=rows)
+            predicted = network_maps(model, *pair, tasks=[t for t in group[0][1] if t in TASKS], rows=rows)
         for n, (_, maps) in enumerate(group):
             for name, (label, valid) in maps.items():
                 task = name.split(":")[0]

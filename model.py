@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import infer
 import loading
 from attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks
-from checkpoint import write_json
+from checkpoint import read_config, write_json
 from tasks import TASKS, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
@@ -47,6 +48,7 @@ class StableMTL(nn.Module):
         self.palette, self.second_frame = palette, second_frame
         self.main, self.attention, self.multi = None, None, None
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
+        self.size = None                        # (H, W) of its training images, where known: what `infer` goes by
         self.attention_log = None               # a list here receives (block, main task, {other task: mean attention})
 
     # -- stage 2 --
@@ -204,6 +206,21 @@ class StableMTL(nn.Module):
             raise FloatingPointError(f"the prediction of {bad} is not finite: damaged weights, or too low a precision")
         return out
 
+    def infer(self, image, next=None, tasks=None, size=None, rows=None):
+        """Maps of photos as numpy arrays of the photos' own size, {task: array}; of a list of them, a list.
+
+        image: a path, a Pillow image or an (H,W,3) uint8 array; a list of these, of any sizes, passes as one batch per
+        size. next: the frame after it, of the same size (for a list: a list, with None where there is none); without
+        one, tasks about motion are left out. tasks: names, in a list or as "depth,normal"; default all this model
+        knows. size: the longer side in pixels that the network sees, 0 = the photo's own, default: the shorter side as
+        in training. rows: images x tasks that pass the UNet at once; 1 needs least memory.
+
+        Arrays are (H,W) uint8 of classes, (H,W) float32 of one channel, or (H,W,C) float32: the .npy files of
+        sample.py, whose --help lists their units. FileNotFoundError, ValueError: there is no such file, it cannot be
+        read, or this model cannot do that; FloatingPointError: a prediction is not finite.
+        """
+        return infer.infer(self, image, next, tasks, size, rows)
+
     # -- files --
 
     def save(self, folder):
@@ -247,6 +264,7 @@ class StableMTL(nn.Module):
             if "main_unet" in parts:
                 model.add_main_stream(parts["main_unet"], **spec["multi"])
                 model.load_task_attention(parts["task_attention"])
+        model.size = read_config(folder)["size"]
         return model.to(device).eval()
 
 

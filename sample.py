@@ -28,18 +28,18 @@ from functools import lru_cache, partial
 from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
-from cli import Parser, half, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import read_config, read_json
-from data import tensor_image
+import infer
+from checkpoint import read_json
 from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
+from infer import as_array, check_pair, restore
 from metrics import aligned
 from model import StableMTL
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
@@ -152,62 +152,17 @@ def toy(text):
 
 # ---- from frames to maps ----
 
-def network_size(height, width, size, trained, factor):
-    """(H, W) at which the network sees an image of height x width.
-
-    size: its longer side, 0 = as it is, None = the shorter side becomes that of `trained` (H, W), as long as the area
-    stays below 8 times the trained one. Each side gets at least 8 latent cells (one cell of the UNet's coarsest level),
-    even if that distorts.
-    """
-    least, most = 8 * factor, max(height, width)
-    scale = size / most if size else 1.0
-    if size is None and trained:
-        area = 8 * trained[0] * trained[1]
-        scale = min(min(trained) / min(height, width), (area / (height * width)) ** 0.5)
-        if scale * min(height, width) < least:      # the shorter side grows, so the longer one must give way
-            return tuple(least if scale * side < least else min(round(scale * side), max(least, area // least))
-                         for side in (height, width))
-    return tuple(max(least, round(scale * side)) for side in (height, width))
-
-
-def to_network(array, size, device):
-    """(H,W,3) uint8 -> (1,3,*size) in [-1,1]."""
-    image = Image.fromarray(array)
-    image = image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.LANCZOS)
-    return tensor_image(np.array(image))[None].to(device)
-
-
-def restore(x, task, size):
-    """A prediction (1,C,h,w) at the network's size -> (C,*size) on the CPU. Flows keep their values (in any scale)."""
-    x = x.float().cpu()
-    if task.categorical:
-        return F.interpolate(x, size, mode="nearest-exact")[0].long()
-    x = F.interpolate(x, size, mode="bilinear", antialias=True)[0]
-    return F.normalize(x, dim=0, eps=1e-6) if task.dense_loss == "cosine" else x     # directions stay unit vectors
-
-
 def read_frames(item):
     """[image] or [image, next] of an Input, each (H,W,3) uint8. ValueError if one is unreadable or of another size."""
     frames = [read() for read in (item.image, item.next) if read]
-    if frames[0].shape != frames[-1].shape:
-        (h, w), (h2, w2) = (f.shape[:2] for f in frames)
-        raise ValueError(f"{item.name} has {w}x{h} pixels and its next frame {w2}x{h2}: "
-                         "give frames of one size (or --single)")
+    check_pair(frames, item.name, " (or --single)")
     return frames
 
 
-def predict(model, frames, tasks, args, trained):
-    """({task: (1,C,h,w) native prediction at the network's size}, attention table or None); ValueError if the memory
-    does not suffice."""
-    size = network_size(*frames[0].shape[:2], args.size, trained, model.factor)
+def predict(model, frames, tasks, args):
+    """({task: (1,C,h,w) at the network's size}, attention table or None); errors: infer.predict."""
     model.attention_log = [] if args.attention else None
-    try:
-        with half(args.device):
-            maps = model.predict(*[to_network(f, size, args.device) for f in frames], tasks=tasks, rows=args.rows)
-    except RuntimeError as error:
-        if "allocate" not in str(error):        # so say CUDA and the CPU of a lack of memory
-            raise
-        raise ValueError(f"out of memory at {size[1]}x{size[0]} pixels: use --rows 1, or a smaller --size") from error
+    maps = infer.predict(model, *([f] for f in frames), tasks=tasks, size=args.size, rows=args.rows)
     return maps, attention_table(model.attention_log, model.tasks) if args.attention else None
 
 
@@ -278,11 +233,10 @@ def write(folder, item, key, frames, maps, table=None):
         put_json(folder.parent / "made_from.json", {"input": item.source})
     cells = [(name, cell(f)) for name, f in zip(("image", "second frame"), frames, strict=False)]
     for t, x in maps.items():
-        task, x = TASKS[t], restore(x, TASKS[t], size)
+        task, x = TASKS[t], restore(x, TASKS[t], size)[0]
         picture = task.colour(x, torch.ones(size, dtype=torch.bool))
-        array = np.ascontiguousarray(x.permute(1, 2, 0).numpy())
         put(folder / f"{t}.png", Image.fromarray(picture).save, "PNG")
-        put(folder / f"{t}.npy", np.save, array[..., 0].astype(np.uint8) if task.categorical else array)
+        put(folder / f"{t}.npy", np.save, as_array(x, task))
         if item.truth:
             label = torch.from_numpy(item.truth["labels"][t]).permute(2, 0, 1)
             valid = torch.from_numpy(item.truth["valid"][t])
@@ -302,7 +256,8 @@ def write(folder, item, key, frames, maps, table=None):
 
 def parse(argv):
     def kind(task):
-        return "(H,W) uint8" if task.categorical else f"(H,W,{task.channels}) float32"
+        shape = "(H,W)" if task.channels == 1 else f"(H,W,{task.channels})"
+        return f"{shape} {'uint8' if task.categorical else 'float32'}"
 
     units = "\n".join(f"  {t.name + '.npy':18}{kind(t):17}{t.unit}" for t in TASKS.values())
     classes = ", ".join(f"{i} {c}" for i, c in enumerate(CLASSES))
@@ -333,7 +288,7 @@ def parse(argv):
 
 
 def load(args):
-    """(model, the tasks asked for, the (H, W) it was trained at, None if the checkpoint does not say)."""
+    """(model, the tasks asked for)."""
     args.device = parse_device(args.device)
     wanted, model = parse_tasks(args.tasks), steady(StableMTL.load(args.ckpt, args.stage, args.device))
     tasks = [t for t in model.tasks if t in wanted]
@@ -345,15 +300,15 @@ def load(args):
         model.vae.enable_slicing()
     if args.vae_tiling:
         model.vae.enable_tiling()
-    return model, tasks, read_config(args.ckpt)["size"]
+    return model, tasks
 
 
-def settings(args, model, trained):
+def settings(args, model):
     """What maps follow from beside their frames, as json; weights by size and time, since checksums would take long."""
     folder = Path(args.ckpt)
     files = [folder / "model.json", *folder.glob("*.safetensors"), *folder.glob("*/*model*.safetensors")]
     weights = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
-    return [weights, model.multi is None, args.size, trained, args.vae_tiling, args.device.type]
+    return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type]
 
 
 def main(argv=None):
@@ -363,8 +318,8 @@ def main(argv=None):
         raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3")
     inputs = [toy(args.toy)] if args.toy else find(args.paths, args.single, args.stride)
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
-    model, asked, trained = load(args)
-    output, taken, tally, common = Path(args.output), {}, Counter(), settings(args, model, trained)
+    model, asked = load(args)
+    output, taken, tally, common = Path(args.output), {}, Counter(), settings(args, model)
     bar = tqdm(inputs, unit="input", disable=None)
     try:
         for item in bar:
@@ -386,7 +341,7 @@ def main(argv=None):
             if not args.overwrite and finished(folder, key, files):
                 tally["kept"] += 1
                 continue
-            write(folder, item, key, frames, *predict(model, frames, tasks, args, trained))
+            write(folder, item, key, frames, *predict(model, frames, tasks, args))
             tally["done"] += 1
     except KeyboardInterrupt:
         done = tally["done"] + tally["kept"]

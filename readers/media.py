@@ -41,8 +41,9 @@ def _upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image):
-    """A Pillow image of any mode -> upright (H,W,3) uint8. What is transparent is put on white; 16 bits become 8."""
+def to_rgb(image):
+    """A Pillow image of any mode -> upright (H,W,3) uint8. What is transparent is put on white; 16 bits become 8.
+    ValueError for pixels of other kinds."""
     image = _upright(image)
     if image.mode[0] in "IF":
         grey = np.asarray(image)
@@ -67,7 +68,7 @@ def read_image(path):
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes): fetch or save it again")
     with _reading(path), Image.open(path) as image:
-        return _rgb(image)
+        return to_rgb(image)
 
 
 def read_animation(path, stride=1):
@@ -81,7 +82,7 @@ def read_animation(path, stride=1):
                     image.seek(i)
                 except EOFError:    # there is no frame of this number
                     return
-                frame = _rgb(image)
+                frame = to_rgb(image)
             yield i, frame
 
 
