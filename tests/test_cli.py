@@ -1,6 +1,7 @@
 """What every command shares: flags with limits, outputs that are tried first, Ctrl-C without a traceback, tables on any
 terminal."""
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -9,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
+import settings
+import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +63,21 @@ def test_outputs_are_tried_before_the_work(tmp_path):
     with pytest.raises(OSError, match="/proc/new cannot be written: .* in /proc"):
         cli.writable("/proc/new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# ---- devices ----
+
+@pytest.mark.parametrize("cuda, mps, found", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_the_gpu_there_is(monkeypatch, cuda, mps, found):
+    """NVIDIA's before Apple's before none; on Apple's, precision auto is fp32, and inference is not in half."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    device = cli.parse_device("auto")
+    assert device.type == found
+    if found == "mps":
+        assert train.precision(settings.Config(precision="auto"), device) == (contextlib.nullcontext, None)
+        assert train.number_of_processes(settings.Config(processes=0)) == 1
+        assert not cli.has_bf16(device)
 
 
 # ---- Ctrl-C ----

@@ -152,7 +152,9 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--stage 2 --out half_ckpt --overwrite": "incomplete: no tokens",
 }.items()] + [
     ("train --resume", "nothing to resume in out.*no state"),
-    ("train --resume --steps 9 --batch 2", "own settings: leave out (--batch, --steps|--steps, --batch)"),
+    ("train --resume --steps 9 --batch 2 --lr 1", "own settings: leave out (--batch, --lr|--lr, --batch)"),
+    ("train --stage 1 --track nowhere", "--track nowhere: there is no such module .*pip install it"),
+    ("train --stage 1 --track json", "--track json: this module has no finish, init, log"),
     ("evaluate", "--ckpt is missing"),
     ("evaluate --ckpt nowhere", "no checkpoint in nowhere"),
     ("evaluate --ckpt half_ckpt", "incomplete: no tokens"),

@@ -1,12 +1,13 @@
 """train.py --resume equals an uninterrupted run, wherever it was stopped; the best checkpoint outlives it."""
 import json
+import math
 import resource
 import shutil
 
 import kill
 import pytest
 from kill import compare, log_lines
-from runs import THREE, TINY, same, stop_at
+from runs import THREE, TINY, same, saved, stop_at
 
 import checkpoint
 import train
@@ -112,6 +113,33 @@ def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
     shutil.copytree(undisturbed[1], tmp_path / "out")
     assert go("--resume")[0] == 0
     assert compare(undisturbed[1], tmp_path / "out") == []
+
+
+def test_lengthened_run_equals_uninterrupted(go, tmp_path):
+    """A finished run of two steps and --resume --steps 4 equals four steps at once, for the exponential schedule does
+    not read --steps; the record says so. Fewer steps than are done are refused."""
+    given = f"--tasks {THREE} --schedule exponential --save-every 2"
+    assert go(f"{given} --steps 4 --out {tmp_path / 'whole'}")[0] == 0
+    assert go(f"{given} --steps 2")[0] == 0
+    code, _, error = go("--resume --steps 4")
+    assert code == 0 and "cosine" not in error
+    assert compare(tmp_path / "whole", tmp_path / "out") == []
+    config = saved(tmp_path / "out")
+    assert config["train"]["steps"] == 4 and [(r["step"], r["steps"]) for r in config["resumed"]] == [(2, [2, 4])]
+    code, _, error = go("--resume --steps 3")
+    assert code == 2 and "--steps 3 is less than the 4 that the run in" in error
+    assert compare(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_lengthened_cosine(go, tmp_path):
+    """The rate of each further step is that of a cosine over the new --steps; the notice and the log agree."""
+    cosine = f"--tasks {THREE} --schedule cosine --warmup 0 --lr 0.01"
+    assert go(f"{cosine} --steps 2")[0] == 0
+    code, _, error = go("--resume --steps 8")
+    assert code == 0 and "the cosine is now over 8 steps, not 2: at step 2 the learning rate is 0.00854, not 0" in error
+    rates = [entry["lr"] for entry in log_lines(tmp_path / "out")]
+    over_two, over_eight = ([0.005 * (1 + math.cos(math.pi * s / n)) for s in range(n)] for n in (2, 8))
+    assert rates == pytest.approx(over_two + over_eight[2:])
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1,5 +1,6 @@
 """train.py: one task per step, micro-batches that change nothing, losses and gradients by their definitions, and what
 the flags of the ablations do."""
+import json
 import math
 import shutil
 from contextlib import nullcontext
@@ -89,6 +90,32 @@ def test_log_of_one_cycle(go, tmp_path):
     assert [e["lr"] for e in lines[:3]] == [0.0005, 0.001, 0.001]
     assert all(set(e["dataset"]) <= {"rooms", "streets", "things"} for e in lines)
     assert all(0 < e["loss"] < 1e3 and e["grad_norm"] > 0 for e in lines)
+
+
+STANDIN = """
+import json, pathlib
+calls = []
+def init(**options): calls.append(["init", options])
+def log(numbers, step): calls.append(["log", numbers, step])
+def finish(): calls.append(["finish"]); pathlib.Path(__file__).with_suffix(".json").write_text(json.dumps(calls))
+"""
+
+
+def test_track_hands_the_log_to_a_module(go, tmp_path, monkeypatch):
+    """--track names a module by its name: it is told the settings, each line of the log with the loss once more under
+    its task, and the end; a resumed run, which keeps the flag, goes on at its step."""
+    (tmp_path / "standin.py").write_text(STANDIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert go(f"--tasks {THREE} --steps 2 --track standin")[0] == 0
+    assert go("--resume --steps 3")[0] == 0
+    calls = json.loads((tmp_path / "standin.json").read_text())
+    assert [c[0] for c in calls] == ["init", "log", "log", "finish", "init", "log", "finish"]
+    assert calls[0][1]["config"]["steps"] == 2 and calls[4][1]["config"]["steps"] == 3
+    told, log = [c[1:] for c in calls if c[0] == "log"], log_lines(tmp_path / "out")
+    for (numbers, step), entry in zip(told, log, strict=True):
+        task, = entry["task"]
+        assert step == entry["step"] and numbers.pop(f"loss/{task}") == entry["loss"] and numbers.pop("img_per_s") > 0
+        assert numbers == entry | {"task": task, "dataset": "+".join(entry["dataset"])}
 
 
 def test_no_isolation_mixes_tasks(go, tmp_path):

@@ -197,7 +197,7 @@ def measured(f, images, device, graph=False):
     """{"seconds" (median after a burn-in), "images_per_s", "gigabytes" (peak on a GPU, else None)} of f(), which
     handles `images` images."""
     cuda = device.type == "cuda"
-    synchronise = torch.cuda.synchronize if cuda else list
+    synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, list)
     gc.collect()        # earlier models are cycles: their taps refer to them
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -361,8 +361,8 @@ def parse(argv):
     parser.add_argument("--batch", type=whole(1), default=1, help="pairs per inference (default: %(default)s)")
     parser.add_argument("--micro", type=whole(1), default=16,
                         help=f"images per training pass; a step has {BATCH} (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on GPUs, fp32 on the CPU")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 with cuda, else fp32")
     parser.add_argument("--channels-last", action="store_true", help="memory format of the convolutions")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (first calls take a while)")
     parser.add_argument("--graph", action="store_true", help="replay inference as one CUDA graph")
@@ -375,7 +375,7 @@ def parse(argv):
                         help="also draw cost and time against the number of tasks (paper Fig. 13): .png, .pdf or .svg")
     args = parser.parse_args(argv)
     args.device = parse_device(args.device)
-    args.dtype = args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")
+    args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
     args.size = parse_size(args.size or (PRESETS["toy"]["size"] if args.base == "toy" else "256x256"))
     if args.graph and args.device.type != "cuda":
         raise ValueError(f"--graph records CUDA kernels, and the device is {args.device}: leave it out, or give "
