@@ -9,6 +9,7 @@ import io
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -108,11 +109,26 @@ def steady(model):
     """One CPU thread for a small network, unless OMP_NUM_THREADS says otherwise: more are hardly faster, and beside
     other programs they wait for one another, spinning, many times longer than the work takes."""
     import torch
-    weights = list(model.parameters())
-    small = weights[0].device.type == "cpu" and sum(p.numel() for p in weights) < 5e7
-    if small and "OMP_NUM_THREADS" not in os.environ:
+    if small(model) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return model
+
+
+def small(model):
+    """Whether a network is on the CPU and so small that one thread serves it best."""
+    weights = list(model.parameters())
+    return weights[0].device.type == "cpu" and sum(p.numel() for p in weights) < 5e7
+
+
+def shares(model, processes=0):
+    """How many processes predict with a network side by side: one per core for a small one, unless told otherwise.
+
+    ValueError for several where each would need its own copy of the weights: on a GPU, or where processes cannot fork.
+    """
+    forks = sys.platform == "linux" and next(model.parameters()).device.type == "cpu"
+    if processes > 1 and not forks:
+        raise ValueError(f"--processes {processes} is for the CPU under Linux: leave it out here")
+    return processes or (cores() if forks and small(model) else 1)
 
 
 def has_bf16(device):
@@ -219,7 +235,7 @@ def _report(process, pipe, patience):
     if not pipe.poll(patience):
         return None
     try:
-        well, result = pipe.recv()
+        well, result = pickle.loads(pipe.recv_bytes())
     except EOFError:
         process.join()
         raise ChildProcessError(f"{process.name} ended with exit code {process.exitcode} before it was done, perhaps "
@@ -238,11 +254,12 @@ def _other(work, rank, pipe, parent):
         if os.getppid() != parent:
             os._exit(1)
     try:
-        pipe.send((True, work(rank)))
+        told = True, work(rank)
     except (ValueError, OSError, FloatingPointError) as error:
-        pipe.send((False, str(error)))
+        told = False, str(error)
     except RuntimeError as error:       # a collective whose peer is gone; if it is anything else, rank 0 fails alike
-        pipe.send((None, str(error)))
+        told = None, str(error)
+    pipe.send_bytes(pickle.dumps(told))     # by value: pipe.send would share tensors by files that end with the sender
 
 
 # ---- the frame of every command ----

@@ -313,21 +313,23 @@ def _measured(reader, jobs):
     return out
 
 
-def test_batches(reader, tasks, batch, workers, limit=None, skipped=None):
+def test_batches(reader, tasks, batch, workers, limit=None, skipped=None, each=None, rank=0, world=1):
     """Yield the samples that have labels of these tasks, up to `batch` at once that are alike in tasks and frames:
     [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}), ...], all of the reader's size.
 
     "<task>:<mask>" in the place of a task: a second mask for it. What cannot be read is named in the list `skipped`;
-    without one it is a ValueError.
+    without one it is a ValueError. limit: samples at most; each: labels of each task at most. Of `world` processes the
+    rank-th takes every world-th batch: which samples are batched does not depend on it.
     """
     jobs = defaultdict(list)
     for t in tasks:
-        for i in reader.indices(t):
+        for i in list(reader.indices(t))[:each]:
             jobs[int(i)].append(t)
     jobs = sorted(jobs.items())[:limit]
-    workers, load = workers if len(jobs) > batch else 0, partial(_measured, reader)
-    with tqdm(total=len(jobs), desc=reader.name, leave=False) as bar:
-        for samples in DataLoader(jobs, batch, num_workers=workers, collate_fn=load):
+    parts = [jobs[k:k + batch] for k in range(0, len(jobs), batch)][rank::world]
+    workers, load = workers if len(parts) > 1 else 0, partial(_measured, reader)
+    with tqdm(total=sum(map(len, parts)), desc=reader.name, leave=False, disable=rank > 0) as bar:
+        for samples in DataLoader(parts, batch_size=None, num_workers=workers, collate_fn=load):
             alike = defaultdict(list)
             for item in samples:
                 if not isinstance(item, str):

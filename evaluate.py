@@ -19,11 +19,13 @@ import time
 import zlib
 from collections import defaultdict
 from contextlib import suppress
-from itertools import count
+from functools import partial
+from itertools import count, zip_longest
 from pathlib import Path
 from statistics import fmean
 
-from cli import Parser, markdown, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
+import cli  # before torch, for Ctrl-C meanwhile
+from cli import Parser, markdown, parse_device, run, steady, whole, writable
 
 # isort: split
 import torch
@@ -33,7 +35,7 @@ import toy
 from checkpoint import crc, read_config, read_json, write_json
 from data import labelled, resize, test_batches, test_readers, train_readers
 from infer import network_maps
-from metrics import GUESSES, METRICS, delta_m, trivial
+from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import StableMTL, from_base
 from readers import READERS
 from tasks import PALETTES, TASKS, registry
@@ -56,16 +58,41 @@ PAPER = {"single-task": _row(48.17, 22.27, 14.21, 32.56, 10.36, 0.2735, 0.2551, 
 
 # ---- one test set ----
 
-def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=False, oracle=False, guesses=None):
+def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=False, oracle=False, guesses=None,
+             world=1):
     """Run one test set. Returns ({task: metrics}, {one of GUESSES: {task: metrics}}, names of skipped samples).
 
     oracle: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
-    guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model.
+    guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model. world: processes that share the
+    work; no number depends on it.
     """
-    device, skipped = next(model.parameters()).device, []
-    scores, psnr = defaultdict(dict), defaultdict(list)
-    wanted = labelled(reader, model.tasks)
-    for group in test_batches(reader, wanted, batch, workers, limit, skipped if skip_bad else None):
+    scores, psnr, skipped = {}, defaultdict(list), []
+    share = partial(score, world=world, model=model, reader=reader, batch=batch, workers=workers, limit=limit,
+                    rows=rows, skip_bad=skip_bad, oracle=oracle, guesses=guesses)
+    for part, ratios, bad in cli.spread(share, world):
+        for (who, name), counted in part.items():
+            scores[who, name] = scores[who, name].merge(counted) if (who, name) in scores else counted
+        for t, values in ratios.items():
+            psnr[t] += values
+        skipped += bad
+    if not scores:
+        raise ValueError(f"{reader.name}: not one sample can be read, {skipped[0]}")
+    results = {who: {} for who in ("model", *GUESSES)}
+    for (who, name), counted in scores.items():
+        results[who][name] = counted.result()
+    for t, values in psnr.items():
+        results["model"][t]["PSNR"] = fmean(values)
+    return results.pop("model"), {who: r for who, r in results.items() if r}, sorted(skipped)
+
+
+def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, oracle, guesses):
+    """The rank-th of `world` shares of `evaluate`.
+
+    Returns ({("model" or one of GUESSES, task): Accumulator}, {task: PSNRs}, names of skipped samples).
+    """
+    device, skipped, wanted = next(model.parameters()).device, [], labelled(reader, model.tasks)
+    scores, psnr = {}, defaultdict(list)
+    for group in test_batches(reader, wanted, batch, workers, limit, skipped if skip_bad else None, None, rank, world):
         if oracle:
             predicted = round_trip(model, [maps for _, maps in group], psnr)
         else:
@@ -77,13 +104,8 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
                 guess = dict(zip(GUESSES, (guesses or {}).get(name, ()), strict=False))
                 for who, pred in {"model": predicted[task][n], **guess}.items():
                     new = METRICS[TASKS[task].metric][0](clip=reader.depth_range)
-                    scores[who].setdefault(name, new).add(pred, label, valid)
-    if not scores:
-        raise ValueError(f"{reader.name}: not one sample can be read, {skipped[0]}")
-    results = {who: {t: a.result() for t, a in each.items()} for who, each in scores.items()}
-    for t, values in psnr.items():
-        results["model"][t]["PSNR"] = fmean(values)
-    return results.pop("model"), results, skipped
+                    scores.setdefault((who, name), new).add(pred, label, valid)
+    return scores, dict(psnr), skipped
 
 
 @torch.no_grad()
@@ -104,22 +126,60 @@ def round_trip(model, labels, psnr):
     return out
 
 
-def trivial_guesses(reader, train, wanted, limit, workers, skip_bad=False):
-    """{task: predictions as in GUESSES} from up to `limit` training labels per dataset: of the dataset of the same name
-    where it labels the task, else of all that do; tasks without any are left out. Also names of skipped samples."""
-    skipped, out = [], {}
+class TrainingLabels:
+    """What the trivial predictors know: the codes of up to `limit` training labels of each dataset and task.
 
-    def maps(sources, task):
-        for source in sources:
-            for group in test_batches(source, [task], 16, workers, limit, skipped if skip_bad else None):
-                for label, valid in (labels[task] for _, labels in group):
-                    yield resize(label, reader.size), resize(valid[None], reader.size)[0]
+    train: readers of the training datasets. A dataset is read once for all tasks asked of it; `world` processes share
+    its batches. An unreadable sample is skipped and named with skip_bad, else a ValueError.
+    """
 
-    for t in wanted:
-        own = [r for r in train if r.name == reader.name and labelled(r, [t])]     # others need not be looked at then
-        if sources := own or [r for r in train if labelled(r, [t])]:
-            out[t] = trivial(TASKS[t], maps(sources, t))
-    return out, sorted({f"{reader.name}: training label {s}" for s in skipped})
+    def __init__(self, train, limit, workers=2, skip_bad=False, world=1):
+        self.train, self.limit, self.workers, self.skip_bad, self.world = train, limit, workers, skip_bad, world
+        self.sums, self.skipped = {}, defaultdict(set)      # the latter by dataset
+
+    def sources(self, reader, task):
+        """Of a test set's task: the dataset of the same name where it labels the task, else all that do."""
+        own = [r for r in self.train if r.name == reader.name and labelled(r, [task])]  # others are not looked at then
+        return own or [r for r in self.train if labelled(r, [task])]
+
+    def read(self, readers, tasks):
+        """Sum up what the guesses for these test sets will need, and is not known yet."""
+        need = defaultdict(dict)        # {(training reader, size): tasks}; a dict keeps their order
+        for reader in readers:
+            for t in labelled(reader, tasks):
+                for source in self.sources(reader, t):
+                    if (source.name, t, reader.size) not in self.sums:
+                        need[source, reader.size][t] = None
+        for (source, size), wanted in need.items():
+            share = partial(self.share, world=self.world, source=source, size=size, tasks=wanted)
+            parts = cli.spread(share, self.world)
+            batches = [batch for turn in zip_longest(*(sums for sums, _ in parts)) for batch in turn if batch]
+            for t in wanted:
+                self.sums[source.name, t, size] = [batch[t] for batch in batches if t in batch]
+            self.skipped[source.name] |= {name for _, skipped in parts for name in skipped}
+
+    def share(self, rank, world, source, size, tasks):
+        """The rank-th of `world` shares: ([{task: code_sums} of a batch], names of skipped samples)."""
+        sums, skipped = [], []
+        for group in test_batches(source, tasks, 16, self.workers, None, skipped if self.skip_bad else None, self.limit,
+                                  rank, world):
+            known = [t for t in group[0][1] if t in TASKS]
+            pairs = {t: [labels[t] for _, labels in group] for t in known}
+            sums.append({t: code_sums(TASKS[t], [(resize(x, size), resize(m[None], size)[0]) for x, m in pairs[t]])
+                         for t in known})
+        return sums, skipped
+
+    def guesses(self, reader, tasks):
+        """({task: predictions as in GUESSES} for a test set, names of skipped samples); tasks that no training dataset
+        labels are left out."""
+        self.read([reader], tasks)
+        out, skipped = {}, set()
+        for t in labelled(reader, tasks):
+            sources = self.sources(reader, t)
+            if sums := [s for source in sources for s in self.sums[source.name, t, reader.size]]:
+                out[t] = trivial(TASKS[t], sums)
+            skipped |= {f"{reader.name}: training label {s}" for source in sources for s in self.skipped[source.name]}
+        return out, sorted(skipped)
 
 
 # ---- tables ----
@@ -185,7 +245,10 @@ def parse(argv):
     flag("--limit", type=whole(1), help="samples per test set at most (default: 64 of a toy world, all of real data)")
     flag("--batch", type=whole(1, 4096), help="images at once (default: 16 on the toy worlds, 1 on real data)")
     flag("--rows", type=whole(1), help="tasks x images that pass the UNet at once: lowers memory, changes nothing else")
-    flag("--workers", type=whole(0, 256), default=2, help="loader processes (default: %(default)s)")
+    flag("--workers", type=whole(0, 256), default=2, help="loader processes (default: %(default)s); several "
+         "--processes load by themselves")
+    flag("--processes", type=whole(0, 1024), default=0, help="that share the test sets, on the CPU; changes no number "
+         "(default: one per core for a small network, else 1)")
     flag("--trivial", type=whole(), default=128, help="training labels per dataset behind the trivial rows; 0 = none")
     flag("--baseline", help="results.json of single-task runs (several: comma-separated), or `paper`: prints Delta_m")
     flag("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
@@ -251,7 +314,8 @@ def settings(args, size):
     folder, code = Path(args.ckpt or toy.BASE), Path(__file__).parent
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
              for path in folder.glob(pattern)] + [*code.glob("*.py"), *code.glob("readers/*.py")]
-    flags = {k: v for k, v in vars(args).items() if k not in ("ckpt", "workers", "baseline", "overwrite", "json")}
+    idle = "ckpt", "workers", "processes", "baseline", "overwrite", "json"
+    flags = {k: v for k, v in vars(args).items() if k not in idle}
     return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
 
 
@@ -299,22 +363,27 @@ def main(argv=None):
               "data": args.data, "commit": config.get("commit"), "settings": config["train"], "results": results,
               "stage1": config["stage1"], "trivial": trivials, "skipped": skipped, "made_from": made_from}
     common = settings(args, size)
+    keys = {r.name: fingerprint(common, [r, *train]) for r in readers}
+    kept = {name for name, key in keys.items() if name in old.get("results", ()) and name in old["trivial"]
+            and old["made_from"].get(name) == key and not args.overwrite}
+    world = cli.shares(model, args.processes)
+    workers = args.workers if world == 1 else 0
+    labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world)
     try:
+        labels.read([r for r in readers if r.name not in kept], model.tasks)
         for reader in readers:
-            name, key = reader.name, fingerprint(common, [reader, *train])
-            there = name in old.get("results", ()) and name in old["trivial"] and old["made_from"].get(name) == key
-            if there and not args.overwrite:
+            name = reader.name
+            if name in kept:
                 results[name], trivials[name] = old["results"][name], old["trivial"][name]
                 skipped += [s for s in old["skipped"] if s.startswith(f"{name}:")]
                 print(f"{name}: kept from {where} (--overwrite computes it again)", file=sys.stderr)
             else:
-                wanted = labelled(reader, model.tasks)
-                guesses, unread = trivial_guesses(reader, train, wanted, args.trivial, args.workers, args.skip_bad)
+                guesses, unread = labels.guesses(reader, model.tasks)
                 results[name], trivials[name], bad = evaluate(
-                    model, reader, args.batch or (1 if root else 16), args.workers, args.limit, args.rows,
-                    args.skip_bad, args.oracle, guesses)
+                    model, reader, args.batch or (1 if root else 16), workers, args.limit, args.rows, args.skip_bad,
+                    args.oracle, guesses, world)
                 skipped += unread + bad
-            made_from[name] = key
+            made_from[name] = keys[name]
             report["unfinished"] = [r.name for r in readers if r.name not in results]
             if where:
                 write_json(where, report)

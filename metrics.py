@@ -155,6 +155,13 @@ class Accumulator:
             if not math.isnan(x):
                 self.scores[name].append(x)
 
+    def merge(self, other):
+        """Add what another one of this kind has counted, of other images; the order changes no result."""
+        self.images, self.skipped = self.images + other.images, self.skipped + other.skipped
+        for name, xs in other.scores.items():
+            self.scores[name] += xs
+        return self
+
     def summary(self):
         return {name: fmean(xs) for name, xs in self.scores.items()}
 
@@ -206,7 +213,7 @@ class Epe(Accumulator):
 
     def summary(self):
         pixels = sum(self.scores["pixels"])
-        return {"EPE": sum(self.scores["sum"]) / pixels, "pixels": pixels}
+        return {"EPE": math.fsum(self.scores["sum"]) / pixels, "pixels": pixels}
 
 
 class Intensity(Accumulator):
@@ -227,8 +234,21 @@ METRICS = {"semantic": (Semantic, "mIoU", False), "normal": (Normal, "mAE", True
 
 GUESSES = "constant", "per-pixel mean"
 
-def trivial(task, labels):
-    """Training labels, pairs of native label (C,H,W) and mask (H,W) of one size -> predictions (C,H,W) as in GUESSES.
+def code_sums(task, labels):
+    """Labels, pairs of native label (C,H,W) and mask (H,W) of one size -> (sum of their codes (K,H,W), (H,W) count).
+
+    The code of classes is one-hot here: a sum counts votes.
+    """
+    total = count = torch.zeros((), dtype=torch.float64)
+    for label, valid in labels:
+        votes = label[0] == torch.arange(len(CLASSES), device=label.device)[:, None, None]
+        code = votes if task.categorical else task.encode(label[None], valid[None, None])[0]
+        total, count = total + torch.where(valid, code, 0).cpu(), count + valid.cpu()
+    return total, count
+
+
+def trivial(task, sums):
+    """Of training labels their `code_sums`, one or more, of one size -> predictions (C,H,W) as in GUESSES.
 
     Each is a mean of codes, decoded (so depth is affine-invariant and a flow divided by its maximum), or the most
     frequent class: best in squared error of the code, merely sensible for AbsRel, EPE and angles. A pixel valid in no
@@ -237,11 +257,7 @@ def trivial(task, labels):
     def decode(code):
         return code.argmax(0, keepdim=True) if task.categorical else task.decode(code[None].float())[0]
 
-    total = count = torch.zeros((), dtype=torch.float64)
-    for label, valid in labels:
-        votes = label[0] == torch.arange(len(CLASSES), device=label.device)[:, None, None]
-        code = votes if task.categorical else task.encode(label[None], valid[None, None])[0]
-        total, count = total + torch.where(valid, code, 0).cpu(), count + valid.cpu()
+    total, count = (sum(parts) for parts in zip(*sums, strict=True))
     if not count.any():
         raise ValueError(f"expected a {task.name} label with a valid pixel, found none: check the dataset's masks")
     constant = decode((total.sum((1, 2)) / count.sum())[:, None, None].expand_as(total))

@@ -268,3 +268,13 @@ def test_a_test_set_without_readable_samples_is_named(own_data, tiny_ckpt_1, tmp
         path.write_bytes(path.read_bytes()[:100])
     code, _, error = go(f"--ckpt {tiny_ckpt_1} --data {root} --skip-bad")
     assert code == 2 and "images/s0.png" in error
+
+
+def test_processes_change_no_number(tiny_ckpt, tmp_path, capsys):
+    """The test sets shared by two processes: every number equal to the last bit, labels and predictions in order."""
+    reports = []
+    for n in (1, 2):
+        flags = f"--ckpt {tiny_ckpt} --limit 5 --batch 2 --trivial 3 --workers 0 --processes {n}"
+        assert run(lambda f=flags, n=n: evaluate.main([*f.split(), "--json", str(tmp_path / f"{n}.json")])) == 0
+        reports.append(json.loads((tmp_path / f"{n}.json").read_text()))
+    assert reports[0] == reports[1]

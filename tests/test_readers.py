@@ -128,10 +128,11 @@ def test_hypersim_is_scanned_only_where_its_labels_are_needed(tmp_path):
     own_folder(tmp_path / "folder", 3)
     train = found(tmp_path, "train")
     own, val = found(tmp_path, "val")[::-1]
-    assert set(evaluate.trivial_guesses(own, train, ["depth", "shading"], 4, 0)[0]) == {"depth", "shading"}
-    assert evaluate.trivial_guesses(val, train[:1], ["semantic"], 4, 0)[0] == {}
+    labels = evaluate.TrainingLabels(train, 4, 0)
+    assert set(labels.guesses(own, ["depth", "shading"])[0]) == {"depth", "shading"}
+    assert evaluate.TrainingLabels(train[:1], 4, 0).guesses(val, ["semantic"])[0] == {}
     assert not (folder / "nan_frames.json").exists()
-    assert set(evaluate.trivial_guesses(val, train, ["depth"], 4, 0)[0]) == {"depth"}
+    assert set(labels.guesses(val, ["depth"])[0]) == {"depth"}
     assert (folder / "nan_frames.json").exists()
 
 
