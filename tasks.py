@@ -6,6 +6,7 @@ map labels to a 3-channel code in [-1, 1] and back, on batches and on any device
 
 An eighth task is one entry in TASKS below, one metric in evaluate.py, and a reader that delivers its labels.
 """
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,7 @@ class Task:
     hflip: tuple = (1, 1, 1)   # signs of the code's channels under a horizontal flip
     vflip: tuple = (1, 1, 1)   # and under a vertical flip
     categorical: bool = False
+    span: tuple = (-math.inf, math.inf)     # least and largest value of a label: what files store it in follows
     dense_loss: str = "l1"     # on the decoded map (train.py --loss task): l1, cosine, cross-entropy or scale-shift
     tell: Callable = lambda label, valid: ""   # the last two: see above
     key: Callable = list
@@ -278,14 +280,15 @@ def _key_intensity():
 TASKS = {t.name: t for t in [
     # class ids 0..7 as in CLASSES; 255 = ignore
     Task("semantic", "semantic", 1, 1, "class id 0..7", "semantic", *_semantic_codec("cityscapes"), _colour_semantic,
-         categorical=True, dense_loss="cross-entropy", key=_key_semantic),
+         categorical=True, span=(0, IGNORE), dense_loss="cross-entropy", key=_key_semantic),
     # unit vectors pointing away from the camera: a wall seen frontally is (0,0,+1)
     Task("normal", "normal", 1, 3, "unit vector, OpenCV axes, pointing away from the camera", "normal",
-         _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), dense_loss="cosine",
-         key=_key_normal),
+         _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), span=(-1, 1),
+         dense_loss="cosine", key=_key_normal),
     # metres along the optical axis; the percentiles' scale and shift are lost
     Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth",
-         _encode_depth, _decode_unit, _colour_depth, dense_loss="scale-shift", tell=_tell_depth, key=_key_depth),
+         _encode_depth, _decode_unit, _colour_depth, span=(0, math.inf), dense_loss="scale-shift", tell=_tell_depth,
+         key=_key_depth),
     # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
     Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
          _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1),
@@ -296,10 +299,10 @@ TASKS = {t.name: t for t in [
          tell=_tell_scene_flow, key=_key_scene_flow),
     # grey irradiance
     Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading",
-         _encode_intensity, _decode_unit, _colour_intensity, key=_key_intensity),
+         _encode_intensity, _decode_unit, _colour_intensity, span=(0, 1), key=_key_intensity),
     # linear RGB reflectance, not gamma-coded
     Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
-         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity, key=_key_intensity),
+         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity, span=(0, 1), key=_key_intensity),
 ]}
 
 

@@ -2,17 +2,19 @@
 
 The files of a sample share their stem X. Any subset of the label folders, any subset of the samples in each:
 
-    images/X.png|jpg            frame t
-    next/X.png|jpg              frame t+1, needed where X has a flow
-    semantic/X.png              class ids 0..7, 255 = ignore, or the classes' display colours (see `semantic` below)
-    normal/X.npy                (H,W,3) unit vectors pointing away from the camera; (0,0,0) = invalid
-    depth/X.npy|png             (H,W) metres, <= 0 invalid; or 16-bit millimetres, 0 invalid
-    optical_flow/X.flo|npy|png  (H,W,2) pixels, beyond 1e9 unknown; or 16-bit RGB as in KITTI, R, G = 64 x pixels +
-                                32768, B = 0 unknown
-    scene_flow/X.npy            (H,W,3) metres, beyond 1e9 unknown
-    shading/X.npy|png           (H,W) in [0,1], linear; or 8- or 16-bit grey, linear too
-    albedo/X.npy|png            (H,W,3) in [0,1], linear; or 8- or 16-bit RGB, linear too
+    images/X.png|jpg                frame t
+    next/X.png|jpg                  frame t+1, needed where X has a flow
+    semantic/X.png|npy              class ids 0..7, 255 = ignore, or the classes' display colours (exports.read_ids)
+    normal/X.npy|exr|png            (H,W,3) unit vectors pointing away from the camera; (0,0,0) = invalid
+    depth/X.npy|exr|png             (H,W) metres, <= 0 or beyond 1e9 invalid; PNG: 16-bit millimetres, 0 invalid
+    optical_flow/X.npy|flo|png      (H,W,2) pixels, beyond 1e9 unknown; PNG: as in KITTI, 16-bit RGB, R, G = 64 x pixels
+                                    + 32768, B = 0 unknown
+    scene_flow/X.npy|exr            (H,W,3) metres, beyond 1e9 unknown
+    shading/X.npy|exr|png           (H,W) in [0,1], linear; PNG: 8- or 16-bit grey, linear too
+    albedo/X.npy|exr|png            (H,W,3) in [0,1], linear; PNG: 8- or 16-bit RGB, linear too
 
+A PNG of normals is 8- or 16-bit RGB, -1 = 0 to 1 = the largest number, black = invalid. Beside a PNG may lie X.png.json
+with another "scale" and "offset" (exports.py): so what sample.py --format writes is read as it was.
 Axes are OpenCV's: x right, y down, z forward. NaN and infinity are invalid in every array.
 
 Splits: train.txt, val.txt and test.txt list the stems of a split, one a line; a split without a list is everything.
@@ -28,21 +30,11 @@ from pathlib import Path
 
 import numpy as np
 
-from readers.formats import (
-    image_size,
-    known_flow,
-    read_classes,
-    read_flo,
-    read_flow_png,
-    read_image,
-    read_npy,
-    read_png,
-    reading,
-    visible,
-)
-from readers.geometry import ids_from_colours, length, shows_classes, unit_vectors
+from readers.exports import decode, endings
+from readers.formats import image_size, read_image, reading, visible
+from readers.geometry import length, unit_vectors
 from readers.reader import Frame, Reader, notice
-from tasks import CITYSCAPES, TASKS
+from tasks import IGNORE, TASKS
 
 PICTURES = (".png", ".jpg", ".jpeg")
 SHORTER_SIDE = 384     # pixels at most, unless a size is given
@@ -75,12 +67,10 @@ def reduced(h, w):
 class Folder(Reader):
     name, splits, use = "folder", ("train", "val", "test"), {"train": "train", "val": "val", "test": "test"}
     tree, page = {"image": "images/{}.*"}, "your own camera"
-    suffixes = {"semantic": (".png",), "normal": (".npy",), "depth": (".npy", ".png"),
-                "optical_flow": (".flo", ".npy", ".png"), "scene_flow": (".npy",), "shading": (".npy", ".png"),
-                "albedo": (".npy", ".png")}
+    suffixes = {task: endings(TASKS[task]) for task in
+                ("semantic", "normal", "depth", "optical_flow", "scene_flow", "shading", "albedo")}
     tasks, mix = tuple(suffixes), dict.fromkeys(suffixes, 1.0)
-    colours = {**{colour: i for i, colour in enumerate(CITYSCAPES)}, (0, 0, 0): 255}
-    version = 2  # since 2 marks of unknown flow are known
+    version = 3  # since 2 marks of unknown flow are known, since 3 those of unknown depth
 
     def __init__(self, root, split, size=None):
         super().__init__(root, split)
@@ -98,8 +88,10 @@ class Folder(Reader):
 
     def files(self, sub, suffixes=PICTURES):
         """{stem: path} of one subfolder; ValueError if two files share a stem."""
-        found, others = {}, []
+        found, others, notes = {}, [], tuple(f"{suffix}.json" for suffix in suffixes)
         for path in sorted(self.folder / name for name in visible(self.folder, f"{sub}/*")):
+            if path.name.lower().endswith(notes):
+                continue
             if path.suffix.lower() not in suffixes:
                 others.append(path.name)
             elif found.setdefault(path.stem, path) != path:
@@ -207,24 +199,20 @@ class Folder(Reader):
                                  f"indices({task!r}) are the samples that have")
             return labels[stem]
 
+        def map(self, task):
+            """(path, label (H,W,C), unknown pixels NaN or 255)."""
+            path = self.file(task)
+            return path, decode(path, TASKS[task])
+
         def semantic(self):
-            """What the PNG holds decides. Grey of any depth: ids. RGB: display colours, black = ignore. A palette:
-            its colours if they are display colours, otherwise its indices are ids. Transparent = ignore."""
-            path, table = self.file("semantic"), self.reader.colours
-            ids, rgb, opaque = read_classes(path)
-            if ids is None or (rgb is not None and shows_classes(rgb, table)):
-                ids = ids_from_colours(np.where(opaque[..., None], rgb, np.uint8(0)), table, path)
-            for wrong in np.setdiff1d(ids[opaque], [*range(len(CITYSCAPES)), 255]):
-                raise ValueError(f"{path} holds the id {wrong}: expected class ids 0..{len(CITYSCAPES) - 1}, 255 for "
-                                 "ignore, or the display colours of the classes")
-            ids = np.where(opaque, ids, 255).astype(np.uint8)
-            return ids, ids != 255
+            _, ids = self.map("semantic")
+            return ids, ids[..., 0] != IGNORE
 
         def normal(self):
-            path = self.file("normal")
-            n = read_npy(path, 3).astype(np.float32)
+            path, n = self.map("normal")
+            n = np.where((n == -1).all(-1, keepdims=True), 0, n)    # a PNG's black
             norm = length(n)
-            known = norm[(norm > 0) & np.isfinite(norm)]
+            known = norm[(norm > 0.05) & np.isfinite(norm)]     # 8 bits have no exact 0
             if known.size and np.median(np.abs(known - 1)) > 0.1:
                 raise ValueError(f"{path} holds vectors of length {np.median(known):.3g} (median): expected unit "
                                  "vectors, each number in [-1,1], (0,0,0) where there is none")
@@ -236,32 +224,20 @@ class Folder(Reader):
             return n, valid
 
         def depth(self):
-            path = self.file("depth")
-            if path.suffix.lower() == ".png":
-                z = read_png(path, "uint16", 1) / np.float32(1000)
-            else:
-                z = read_npy(path, 1)[..., 0]
-            return z, z > 0
+            _, z = self.map("depth")
+            return z, z[..., 0] > 0
 
-        def flow(self, task, channels):
-            path = self.file(task)
-            if path.suffix.lower() == ".png":
-                return read_flow_png(path)
-            x = read_flo(path) if path.suffix.lower() == ".flo" else known_flow(read_npy(path, channels))
+        def flow(self, task):
+            _, x = self.map(task)
             return x, np.ones(x.shape[:2], bool)
 
-        def intensity(self, task, channels):
-            path = self.file(task)
-            if path.suffix.lower() == ".png":
-                x = read_png(path, "uint8 uint16", channels)
-                x = x / np.float32(np.iinfo(x.dtype).max)
-            else:
-                x = read_npy(path, channels)
+        def intensity(self, task):
+            path, x = self.map(task)
             known = x[np.isfinite(x)]
             if known.size and not 0 <= known.min() <= known.max() <= 1:
                 raise ValueError(f"{path} ranges from {known.min():.3g} to {known.max():.3g}: "
                                  "expected linear values in [0,1]")
             return x, np.ones(x.shape[:2], bool)
 
-        optical_flow, scene_flow = partialmethod(flow, "optical_flow", 2), partialmethod(flow, "scene_flow", 3)
-        shading, albedo = partialmethod(intensity, "shading", 1), partialmethod(intensity, "albedo", 3)
+        optical_flow, scene_flow = partialmethod(flow, "optical_flow"), partialmethod(flow, "scene_flow")
+        shading, albedo = partialmethod(intensity, "shading"), partialmethod(intensity, "albedo")

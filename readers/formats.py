@@ -12,7 +12,7 @@ from PIL import Image
 
 MAX_PIXELS = 2 ** 28  # a header that declares more is a mistake or an attack
 LEFTOVERS = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # what systems leave in folders and archives
-UNKNOWN_FLOW = 1e9  # Middlebury's mark of a pixel without flow is any value beyond it
+UNKNOWN = 1e9  # Middlebury's mark of a pixel without flow is any value beyond it; some renderers' of sky is 1e10 m
 
 
 # ---- what all have in common ----
@@ -150,12 +150,18 @@ def read_flo(path):
         magic, w, h = struct.unpack_from("<fii", data)
         if magic != 202021.25:
             raise ValueError(f"magic number {magic}, not 202021.25")
-        return known_flow(np.frombuffer(data, "<f4", offset=12).reshape(h, w, 2).astype(np.float32))
+        return known_values(np.frombuffer(data, "<f4", offset=12).reshape(h, w, 2).astype(np.float32))
 
 
-def known_flow(x):
-    """Floating-point flow with NaN instead of Middlebury's marks of unknown pixels."""
-    unknown = np.abs(x) > UNKNOWN_FLOW
+def flo_bytes(x):
+    """(H,W,2) flow, NaN = unknown -> what read_flo reads."""
+    data = np.where(np.isfinite(x), x, 10 * UNKNOWN).astype("<f4")
+    return struct.pack("<fii", 202021.25, x.shape[1], x.shape[0]) + data.tobytes()
+
+
+def known_values(x):
+    """Floating-point metres or pixels with NaN instead of the marks of unknown pixels, beyond UNKNOWN."""
+    unknown = np.abs(x) > UNKNOWN
     return np.where(unknown, np.float32(np.nan), x) if unknown.any() else x
 
 
@@ -181,15 +187,33 @@ def read_npy(path, channels):
     return x.reshape(*x.shape[:2], channels)
 
 
-def read_exr(path):
-    """OpenEXR picture -> (H,W,3) float32 linear RGB, unbounded."""
+def read_exr(path, channels=3):
+    """OpenEXR picture -> (H,W,channels) float32, linear, unbounded: RGB, or grey (also RGB of three equal channels)."""
+    cv2 = exr_codec(path)
+    with reading(path, "EXR file"):
+        open(path, "rb").close()  # cv2 does not tell a missing file from a broken one
+        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if image is None or image.ndim != 3 and channels == 3:
+            raise ValueError("no colour picture in it" if channels == 3 else "no picture in it")
+        if image.ndim == 2:
+            return image[..., None].astype(np.float32)
+        image = cv2.cvtColor(image[..., :3], cv2.COLOR_BGR2RGB).astype(np.float32)
+    if channels == 1 and not np.array_equal(image, image[..., :1].repeat(3, -1), equal_nan=True):
+        raise ValueError(f"{path} holds a colour picture: expected one channel, or three that are equal")
+    return image[..., :channels]
+
+
+def exr_codec(path):
+    """cv2, if it is built with OpenEXR; else a ValueError that says for which file it is needed, and the remedy."""
     cv2 = opencv()
     if re.search(r"OpenEXR:\s+NO", cv2.getBuildInformation()):
         raise ValueError(f"{path} needs OpenEXR, which OpenCV {cv2.__version__} is built without: "
                          "pip install 'opencv-python-headless<5'")
-    with reading(path, "EXR file"):
-        open(path, "rb").close()  # cv2 does not tell a missing file from a broken one
-        image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if image is None or image.ndim != 3:
-            raise ValueError("no colour picture in it")
-        return cv2.cvtColor(image[..., :3], cv2.COLOR_BGR2RGB).astype(np.float32)
+    return cv2
+
+
+def encoded(x, ending):
+    """Numbers (H,W,1) or (H,W,3), RGB, as the bytes of a file: ".png" uint8 or uint16, ".exr" float32."""
+    cv2 = exr_codec("writing .exr") if ending == ".exr" else opencv()
+    x = np.ascontiguousarray(x[..., ::-1])  # cv2's order is BGR
+    return cv2.imencode(ending, x.astype(np.float32) if ending == ".exr" else x)[1].tobytes()
