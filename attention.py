@@ -2,6 +2,8 @@
 
 Shapes: B images, T tasks, N latent pixels of a block, C its width.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
@@ -79,7 +81,8 @@ class TaskAttention(nn.Module):
     def forward(self, a, task, kv, mask=None):
         """a: (B,N,C) main stream of `task`; kv: keys_values; mask: None or (T,) scores -> (T,) bool, True: left out
 
-        Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks.
+        Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks, before
+        any is left out.
         """
         tasks, k, v = kv
         others, s = [i for i, t in enumerate(tasks) if t != task], "shared" if self.shared else task
@@ -88,11 +91,12 @@ class TaskAttention(nn.Module):
         q = self.task_to_q[s](self.task_norm_q[s](a))                                    # (B,N,C)
         logits = (q * k) @ head * (a.shape[-1] // self.heads) ** -0.5                    # (T,B,N,heads)
         weights = logits.softmax(0)
+        chosen = weights.detach()
         if mask is not None:
-            left_out = mask(weights.detach().float().mean((1, 2, 3)))
+            left_out = mask(chosen.float().mean((1, 2, 3)))
             weights = logits.masked_fill(left_out.view(-1, 1, 1, 1), float("-inf")).softmax(0)
         y = ((weights.to(head.dtype) @ head.T) * v).sum(0)                               # (B,N,C)
-        return self.to_out_task(y), weights.detach()
+        return self.to_out_task(y), chosen
 
 
 def draw_mask(scores, rho, how):
@@ -115,6 +119,34 @@ def draw_mask(scores, rho, how):
     left_out[chosen] = True
     return left_out
 
+
+# ---- whether the attention has learned anything ----
+
+WATCHED = "images", "entropy", "largest", "term", "main"     # sums over layers, images, processes: see `watch`
+
+
+def watch(weights, a, y):
+    """What one layer does, as (5,) sums that add up whatever the micro-batches: number of images; entropy of the
+    attention, 1 = even over the other tasks, and its largest weight, each a mean over pixels and heads; squared norms
+    of the term y that is added and of what it is added to.
+
+    weights: (T,B,N,heads); a, y: (B,N,C)
+    """
+    evenness = torch.special.entr(weights.float()).sum(0) / math.log(max(2, len(weights)))      # (B,N,heads)
+    largest = weights.float().amax(0)
+    sums = [x.mean((1, 2)).sum() for x in (torch.ones_like(largest), evenness, largest)]
+    return torch.stack(sums + [x.detach().float().square().sum() for x in (y, a)])
+
+
+def watched(sums):
+    """{name of WATCHED: sum} of a step -> what log.jsonl says; None where it is no number."""
+    values = {"attention_entropy": (sums["entropy"], sums["images"]),
+              "attention_largest": (sums["largest"], sums["images"]),
+              "attention_term": (sums["term"] ** 0.5, sums["main"] ** 0.5)}
+    return {k: part / whole if whole and math.isfinite(part / whole) else None for k, (part, whole) in values.items()}
+
+
+# ---- how it enters diffusers' blocks ----
 
 class StreamsDone(Exception):
     """Raised by the last tap: nothing after it is needed of an auxiliary stream."""

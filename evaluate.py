@@ -4,11 +4,13 @@
     python evaluate.py --ckpt out/ --data <root>      the test sets found under root, the paper's row beside ours
     python evaluate.py --ckpt out/ --data toy         the held-out toy worlds
     python evaluate.py --ckpt out/ --baseline paper|a.json,b.json       Delta_m against single-task results
+    python evaluate.py --ckpt out/ --streams off      stage 2 without its streams, or with some (--streams depth,normal)
     python evaluate.py --oracle                       labels through encode, VAE, decode: what the codec alone costs
 
-Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of the split val and of other data to
-files of their own (results_stage1.json, results_val.json, results_<name of the root>.json). A test set that is there
-already, from the same settings, weights, samples and code, is not computed again: so an interrupted run goes on.
+Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val and
+of other data to files of their own (results_stage1.json, results_streams-off.json, results_val.json, results_<name of
+the root>.json). A test set that is there already, from the same settings, weights, samples and code, is not computed
+again: so an interrupted run goes on.
 """
 import argparse
 import json
@@ -38,7 +40,7 @@ from infer import network_maps
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import StableMTL, from_base
 from readers import READERS
-from tasks import PALETTES, TASKS, registry
+from tasks import PALETTES, TASKS, parse_tasks, registry
 
 
 def _row(miou, normal, kitti, diode, uv, xyz, shading, albedo):
@@ -240,6 +242,8 @@ def parse(argv):
     flag = parser.add_argument
     flag("--ckpt", help="folder written by train.py (with --oracle: may be left out, then the toy base)")
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
+    flag("--streams", help="comma-separated tasks: stage 2 attends to these streams only; off = to none, which leaves "
+         "the attention over tasks out (default: all)")
     flag("--data", help="root folder of the test sets, or `toy` (default: what the checkpoint was trained on)")
     flag("--split", default="test", choices=("val", "test"), help="which held-out part (default: %(default)s)")
     flag("--limit", type=whole(1), help="samples per test set at most (default: 64 of a toy world, all of real data)")
@@ -264,7 +268,20 @@ def parse(argv):
         raise ValueError("--ckpt is missing: name the folder that train.py wrote, for example --ckpt out/")
     if args.palette and not args.oracle:
         raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
+    if args.streams is not None and args.oracle:
+        raise ValueError("--streams changes the model, not the codec: it does not go with --oracle")
     return args
+
+
+def attended(streams, model):
+    """--streams as a tuple of tasks. ValueError if this model has no such streams."""
+    if model.main is None:
+        raise ValueError("--streams would do nothing here: only stage 2 has streams to attend to")
+    known = {"off": (), "all": model.tasks}
+    tasks = known[streams] if streams in known else parse_tasks(streams)
+    if unknown := [t for t in tasks if t not in model.tasks]:
+        raise ValueError(f"--streams {streams}: this model has no {', '.join(unknown)}, only {', '.join(model.tasks)}")
+    return tuple(t for t in model.tasks if t in tasks)
 
 
 def place(data):
@@ -274,7 +291,8 @@ def place(data):
 
 def results_file(args, stage, home):
     """The file of these results in the checkpoint, as told at the top; home: where it was trained."""
-    beside = [("stage1", stage == 1 and Path(args.ckpt, "main_unet").is_dir()), (args.split, args.split != "test"),
+    beside = [("stage1", stage == 1 and Path(args.ckpt, "main_unet").is_dir()),
+              (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
               (Path(args.data).name, args.data != home)]
     name, parts = "oracle" if args.oracle else "results", [part for part, so in beside if so]
     for n in count(1):
@@ -334,6 +352,9 @@ def main(argv=None):
     else:
         model = from_base(str(toy.BASE), tuple(TASKS)).to(args.device).eval()
     steady(model)
+    if args.streams is not None:
+        model.attends = attended(args.streams, model)
+        args.streams = ",".join(model.attends) or "off"
     if args.palette:
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     config, stage = read_config(args.ckpt or toy.BASE), 2 if model.multi else 1

@@ -20,7 +20,7 @@ from torch import nn
 
 import infer
 import loading
-from attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks
+from attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks, watch
 from checkpoint import read_config, write_json
 from tasks import TASKS, registry
 
@@ -49,7 +49,9 @@ class StableMTL(nn.Module):
         self.main, self.attention, self.multi = None, None, None
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
         self.size = None                        # (H, W) of its training images, where known: what `infer` goes by
+        self.attends = self.tasks               # the streams that may be attended to; () leaves the attention out
         self.attention_log = None               # a list here receives (block, main task, {other task: mean attention})
+        self.watch = None                       # zeros here, one for each of attention.WATCHED, receive their sums
 
     # -- stage 2 --
 
@@ -85,18 +87,30 @@ class StableMTL(nn.Module):
         return a
 
     def _inject(self, block, a):
-        """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the tasks self._now in turn."""
+        """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the tasks self._now in turn. A
+        task without another stream to attend to stays as it is."""
         layer, main = self.attention[block.replace(".", "/")], _split(a, self._now)
-        kv = self._kv[block] if self._kv is not None else layer.keys_values(main)
+        if not any(self._others(task) for task in main):
+            return a
+        kv = self._kv[block] if self._kv is not None else layer.keys_values({t: main[t] for t in self.attends})
         masking = partial(draw_mask, rho=self.rho, how=self.mask) if self.training and self.rho > 0 else None
         out = []
         for task, x in main.items():
+            if not self._others(task):
+                out.append(x)
+                continue
             y, weights = layer(x, task, kv, masking)
             out.append(x + y)
+            if self.watch is not None:
+                self.watch += watch(weights, x, y)
             if self.attention_log is not None:
                 others, means = [t for t in kv[0] if t != task], weights.float().mean((1, 2, 3)).tolist()
                 self.attention_log.append((block, task, dict(zip(others, means, strict=True))))
         return torch.cat(out)
+
+    def _others(self, task):
+        """The streams that this main task attends to."""
+        return [t for t in self.attends if t != task]
 
     # -- latents --
 
@@ -164,7 +178,7 @@ class StableMTL(nn.Module):
             if self.multi["attention"] == "n-to-n":     # every task attends to the others' main streams: all at once
                 tasks, rows = self.tasks, None
             else:
-                needed = self.tasks if len(tasks) > 1 else [t for t in self.tasks if t != tasks[0]]
+                needed = self.attends if len(tasks) > 1 else self._others(tasks[0])
                 feats = self.streams(z_i, z_j, needed, rows) if streams is None else {
                     block: {t: f[t] for t in needed} for block, f in streams.items()}
                 self._kv = {b: self.attention[b.replace(".", "/")].keys_values(f) for b, f in feats.items()}
@@ -192,7 +206,7 @@ class StableMTL(nn.Module):
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
         z_i = self.encode(F.pad(image, pad, mode="replicate"))
-        seen = tasks if self.main is None else self.tasks       # in any of the passes
+        seen = tasks if self.main is None else [*tasks, *self.attends]      # in any of the passes
         moving = next_image is not None and any(TASKS[t].frames == 2 for t in seen)
         z_j = self.encode(F.pad(next_image, pad, mode="replicate")) if moving else z_i
         latents, out, finite = self(z_i, z_j, tasks, rows), {}, []
@@ -297,7 +311,7 @@ def _split(x, tasks):
 
 def _parts(tasks, z, rows):
     """Split the task list so that tasks x batch stays within `rows` (at least one task at a time)."""
-    size = len(tasks) if rows is None else max(1, rows // len(z))
+    size = max(1, len(tasks) if rows is None else rows // len(z))
     return [tuple(tasks[i:i + size]) for i in range(0, len(tasks), size)]
 
 

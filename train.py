@@ -37,6 +37,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from tqdm import tqdm
 
 import toy
+from attention import WATCHED, watched
 from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
 from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers
@@ -321,9 +322,12 @@ def train(rank, world, device, cfg, saved, tensors):
                 batches = fetched["batches"]
                 skipped += fetched["skipped"]
                 torch.manual_seed(cfg.seed * 1_000_003 + step)      # masks depend on no step before
+                model.watch = torch.zeros(len(WATCHED), device=device)
                 losses = step_gradients(model, batches, kinds, not place, device, autocast, scaler, streams)
+                attended, model.watch = dict(zip(WATCHED, model.watch.tolist(), strict=True)), None
                 if world > 1:
-                    losses, stop = sync_gradients(params, losses, device, bool(stops))
+                    total, stop = sync_gradients(params, losses | attended, device, bool(stops))
+                    losses, attended = ({k: total[k] for k in part} for part in (losses, attended))
                 lr = learning_rate(cfg, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["rate"]
@@ -348,9 +352,13 @@ def train(rank, world, device, cfg, saved, tensors):
                          "dataset": sorted({key[0] for b in batches for key in b["keys"]}),
                          "loss": loss if finite else None, "lr": lr, "grad_norm": norm if finite else None,
                          "img_per_s": round(seen / (time.time() - start), 1)}
+                told = {"task": "+".join(entry["task"][:2]), "loss": f"{loss:.3f}"}
+                if cfg.stage == 2:
+                    entry |= (attention := watched(attended))
+                    told |= {k: "-" if v is None else f"{v:.3f}" for k, v in attention.items()}
                 log.write(json.dumps(entry, allow_nan=False) + "\n")
                 track(entry)
-                bar.set_postfix(task="+".join(entry["task"][:2]), loss=f"{loss:.3f}", refresh=False)
+                bar.set_postfix(told, refresh=False)
                 bar.update()
                 step += 1
 

@@ -61,6 +61,8 @@ def test_the_number_of_processes_changes_nothing(tiny_base, stage1, tmp_path, mo
         for a, b in zip(log_lines(one), log_lines(out), strict=True):
             assert a["task"] == b["task"]
             assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-5)
+            for name in (k for k in a if k.startswith("attention_")):       # of stage 2
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7)
         got = state(out)
         assert got.keys() == expected.keys() and close(moments(expected), moments(got))
         # Adam divides by the gradient's own size: where that is rounding error alone, weights may differ by a part of
