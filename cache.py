@@ -51,10 +51,12 @@ class LatentCache:
     def layout(self, reader, model):
         """{array name: (shape, dtype)} of a dataset."""
         h, w = (s // model.factor for s in reader.size)
-        latent, mask = ((len(reader), 2, c, h, w) for c in (model.vae.config.latent_channels, 1))
         frames = [f"{prefix(reader, tasks)}frame{n}" for tasks in views(reader) for n in (0, 1)]
-        return {"done": ((len(reader),), bool), **{name: (latent, np.float16) for name in (*frames, *reader.tasks)},
-                **{f"{t}_valid": (mask, bool) for t in reader.tasks}}
+        each = dict.fromkeys(frames, (model.seen_shape(reader.size), np.float16))
+        each |= dict.fromkeys(reader.tasks, ((model.unet.config.out_channels, h, w), np.float16))
+        each |= {f"{t}_valid": ((1, h, w), bool) for t in reader.tasks}
+        return {"done": ((len(reader),), bool),
+                **{name: ((len(reader), 2, *shape), kind) for name, (shape, kind) in each.items()}}
 
     def path(self, reader, name):
         return self.folder / reader.name / f"{name}.npy"
@@ -114,7 +116,7 @@ class LatentCache:
                 for index, items, bad in group:
                     skipped += bad
                     images = [(key, x) for key, x in items if not key[0].endswith("_valid")]
-                    latents = encode(model, [x for _, x in images])
+                    latents = encode(model, [(key[0], x) for key, x in images])
                     for (name, flip), z in zip((key for key, _ in images), latents, strict=True):
                         arrays[name][index, flip] = z
                     for (name, flip), mask in (entry for entry in items if entry[0][0].endswith("_valid")):
@@ -133,13 +135,15 @@ def prefix(reader, tasks):
 
 
 def encode(model, images, batch=32):
-    """[(3,H,W)] of any sizes -> their latents (4,h,w) in float16, in order."""
-    device, out = next(model.vae.parameters()).device, [None] * len(images)
-    for size in {x.shape for x in images}:
-        alike = [k for k, x in enumerate(images) if x.shape == size]
+    """[(array name, (3,H,W))] of any sizes -> what the model makes of them in float16, latents (4,h,w), in order."""
+    device, out, groups = next(model.vae.parameters()).device, [None] * len(images), {}
+    for k, (name, x) in enumerate(images):
+        groups.setdefault((name if name in model.tasks else None, x.shape), []).append(k)
+    for (task, _), alike in groups.items():
         for part in (alike[i:i + batch] for i in range(0, len(alike), batch)):
+            x = torch.stack([images[k][1] for k in part]).to(device)
             with torch.no_grad():
-                z = model.encode(torch.stack([images[k] for k in part]).to(device)).cpu().half().numpy()
+                z = (model.latents({task: x})[task] if task else model.see(x)).cpu().half().numpy()
             for k, latent in zip(part, z, strict=True):
                 out[k] = latent
     return out

@@ -119,7 +119,7 @@ def round_trip(model, labels, psnr):
         label, valid = (torch.stack([maps[t][i] for maps in labels]).to(device) for i in (0, 1))
         code, (height, width) = model.codecs[t].encode(label, valid[:, None]), label.shape[-2:]
         pad = (0, -width % model.factor, 0, -height % model.factor)
-        back = model.decode(model.encode(F.pad(code, pad, mode="replicate")))[..., :height, :width]
+        back = model.codes(model.latents({t: F.pad(code, pad, mode="replicate")}))[t][..., :height, :width]
         out[t] = model.codecs[t].decode(back)
         for c, b, v in zip(code, back, valid, strict=True):
             if v.any():
@@ -221,7 +221,7 @@ def table(results, trivials):
                            "codec alone", "PSNR of the code, dB", "classes"])
 
 
-TOLD = ("tasks", "drop", "palette", "second_frame", "isolation", "loss",
+TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "isolation", "loss",
         "heads", "shared_qkv", "main_init", "attention", "rho", "mask")
 
 

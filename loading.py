@@ -151,13 +151,13 @@ def check_tokens(tokens):
 
 def check_parts(vae, unet, width, inputs=(3,)):
     """ValueError unless these make a model: a VAE, a UNet that takes `inputs` of its latents side by side and returns
-    one, and text tokens of this width."""
+    one (inputs=None: what it takes is not ours to say), and text tokens of this width."""
     latent, c = vae.config.latent_channels, unet.config
     more = [k for k in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim") if c.get(k)]
     if more:
         raise ValueError(f"its unet wants more than latents and text ({', '.join(more)}), as Stable Diffusion XL does")
-    expected = [n * latent for n in inputs]
-    if c.in_channels not in expected or c.out_channels != latent:
+    expected = [n * latent for n in inputs or ()]
+    if inputs and (c.in_channels not in expected or c.out_channels != latent):
         raise ValueError(f"its unet goes from {c.in_channels} to {c.out_channels} channels; for its vae, expected "
                          f"{' or '.join(map(str, expected))} to {latent}")
     blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock) and m.attn2 is not None]
@@ -228,14 +228,17 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 # ---- a checkpoint ----
 
 def read_model_json(folder):
-    """What `save` wrote to model.json: "tasks", "palette", "second_frame", and "multi", which is None before stage 2.
+    """What `save` wrote to model.json: "tasks", "palette", "second_frame", "multi", which is None before stage 2, and
+    of a Generalist "generalist", its axes.
 
     FileNotFoundError if there is none, ValueError if it is damaged.
     """
     multi = {"heads": int, "shared": bool, "attention": str}
+    axes = {"space": str, "objective": str, "condition": str, "input_scale": float, "ddim_steps": int}
     return read_json(Path(folder) / "model.json", f"no checkpoint in {folder}: expected model.json, vae/ and unet/ "
                      "(train one: python train.py --stage 1)",
-                     {"tasks": [str], "palette": str, "second_frame": str, "multi": (None, multi)},
+                     {"tasks": [str], "palette": str, "second_frame": str, "multi": (None, multi),
+                      "generalist": (None, axes)},
                      "copy the whole checkpoint again")
 
 
@@ -246,7 +249,8 @@ def faults_of_checkpoint(folder):
 
 def read_checkpoint(folder, stage=None):
     """The parts of a folder written by StableMTL.save: {"spec": model.json, "vae", "unet", "tokens": {task: (L, D)}},
-    and of stage 2 "main_unet" and "task_attention", a state dict; stage=1 leaves these out.
+    and of stage 2 "main_unet" and "task_attention", a state dict; stage=1 leaves these out. A Generalist may have a
+    "stem", a state dict.
 
     FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a file
     is damaged, or the parts do not belong together.
@@ -256,7 +260,8 @@ def read_checkpoint(folder, stage=None):
         raise FileNotFoundError(f"{folder} holds no stage 2: train it first (python train.py --stage 2), or use "
                                 "--stage 1")
     kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
-    files = ["tokens"]
+    axes = spec.get("generalist")
+    files = ["tokens"] + ["stem"] * bool(axes and axes["condition"] == "features")
     if spec["multi"] and stage != 1:
         kinds["main_unet"] = UNet2DConditionModel
         files.append("task_attention")
@@ -271,5 +276,5 @@ def read_checkpoint(folder, stage=None):
         tokens = parts["tokens"]
         if differs := set(tokens) ^ set(spec["tasks"]):
             raise ValueError(f"{', '.join(sorted(differs))} only in one of model.json and tokens.safetensors")
-        check_parts(parts["vae"], parts["unet"], check_tokens(tokens))
+        check_parts(parts["vae"], parts["unet"], check_tokens(tokens), None if axes else (3,))
     return parts | {"spec": spec, "tokens": {t: tokens[t] for t in spec["tasks"]}}

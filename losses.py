@@ -83,7 +83,7 @@ def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None,
         valid = {t: m.to(device, non_blocking=True) for t, m in b["valid"].items()}
         cells = {t: whole_cells(m, model.factor) if encode else m for t, m in valid.items()}
         for t, kind in ((t, kind) for t in labels for kind in kinds):   # known before any forward pass
-            total[kind] += valid_numbers(kind, cells[t], valid[t], model.factor)
+            total[kind] += valid_numbers(kind, cells[t], valid[t], model.factor, model.unet.config.out_channels)
         ready.append((b, frames, labels, valid, cells))
     if dist.is_initialized():
         counts = torch.tensor([total[k] for k in kinds], dtype=torch.float64, device=device)
@@ -95,15 +95,15 @@ def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None,
             latents = labels
             if encode:
                 with torch.no_grad():
-                    frames = [model.encode(f) for f in frames]
-                    latents = {t: model.encode(x) for t, x in labels.items()}
+                    frames = [model.see(f) for f in frames]
+                    latents = model.latents(labels)
             given = streams.fetch(b["keys"], *frames) if streams else None
-            predicted = model(*frames, b["tasks"], streams=given)
+            predicted, wanted = model.learn(*frames, latents, cells, b["keys"], given)
         loss = 0.0
         for t, z_hat in predicted.items():
             if not valid[t].any():
                 continue
-            terms = loss_terms(model, kinds, t, z_hat, latents[t], cells[t], labels[t], valid[t])
+            terms = loss_terms(model, kinds, t, z_hat, wanted[t], cells[t], labels[t], valid[t])
             for kind, (error, _) in terms.items():
                 if total[kind] > 0:
                     out[kind] += error.item() / total[kind]
@@ -113,10 +113,10 @@ def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None,
     return out
 
 
-def valid_numbers(kind, cells, valid, factor):
-    """How many numbers a loss averages over: 4 per latent cell, 3 per pixel, or 1."""
+def valid_numbers(kind, cells, valid, factor, channels):
+    """How many numbers a loss averages over: the channels of a latent cell (4), 3 per pixel, or 1."""
     if kind == "latent":
-        return int(cells.sum()) * 4
+        return int(cells.sum()) * channels
     height, width = (s // factor * factor for s in valid.shape[-2:])
     return int(valid[..., :height, :width].sum()) * (3 if kind == "pixel" else 1)
 

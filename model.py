@@ -45,7 +45,7 @@ class StableMTL(nn.Module):
         for t in self.tasks:
             self.register_buffer(f"token_{t}", tokens[t].float(), persistent=False)
         self.codecs = {t: registry(palette)[t] for t in self.tasks}
-        self.palette, self.second_frame = palette, second_frame
+        self.palette, self.second_frame, self.coding = palette, second_frame, ""
         self.main, self.attention, self.multi = None, None, None
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
         self.size = None                        # (H, W) of its training images, where known: what `infer` goes by
@@ -127,21 +127,45 @@ class StableMTL(nn.Module):
         """(B,4,h,w) -> (B,3,h*f,w*f), about [-1,1]."""
         return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
+    def see(self, frame):
+        """What the UNet is told of a frame (B,3,H,W): its latent."""
+        return self.encode(frame)
+
+    def seen_shape(self, size):
+        """Of that, for a frame of size (H, W)."""
+        return self.vae.config.latent_channels, *(s // self.factor for s in size)
+
+    def latents(self, codes):
+        """What the UNet is to predict of label codes, {task: (B,3,H,W)} -> {task: (B,4,h,w)}."""
+        return {t: self.encode(x) for t, x in codes.items()}
+
+    def codes(self, latents):
+        """And back: {task: (B,4,h,w)} -> {task: (B,3,h*f,w*f)}, in one pass of the decoder."""
+        return _split(self.decode(torch.cat([*latents.values()])), tuple(latents))
+
     # -- the UNet passes --
 
-    def _run(self, unet, z_i, z_j, tasks):
+    def single_stream(self):
+        """The modules that stage 1 trains, by name."""
+        return {"unet": self.unet}
+
+    def stack(self, z_i, z_j, third=None):
+        """The UNet's input, 12 channels. The third place stays empty here; one that diffuses (generalist.py) needs it."""
+        return torch.cat([z_i, z_j, torch.zeros_like(z_i) if third is None else third], 1)
+
+    def _run(self, unet, z_i, z_j, tasks, third=None, timestep=TIMESTEP):
         """z_i, z_j: (M*B,4,h,w), the M tasks one after the other -> (M*B,4,h,w)."""
         if self.second_frame == "average":
             z_i = z_j = (z_i + z_j) / 2
         elif self.second_frame == "none":
             z_j = z_i
-        x = torch.cat([z_i, z_j, torch.zeros_like(z_i)], 1)
+        x = self.stack(z_i, z_j, third)
         own = [self.get_buffer(f"token_{t}") for t in tasks]
         length, each, keep = max(len(o) for o in own), len(x) // len(tasks), None
         tokens = torch.stack([F.pad(o, (0, 0, 0, length - len(o))) for o in own])               # (M, L, D)
         if any(len(o) < length for o in own):   # mask the padding; shapes decide: no value is fetched from the device
             keep = torch.stack([torch.arange(length, device=x.device) < len(o) for o in own]).repeat_interleave(each, 0)
-        timestep = torch.full((), TIMESTEP, device=x.device)
+        timestep = torch.full((), timestep, device=x.device) if isinstance(timestep, int) else timestep
         return unet(x, timestep, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
 
     @staticmethod
@@ -189,6 +213,13 @@ class StableMTL(nn.Module):
             self._kv = None         # with gradients it stays: checkpointing runs blocks again in the backward pass
         return {t: out[t] for t in wanted}
 
+    def learn(self, z_i, z_j, latents, cells, keys, streams=None):
+        """What a training step compares: (predictions, what they should be), each {task: (B,4,h,w)}.
+
+        latents: of the labels; cells: {task: (B,1,h,w) bool}, where they hold; keys: of the samples (data.Mixture).
+        """
+        return self(z_i, z_j, tuple(latents), streams=streams), latents
+
     @torch.no_grad()
     def predict(self, image, next_image=None, tasks=None, rows=None):
         """All maps of an image (or pair), each frame encoded once: the one inference path of evaluate.py and sample.py.
@@ -205,14 +236,14 @@ class StableMTL(nn.Module):
             raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
-        z_i = self.encode(F.pad(image, pad, mode="replicate"))
+        z_i = self.see(F.pad(image, pad, mode="replicate"))
         seen = tasks if self.main is None else [*tasks, *self.attends]      # in any of the passes
         moving = next_image is not None and any(TASKS[t].frames == 2 for t in seen)
-        z_j = self.encode(F.pad(next_image, pad, mode="replicate")) if moving else z_i
+        z_j = self.see(F.pad(next_image, pad, mode="replicate")) if moving else z_i
         latents, out, finite = self(z_i, z_j, tasks, rows), {}, []
         for part in _parts(tasks, z_i, rows):
-            codes = self.decode(torch.cat([latents[t] for t in part]))[..., :height, :width]
-            for t, code in _split(codes, part).items():
+            for t, code in self.codes({t: latents[t] for t in part}).items():
+                code = code[..., :height, :width]
                 out[t] = self.codecs[t].decode(code)
                 finite.append(code.sum(dtype=torch.float32).isfinite())     # NaN and infinity survive a sum
         if _readable(z_i) and not torch.stack(finite).all():
@@ -247,8 +278,11 @@ class StableMTL(nn.Module):
         if self.main is not None:
             self.main.save_pretrained(folder / "main_unet")
             save_file(self.task_attention_state(), folder / "task_attention.safetensors")
-        write_json(folder / "model.json", {"tasks": self.tasks, "palette": self.palette,
-                                           "second_frame": self.second_frame, "multi": self.multi})
+        write_json(folder / "model.json", self.facts())
+
+    def facts(self):
+        """What model.json says of it."""
+        return {"tasks": self.tasks, "palette": self.palette, "second_frame": self.second_frame, "multi": self.multi}
 
     def task_attention_state(self):
         """{"<block>.attn1.task_to_q.<task>.net.0.weight": tensor, ...} on the CPU."""
@@ -272,9 +306,13 @@ class StableMTL(nn.Module):
         file is damaged, or the parts do not belong together.
         """
         parts = loading.read_checkpoint(folder, stage)
-        spec = parts["spec"]
+        spec, axes = parts["spec"], parts["spec"].get("generalist") or {}
+        if axes:
+            from generalist import Generalist as cls  # it builds on this class, so it cannot be known earlier
         with loading.faults_of_checkpoint(folder):
-            model = cls(parts["vae"], parts["unet"], parts["tokens"], spec["palette"], spec["second_frame"])
+            model = cls(parts["vae"], parts["unet"], parts["tokens"], spec["palette"], spec["second_frame"], **axes)
+            if "stem" in parts:
+                model.load_stem(parts["stem"])
             if "main_unet" in parts:
                 model.add_main_stream(parts["main_unet"], **spec["multi"])
                 model.load_task_attention(parts["task_attention"])

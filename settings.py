@@ -14,6 +14,7 @@ import cli
 import toy
 from attention import ATTENTIONS, MASKS
 from checkpoint import read_config
+from generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
 from loading import read_model_json
 from model import SECOND_FRAMES
 from tasks import PALETTES, TASKS, parse_tasks
@@ -49,6 +50,15 @@ class Config:
     # model
     widths: str = setting(None, "comma-separated widths of a fresh toy UNet instead of the base's; empty = the base's")
     second_frame: str = setting("concat", "how the second frame enters", SECOND_FRAMES)
+    space: str = setting("latent", "what the UNet predicts: latents of label codes, or their pixels at that size; with "
+                         "the next four, the Diffusion Generalist (docs/systems.md)", SPACES)
+    objective: str = setting("regress", "regress: one step; diffuse: the noise in a noised target, then DDIM",
+                             OBJECTIVES)
+    condition: str = setting("latent", "what the UNet is told of a frame: its latent, features of a small trained stem "
+                             "or raw pixels at the latents' size", CONDITIONS)
+    input_scale: float = setting(0.3, "with --objective diffuse: scale of the target before noise is added",
+                                 kind=cli.number(0, 1, ends=False))
+    ddim_steps: int = setting(50, "with --objective diffuse: steps of a prediction", kind=cli.whole(1, 1000))
     init: str = setting("", "stage 1: start from the single stream of this checkpoint instead of the base (continued)")
     main_init: str = setting("stage1", "where the main UNet of stage 2 starts: stage1 or base (w/o single-stream init)",
                              ("stage1", "base"))
@@ -109,8 +119,9 @@ PRESETS = {
 }
 # what stage 2, and a stage 1 that continues another, take over from the stage 1 before
 INHERITED = ("preset", "data", "base", "cache", "scenes", "size", "skip_bad", "tasks", "drop", "palette",
-             "second_frame")
-SETTLED = ("base", "tasks", "palette", "second_frame")      # of these, what the model cannot change afterwards
+             "second_frame", "space", "objective", "condition", "input_scale", "ddim_steps")
+AXES = ("space", "objective", "condition", "input_scale", "ddim_steps")      # of the Generalist
+SETTLED = ("base", "tasks", "palette", "second_frame", *AXES)      # of these, what the model cannot change afterwards
 ANYTIME = ("resume", "out", "processes", "threads", "workers", "steps", "track")     # what --resume may set anew
 
 
@@ -160,7 +171,8 @@ def settled(folder):
     if not (Path(folder) / "model.json").is_file():
         return None
     model, imported = read_model_json(folder), read_config(folder).get("imported")
-    known = {"tasks": ",".join(model["tasks"]), "palette": model["palette"], "second_frame": model["second_frame"]}
+    known = {"tasks": ",".join(model["tasks"]), "palette": model["palette"], "second_frame": model["second_frame"],
+             **(model.get("generalist") or {})}
     return known | ({"preset": "paper", "base": imported["base"]} if imported else {})
 
 
@@ -197,6 +209,9 @@ def idle_flags(cfg):
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr"),
          cfg.stage == 1 and "it belongs to --stage 2"),
+        (AXES, cfg.stage == 2 and "it belongs to --stage 1"),
+        (("input_scale", "ddim_steps"), cfg.objective == "regress" and "it goes with --objective diffuse"),
+        (("loss",), axes(cfg) and "with --space, --objective or --condition the loss is that of what the UNet gives"),
         (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),
         (("widths",), not (fresh or cfg.main_init == "base") and "it makes a fresh UNet, in a stage 1 without --init "
          "or with --main-init base"),
@@ -225,6 +240,12 @@ def check(cfg, given=()):
     parse_loss(cfg.loss)
     cli.parse_device(cfg.device)
     return cfg
+
+
+def axes(cfg):
+    """The Generalist's axes, as its keywords; {} for StableMTL's own stage 1."""
+    own = all(getattr(cfg, name) == value for name, value in STABLEMTL.items())
+    return {} if own else {name: getattr(cfg, name) for name in AXES}
 
 
 def parse_widths(text):

@@ -21,7 +21,11 @@ CITYSCAPES = ((128, 64, 128), (70, 70, 70), (153, 153, 153), (250, 170, 30), (22
               (70, 130, 180), (0, 0, 142))
 # The corners of the colour cube: no class lies between two others, so a blurred edge never shows a third class.
 CORNERS = tuple((r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255))
-PALETTES = {"cityscapes": CITYSCAPES, "corners": CORNERS}
+# Colours at equal distances in the smallest cube of a whole side B that holds them all (Diffusion Generalist).
+_SIDE = next(b for b in range(1, 256) if b ** 3 >= len(CLASSES))
+SPACED = tuple(tuple(256 // _SIDE * x for x in (k // _SIDE ** 2, k // _SIDE % _SIDE, k % _SIDE))
+               for k in range(len(CLASSES)))
+PALETTES = {"cityscapes": CITYSCAPES, "corners": CORNERS, "spaced": SPACED}
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,7 @@ TASKS = {t.name: t for t in [
 
 
 def registry(palette="cityscapes"):
-    """TASKS with the colours that code the classes: "cityscapes" (the released weights) or "corners"."""
+    """TASKS with the colours that code the classes, one of PALETTES: "cityscapes" has the released weights."""
     if palette not in PALETTES:
         raise ValueError(f"unknown palette {palette!r}: choose one of {', '.join(PALETTES)}")
     encode, decode = _semantic_codec(palette)

@@ -42,11 +42,12 @@ from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
 from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
+from generalist import Generalist
 from loading import read_model_json
 from losses import step_gradients, sync_gradients
 from metrics import aligned
 from model import StableMTL, from_base, load_base
-from settings import ANYTIME, KINDS, Config, parse_args, parse_loss, parse_widths, stage1_settings
+from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings
 from tasks import TASKS, parse_tasks, registry
 from toy.make import make, new_unet
 
@@ -93,7 +94,8 @@ def build_model(cfg, tasks):
         model = from_base(base, tasks, cfg.palette, cfg.second_frame)
         if cfg.widths:
             model.unet = new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
-        return model
+        torch.manual_seed(cfg.seed)     # of fresh convolutions
+        return Generalist.fit(model, **axes(cfg)) if axes(cfg) else model
     if not stages:
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
                                 f"run python train.py --stage 1 --out {cfg.out} first")
@@ -116,7 +118,7 @@ def build_model(cfg, tasks):
 
 def trainable(model):
     """The modules this stage trains, by name."""
-    return {"unet": model.unet} if model.main is None else {"main_unet": model.main, "task_attention": model.attention}
+    return model.single_stream() if model.main is None else {"main_unet": model.main, "task_attention": model.attention}
 
 
 def set_mode(model, training):
@@ -268,7 +270,8 @@ def train(rank, world, device, cfg, saved, tensors):
     with locked(out) if chief else contextlib.nullcontext():
         skipped, streams = [], None
         if place:
-            mixture.cache = LatentCache(place, readers, fingerprint(model.vae.state_dict()), cfg.palette)
+            coding = fingerprint(model.vae.state_dict()) + model.coding
+            mixture.cache = LatentCache(place, readers, coding, cfg.palette)
             if chief:
                 mixture.cache.create(readers, model)
             if world > 1:
