@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from checkpoint import Records, read_json, write_json
 from data import fetch, mirror, prepare, unreadable, views, whole_cells
+from tasks import TASKS
 
 # ---- latents of images and labels ----
 
@@ -138,7 +139,7 @@ def encode(model, images, batch=32):
     """[(array name, (3,H,W))] of any sizes -> what the model makes of them in float16, latents (4,h,w), in order."""
     device, out, groups = next(model.vae.parameters()).device, [None] * len(images), {}
     for k, (name, x) in enumerate(images):
-        groups.setdefault((name if name in model.tasks else None, x.shape), []).append(k)
+        groups.setdefault((name if name in TASKS else None, x.shape), []).append(k)
     for (task, _), alike in groups.items():
         for part in (alike[i:i + batch] for i in range(0, len(alike), batch)):
             x = torch.stack([images[k][1] for k in part]).to(device)

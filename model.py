@@ -150,7 +150,7 @@ class StableMTL(nn.Module):
         return {"unet": self.unet}
 
     def stack(self, z_i, z_j, third=None):
-        """The UNet's input, 12 channels. The third place stays empty here; one that diffuses (generalist.py) needs it."""
+        """The UNet's input, 12 channels. The third place stays empty here; who diffuses (generalist.py) needs it."""
         return torch.cat([z_i, z_j, torch.zeros_like(z_i) if third is None else third], 1)
 
     def _run(self, unet, z_i, z_j, tasks, third=None, timestep=TIMESTEP):
