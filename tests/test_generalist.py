@@ -71,8 +71,8 @@ def test_ddim_is_diffusers_own():
         x = scheduler.step(some_noise(x, int(t)), t, x).prev_sample
     assert torch.allclose(ddim(some_noise, start, 50, 1.0, 0.8), x, atol=1e-4)
     t = torch.tensor([3, 900])
-    assert torch.allclose(add_noise(start, weight, t, 1.0), scheduler.add_noise(start, weight, t), atol=1e-6)
-    assert torch.allclose(add_noise(start, weight, t, 0.3), scheduler.add_noise(0.3 * start, weight, t), atol=1e-6)
+    assert torch.allclose(add_noise(start, weight, t, 1.0), scheduler.add_noise(start, weight, t), atol=1e-5)
+    assert torch.allclose(add_noise(start, weight, t, 0.3), scheduler.add_noise(0.3 * start, weight, t), atol=1e-5)
 
 
 @torch.no_grad()
@@ -102,9 +102,9 @@ def test_the_pixel_codec_keeps_what_it_holds():
     noise = torch.rand(2, 3, 32, 40)
     assert torch.equal(m.latents({"semantic": noise})["semantic"], noise[..., 2::4, 2::4])
     mean = m.latents({"depth": noise})["depth"]
-    assert torch.allclose(mean, noise.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2)), atol=1e-6)
+    assert torch.allclose(mean, noise.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2)), atol=1e-5)
     ramp = torch.linspace(-1, 1, 40).expand(1, 3, 32, 40)
-    assert torch.allclose(m.codes(m.latents({"depth": ramp}))["depth"][..., 2:-2], ramp[..., 2:-2], atol=1e-6)
+    assert torch.allclose(m.codes(m.latents({"depth": ramp}))["depth"][..., 2:-2], ramp[..., 2:-2], atol=1e-5)
 
 
 @pytest.mark.parametrize(("space", "condition", "taken", "given"), [
