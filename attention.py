@@ -12,6 +12,7 @@ from torch import nn
 
 MASKS = ("score", "score-k", "argmax", "uniform")
 ATTENTIONS = ("n-to-1", "n-to-n")
+QUERY_INITS = ("released", "unit")
 
 class KeyValue(nn.Module):
     """C -> C/2 -> C with one exact GELU: the projection of an auxiliary stream to keys or values."""
@@ -31,6 +32,14 @@ class Query(nn.Module):
 
     def forward(self, x):
         return self.net(x)
+
+    def unit_gain(self):
+        """Draw weights anew that keep the variance of their input: PyTorch's own shrink it at every layer, so that the
+        attention starts even, with next to no gradient to the query."""
+        for k, layer in enumerate(layer for layer in self.net if isinstance(layer, nn.Linear)):
+            after_gelu = 1.0 if k == 0 else 1.5335      # 1 / sqrt(E gelu(x)^2), x standard normal
+            nn.init.normal_(layer.weight, std=after_gelu * layer.in_features ** -0.5)
+            nn.init.zeros_(layer.bias)
 
 
 def stacked(layers):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cli
 import toy
-from attention import ATTENTIONS, MASKS
+from attention import ATTENTIONS, MASKS, QUERY_INITS
 from checkpoint import read_config
 from generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
 from loading import read_model_json
@@ -66,8 +66,11 @@ class Config:
     shared_qkv: bool = setting(False, "one set of query, key and value projections for all tasks")
     attention: str = setting("n-to-1", "n-to-1: the main stream attends to frozen streams; n-to-n: all tasks trained "
                              "jointly, attending to each other", ATTENTIONS)
+    query_init: str = setting("released", "weights that the queries start with: as released, or unit = keeping the "
+                              "variance of their input", QUERY_INITS)
     rho: float = setting(0.4, "probability that a layer leaves out an auxiliary task in a training step",
                          kind=cli.number(0, 1))
+    rho_after: int = setting(0, "stage 2: steps before the first of these", kind=cli.whole(0))
     mask: str = setting("score", "how the task to leave out is chosen", MASKS)
     # optimisation
     steps: int = setting(None, "optimizer steps; with --resume, so many in all", kind=cli.whole(1))
@@ -76,6 +79,9 @@ class Config:
     lr: float = setting(None, "peak learning rate of Adam", kind=cli.number(0, ends=False))
     attention_lr: float = setting(1.0, "learning rate of the task attention as a multiple of --lr (1 = as released)",
                                   kind=cli.number(0, ends=False))
+    main_lr: float = setting(1.0, "learning rate of the main UNet of stage 2 as a multiple of --lr",
+                             kind=cli.number(0, ends=False))
+    freeze_main: int = setting(0, "stage 2: steps in which only the task attention learns", kind=cli.whole(0))
     beta2: float = setting(None, "Adam's decay of the squared gradient; 0.99 suits short runs",
                            kind=cli.number(0, 1, ends=False))
     warmup: int = setting(100, "steps of linear warm-up", kind=cli.whole(0))
@@ -83,6 +89,7 @@ class Config:
                             "(to 0 over --steps; a run that --resume lengthens goes on at the longer one's rate)",
                             ("exponential", "cosine"))
     clip: float = setting(None, "largest norm of the gradient", kind=cli.number(0, ends=False))
+    clip_apart: bool = setting(False, "in stage 2 clip the main UNet and the task attention each by itself")
     isolation: bool = setting(True, "every optimizer step sees one task only; --no-isolation mixes tasks")
     loss: str = setting("latent", "sum of latent, pixel (MSE after the decoder) and task (the task's usual loss on the "
                         "decoded map), each with an optional weight: latent:1,task:0.5")
@@ -207,15 +214,17 @@ def idle_flags(cfg):
     return [
         ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
-        (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr"),
-         cfg.stage == 1 and "it belongs to --stage 2"),
+        (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
+          "rho_after", "main_lr", "freeze_main", "clip_apart"), cfg.stage == 1 and "it belongs to --stage 2"),
         (AXES, cfg.stage == 2 and "it belongs to --stage 1"),
         (("input_scale", "ddim_steps"), cfg.objective == "regress" and "it goes with --objective diffuse"),
         (("loss",), axes(cfg) and "with --space, --objective or --condition the loss is that of what the UNet gives"),
         (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),
         (("widths",), not (fresh or cfg.main_init == "base") and "it makes a fresh UNet, in a stage 1 without --init "
          "or with --main-init base"),
-        (("mask",), cfg.rho == 0 and "with --rho 0 nothing is left out"),
+        (("mask", "rho_after"), cfg.rho == 0 and "with --rho 0 nothing is left out"),
+        (("rho", "mask", "rho_after"), cfg.rho_after >= cfg.steps and "--rho-after lasts to the last step"),
+        (("main_lr",), cfg.freeze_main >= cfg.steps and "--freeze-main lasts to the last step"),
         (("scenes",), cfg.data and "it counts scenes of the toy worlds, and --data names others"),
         (("stream_gb",), cfg.attention == "n-to-n" and "n-to-n has no frozen streams"),
         (("palette",), not any(TASKS[t].categorical for t in parse_tasks(cfg.tasks))
@@ -226,15 +235,15 @@ def idle_flags(cfg):
 def check(cfg, given=()):
     """Fill in the preset's values and refuse impossible settings before anything is written."""
     parse_tasks(cfg.tasks)
-    for names, why in idle_flags(cfg):
-        idle = [flag_name(n) for n in names if n in given]
-        if why and idle:
-            raise ValueError(f"{', '.join(idle)} would do nothing here: {why}")
     if cfg.preset == "auto":
         cfg.preset = "paper" if cfg.base and cfg.data else "toy"
     for name, value in PRESETS[cfg.preset].items():
         if getattr(cfg, name) is None and not (name == "size" and cfg.data):
             setattr(cfg, name, value[max(cfg.stage, 1)] if isinstance(value, dict) else value)
+    for names, why in idle_flags(cfg):
+        idle = [flag_name(n) for n in names if n in given]
+        if why and idle:
+            raise ValueError(f"{', '.join(idle)} would do nothing here: {why}")
     cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
     parse_loss(cfg.loss)

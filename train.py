@@ -24,6 +24,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import cli  # before torch, for Ctrl-C meanwhile
 
@@ -75,6 +76,65 @@ def learning_rate(cfg, step):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
 
 
+def make_optimizer(cfg, parts):
+    """Adam over {name: module}, each a group with its own multiple of the learning rate."""
+    rates = {"main_unet": cfg.main_lr, "task_attention": cfg.attention_lr}
+    groups = [{"params": [*m.parameters()], "name": name, "rate": rates.get(name, 1.0)} for name, m in parts.items()]
+    return torch.optim.Adam(groups, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+
+
+class Step(NamedTuple):
+    """What an optimizer step came to."""
+    losses: dict        # {kind: loss}
+    attention: dict     # of attention.watched
+    lr: float
+    norm: float         # of the gradient before it was clipped
+    finite: bool        # else the weights are what they were
+    stop: bool          # whether any of several processes was told to stop
+
+
+def optimizer_step(cfg, step, model, batches, encode, optimizer, autocast, scaler=None, streams=None, stops=()):
+    """One step, as all processes take it together: the gradient of its micro-batches, clip, step, reset. -> Step
+
+    stops: what cli.note_stop fills, perhaps meanwhile.
+    """
+    device, stop = next(model.parameters()).device, False
+    torch.manual_seed(cfg.seed * 1_000_003 + step)      # masks depend on no step before
+    model.rho = cfg.rho if step >= cfg.rho_after else 0.0
+    model.watch = torch.zeros(len(WATCHED), device=device)
+    losses = step_gradients(model, batches, parse_loss(cfg.loss), encode, device, autocast, scaler, streams)
+    attended, model.watch = dict(zip(WATCHED, model.watch.tolist(), strict=True)), None
+    if dist.is_initialized():
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        total, stop = sync_gradients(params, losses | attended, device, bool(stops))
+        losses, attended = ({k: total[k] for k in part} for part in (losses, attended))
+    if scaler:
+        scaler.unscale_(optimizer)
+    lr, norm = clip_gradients(cfg, optimizer, step)
+    finite = math.isfinite(norm) and all(math.isfinite(v) for v in losses.values())
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    elif finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Step(losses, watched(attended), lr, norm, finite, stop)
+
+
+def clip_gradients(cfg, optimizer, step):
+    """Set the learning rates of a step and clip its gradient -> (learning rate, norm of the gradient before)."""
+    lr, norms = learning_rate(cfg, step), []
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["rate"]
+        if group["name"] == "main_unet" and step < cfg.freeze_main:
+            for p in group["params"]:
+                p.grad = None
+    parts = [group["params"] for group in optimizer.param_groups]
+    for params in parts if cfg.clip_apart else [sum(parts, [])]:
+        norms.append(torch.nn.utils.clip_grad_norm_(params, cfg.clip).item())
+    return lr, math.hypot(*norms)
+
+
 # ---- the model of a stage ----
 
 def build_model(cfg, tasks):
@@ -112,6 +172,9 @@ def build_model(cfg, tasks):
                          "the --base, or the --widths, it was trained with")
     torch.manual_seed(cfg.seed)     # the projections start alike, wherever the main stream starts
     model.add_main_stream(main, cfg.heads, cfg.shared_qkv, cfg.attention)
+    for query in (q for layer in model.attention.values() for q in layer.task_to_q.values()):
+        if cfg.query_init == "unit":
+            query.unit_gain()
     model.rho, model.mask = cfg.rho, cfg.mask
     return model
 
@@ -245,7 +308,6 @@ def train(rank, world, device, cfg, saved, tensors):
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     parts = trainable(model)
-    params = [p for m in parts.values() for p in m.parameters()]
     if cfg.checkpointing:
         (model.main or model.unet).enable_gradient_checkpointing()
 
@@ -284,9 +346,7 @@ def train(rank, world, device, cfg, saved, tensors):
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9)
 
         # ---- optimizer, schedule, resume ----
-        rates = {"task_attention": cfg.attention_lr}      # of the learning rate
-        groups = [{"params": [*m.parameters()], "rate": rates.get(name, 1.0)} for name, m in parts.items()]
-        optimizer = torch.optim.Adam(groups, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+        optimizer = make_optimizer(cfg, parts)
         autocast, scaler = precision(cfg, device)
         about = about_run(cfg, model, readers, saved)
         step = 0
@@ -321,44 +381,25 @@ def train(rank, world, device, cfg, saved, tensors):
         # Ctrl-C ends the run after the step at hand, whole
         with bar, log, tracking(cfg, chief) as track, cli.on_stop(partial(cli.note_stop, stops)):
             for fetched in loader(mixture, step, cfg.steps, workers if mixture.cache is None else 0):
-                # one optimizer step: micro-batches of one task, clip, step, reset
                 batches = fetched["batches"]
                 skipped += fetched["skipped"]
-                torch.manual_seed(cfg.seed * 1_000_003 + step)      # masks depend on no step before
-                model.watch = torch.zeros(len(WATCHED), device=device)
-                losses = step_gradients(model, batches, kinds, not place, device, autocast, scaler, streams)
-                attended, model.watch = dict(zip(WATCHED, model.watch.tolist(), strict=True)), None
-                if world > 1:
-                    total, stop = sync_gradients(params, losses | attended, device, bool(stops))
-                    losses, attended = ({k: total[k] for k in part} for part in (losses, attended))
-                lr = learning_rate(cfg, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["rate"]
-                if scaler:
-                    scaler.unscale_(optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(params, cfg.clip).item()
-                finite = math.isfinite(norm) and all(math.isfinite(v) for v in losses.values())
-                in_vain = 0 if finite else in_vain + 1      # fp16's scaler skips such a step and tries a smaller scale
-                if not finite and (not scaler or in_vain >= PATIENCE):
-                    raise FloatingPointError(diverged(step, batches, losses, norm, in_vain, out))
-                if scaler:
-                    scaler.step(optimizer)
-                    scaler.update()
-                else:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                done = optimizer_step(cfg, step, model, batches, not place, optimizer, autocast, scaler, streams, stops)
+                in_vain = 0 if done.finite else in_vain + 1     # fp16's scaler skips such a step and scales down
+                if not done.finite and (not scaler or in_vain >= PATIENCE):
+                    raise FloatingPointError(diverged(step, batches, done.losses, done.norm, in_vain, out))
 
                 # one log line per step
                 seen += cfg.batch
-                loss = sum(kinds[k] * v for k, v in losses.items())
+                loss = sum(kinds[k] * v for k, v in done.losses.items())
                 entry = {"stage": cfg.stage, "step": step, "task": in_order(t for b in batches for t in b["tasks"]),
                          "dataset": sorted({key[0] for b in batches for key in b["keys"]}),
-                         "loss": loss if finite else None, "lr": lr, "grad_norm": norm if finite else None,
+                         "loss": loss if done.finite else None, "lr": done.lr,
+                         "grad_norm": done.norm if done.finite else None,
                          "img_per_s": round(seen / (time.time() - start), 1)}
                 told = {"task": "+".join(entry["task"][:2]), "loss": f"{loss:.3f}"}
                 if cfg.stage == 2:
-                    entry |= (attention := watched(attended))
-                    told |= {k: "-" if v is None else f"{v:.3f}" for k, v in attention.items()}
+                    entry |= done.attention
+                    told |= {k: "-" if v is None else f"{v:.3f}" for k, v in done.attention.items()}
                 log.write(json.dumps(entry, allow_nan=False) + "\n")
                 track(entry)
                 bar.set_postfix(told, refresh=False)
@@ -371,7 +412,7 @@ def train(rank, world, device, cfg, saved, tensors):
                     save()
                 if chief and cfg.picture_every and (step % cfg.picture_every == 0 or step == cfg.steps):
                     save_picture(model, shown, out / "pictures" / f"stage{cfg.stage}_{step:06d}.png")
-                if stop if world > 1 else stops:
+                if done.stop or (world == 1 and stops):
                     break
         if step < cfg.steps:
             save()

@@ -12,8 +12,11 @@ from runs import THREE
 from test_model import ALL, attention_layer, close, naive, stock
 
 import evaluate
-from attention import WATCHED, watch, watched
+import settings
+import train
+from attention import WATCHED, Query, watch, watched
 from cli import run
+from model import StableMTL
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -160,3 +163,72 @@ def test_streams_that_a_model_does_not_have(second, go, tmp_path, capsys):
     assert go("--stage 2")[0] == 0
     assert run(lambda: evaluate.main(f"--ckpt {second} --streams albedo,depth".split())) == 2
     assert f"no albedo, only {THREE.replace(',', ', ')}" in capsys.readouterr().err
+
+
+# ---- recipes ----
+
+@torch.no_grad()
+def test_queries_that_start_with_unit_gain(second, tiny_base):
+    """--query-init unit: queries of about unit variance where the released ones are a tenth of it; the same key names,
+    everything else starts as before, and step 0 equals stage 1."""
+    spread, states, z = {}, {}, tiny.latents(1)
+    for how in settings.QUERY_INITS:
+        cfg = settings.parse_args(f"--stage 2 --base {tiny_base} --out {second} --query-init {how}".split())
+        m = train.build_model(cfg, THREE.split(",")).eval()
+        query = Query(256, 640)
+        if how == "unit":
+            query.unit_gain()
+        spread[how] = query(torch.randn(500, 256)).std().item()
+        states[how] = m.state_dict()
+        assert torch.equal(m(*z, ["depth"])["depth"], StableMTL.load(second, stage=1)(*z, ["depth"])["depth"])
+    assert spread["released"] < 0.1 and spread["unit"] == pytest.approx(1, rel=0.1)
+    differs = {k for k in states["unit"] if not torch.equal(states["unit"][k], states["released"][k])}
+    assert states["unit"].keys() == states["released"].keys() and differs
+    assert all("task_to_q" in k for k in differs)
+
+
+def test_the_main_unet_frozen_and_slower(go, stage1, tmp_path):
+    """--freeze-main 1: after one step the main UNet is stage 1's bit for bit, the attention as without; then it learns.
+    --main-lr 0.5: Adam's first step moves it half as far."""
+    ends = {}
+    for name, flags in {"plain": "", "frozen": "--freeze-main 1", "then": "--freeze-main 1 --steps 2",
+                        "slow": "--main-lr 0.5"}.items():
+        out = shutil.copytree(stage1, tmp_path / name)
+        assert go(f"--stage 2 --rho 0 --clip 1e9 --lr 1e-3 --warmup 0 {flags} --out {out}")[0] == 0
+        ends[name] = StableMTL.load(out)
+    start = ends["plain"].unet.state_dict()
+
+    def moved(name):
+        return {k: v - start[k] for k, v in ends[name].main.state_dict().items()}
+    assert not any(x.any() for x in moved("frozen").values()) and any(x.any() for x in moved("then").values())
+    for layer, other in zip(ends["plain"].attention.parameters(), ends["frozen"].attention.parameters(), strict=True):
+        assert torch.equal(layer, other)
+    plain, slow = moved("plain"), moved("slow")
+    assert all(torch.allclose(0.5 * plain[k], slow[k], rtol=1e-2, atol=1e-6) for k in plain)
+    assert any(x.any() for x in slow.values())
+
+
+@pytest.mark.parametrize("apart, expected", [(False, (0.6, 0.8)), (True, (1.0, 1.0))])
+def test_clipping_apart(apart, expected):
+    """Gradients of norm 3 and 4 clipped at 1: together to 5, or each by itself; the norm told is that of both."""
+    parts = {"main_unet": torch.nn.Linear(2, 1, bias=False), "task_attention": torch.nn.Linear(2, 1, bias=False)}
+    cfg = settings.check(settings.Config(stage=2, clip=1.0, clip_apart=apart, attention_lr=3.0, warmup=0, lr=0.1))
+    optimizer = train.make_optimizer(cfg, parts)
+    for module, size in zip(parts.values(), (3.0, 4.0), strict=True):
+        module.weight.grad = torch.tensor([[size, 0.0]])
+    lr, norm = train.clip_gradients(cfg, optimizer, 0)
+    assert norm == pytest.approx(5) and lr == 0.1
+    assert [m.weight.grad.norm().item() for m in parts.values()] == pytest.approx(expected, rel=1e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.3])
+
+
+def test_masking_that_starts_later(go, second, monkeypatch):
+    """--rho-after 2: nothing is left out in the first two steps."""
+    seen, step = [], train.step_gradients
+
+    def spy(model, *args):
+        seen.append(model.rho)
+        return step(model, *args)
+    monkeypatch.setattr(train, "step_gradients", spy)
+    assert go("--stage 2 --rho 0.7 --rho-after 2 --steps 3")[0] == 0
+    assert seen == [0, 0, 0.7]
