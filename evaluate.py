@@ -9,13 +9,15 @@
 
 Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val and
 of other data to files of their own (results_stage1.json, results_streams-off.json, results_val.json, results_<name of
-the root>.json). A test set that is there already, from the same settings, weights, samples and code, is not computed
-again: so an interrupted run goes on.
+the root>.json). Those of the toy model and of a hub id go to the current folder (results_toy_model.json,
+results_<org>_<name>.json). A test set that is there already, from the same settings, weights, samples and code, is not
+computed again: so an interrupted run goes on.
 """
 import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 import zlib
@@ -37,6 +39,7 @@ import toy
 from checkpoint import crc, read_config, read_json, write_json
 from data import labelled, resize, test_batches, test_readers, train_readers
 from infer import network_maps
+from loading import checkpoint_folder
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import StableMTL, from_base
 from readers import READERS
@@ -240,7 +243,8 @@ REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--ckpt", help="folder written by train.py (with --oracle: may be left out, then the toy base)")
+    flag("--ckpt", help="folder written by train.py, or a hub id (default: out, else the trained toy model; with "
+         "--oracle the toy base)")
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
     flag("--streams", help="comma-separated tasks: stage 2 attends to these streams only; off = to none, which leaves "
          "the attention over tasks out (default: all)")
@@ -262,10 +266,8 @@ def parse(argv):
     flag("--skip-bad", action="store_true", help="skip and count unreadable samples instead of stopping")
     flag("--overwrite", action="store_true", help="compute finished test sets again")
     flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
-    flag("--json", type=writable, help="where to write the results (default: in --ckpt, see above)")
+    flag("--json", type=writable, help="where to write the results (default: see above)")
     args = parser.parse_args(argv)
-    if not (args.ckpt or args.oracle):
-        raise ValueError("--ckpt is missing: name the folder that train.py wrote, for example --ckpt out/")
     if args.palette and not args.oracle:
         raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
     if args.streams is not None and args.oracle:
@@ -289,18 +291,24 @@ def place(data):
     return "toy" if data in (None, "", "toy") else str(Path(str(data)).resolve())
 
 
-def results_file(args, stage, home):
-    """The file of these results in the checkpoint, as told at the top; home: where it was trained."""
-    beside = [("stage1", stage == 1 and Path(args.ckpt, "main_unet").is_dir()),
+def results_file(args, folder, stage, home):
+    """The file of these results, as told at the top; folder: the checkpoint's; home: where it was trained."""
+    if folder.resolve() == toy.MODEL.resolve():
+        whose, where = "toy_model", Path()
+    elif args.ckpt and not Path(args.ckpt).is_dir():
+        whose, where = re.sub(r"\W+", "_", args.ckpt), Path()      # a hub id: its folder is the hub's cache
+    else:
+        whose, where = "", folder
+    beside = [(whose, whose), ("stage1", stage == 1 and (folder / "main_unet").is_dir()),
               (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
               (Path(args.data).name, args.data != home)]
     name, parts = "oracle" if args.oracle else "results", [part for part, so in beside if so]
     for n in count(1):
-        path = Path(args.ckpt, "_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")
+        path = where / ("_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")
         old = read_json(path, "", REPORT) if path.is_file() else {}
         if old.get("data", args.data) == args.data:     # another root of the same name keeps its file
             if old.get("stage") == 1 and stage == 2:    # from before there was a stage 2
-                os.replace(path, Path(args.ckpt, "_".join([name, "stage1", *parts]) + ".json"))
+                os.replace(path, where / ("_".join([name, "stage1", *parts]) + ".json"))
             return path
 
 
@@ -327,9 +335,9 @@ def read_baseline(names, planned):
     return shared(table, planned)
 
 
-def settings(args, size):
+def settings(args, folder, size):
     """Everything but its samples that the numbers of a test set depend on."""
-    folder, code = Path(args.ckpt or toy.BASE), Path(__file__).parent
+    code = Path(__file__).parent
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
              for path in folder.glob(pattern)] + [*code.glob("*.py"), *code.glob("readers/*.py")]
     idle = "ckpt", "workers", "processes", "baseline", "overwrite", "json"
@@ -347,20 +355,23 @@ def main(argv=None):
     # ---- what is evaluated, and on what ----
     args, start = parse(argv), time.time()
     args.device = str(parse_device(args.device))
-    if args.ckpt:
-        model = StableMTL.load(args.ckpt, args.stage, args.device)
-    else:
+    if args.oracle and not args.ckpt:
+        folder, whose = toy.BASE, "toy base"
         model = from_base(str(toy.BASE), tuple(TASKS)).to(args.device).eval()
+    else:
+        folder = checkpoint_folder(args.ckpt)
+        whose = args.ckpt or ("toy model" if folder == toy.MODEL else str(folder))
+        model = StableMTL.load(folder, args.stage, args.device)
     steady(model)
     if args.streams is not None:
         model.attends = attended(args.streams, model)
         args.streams = ",".join(model.attends) or "off"
     if args.palette:
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
-    config, stage = read_config(args.ckpt or toy.BASE), 2 if model.multi else 1
+    config, stage = read_config(folder), 2 if model.multi else 1
     home = place((config["train"] or {}).get("data"))
     if not args.data and home != "toy" and not Path(home).is_dir():
-        raise FileNotFoundError(f"{args.ckpt} was trained on {home}, which is not here: say where it is now (--data "
+        raise FileNotFoundError(f"{whose} was trained on {home}, which is not here: say where it is now (--data "
                                 "<root>), or take the toy worlds (--data toy)")
     args.data = place(args.data or home)
     root = args.data if args.data != "toy" else ""
@@ -368,22 +379,22 @@ def main(argv=None):
     readers = test_readers(root, size, split=args.split, kitti_baseline=args.kitti_baseline)
     readers = [r for r in readers if labelled(r, model.tasks)]
     if not readers:
-        raise ValueError(f"no test set of {root} is labelled for what {args.ckpt} predicts, {', '.join(model.tasks)}")
+        raise ValueError(f"no test set of {root} is labelled for what {whose} predicts, {', '.join(model.tasks)}")
     train = []
     if args.trivial and not args.oracle:
         with suppress(FileNotFoundError):   # test sets alone: there are no training labels to be trivial with
             train = train_readers(root, size)
-    where = args.json or (args.ckpt and writable(results_file(args, stage, home)))
+    where = args.json or (folder != toy.BASE and writable(results_file(args, folder, stage, home)))
     old = read_json(where, "", REPORT) if where and Path(where).is_file() else {}
     planned = {t: [r.name for r in readers if labelled(r, [t])] for t in model.tasks}
     baseline = read_baseline(args.baseline, planned) if args.baseline else {}
 
     # ---- one test set after the other ----
     results, trivials, skipped, made_from = {}, {}, [], {}
-    report = {"checkpoint": args.ckpt or "toy base", "stage": stage, "oracle": args.oracle, "split": args.split,
+    report = {"checkpoint": whose, "stage": stage, "oracle": args.oracle, "split": args.split,
               "data": args.data, "commit": config.get("commit"), "settings": config["train"], "results": results,
               "stage1": config["stage1"], "trivial": trivials, "skipped": skipped, "made_from": made_from}
-    common = settings(args, size)
+    common = settings(args, folder, size)
     keys = {r.name: fingerprint(common, [r, *train]) for r in readers}
     kept = {name for name, key in keys.items() if name in old.get("results", ()) and name in old["trivial"]
             and old["made_from"].get(name) == key and not args.overwrite}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+import toy
 from checkpoint import read_json
 
 disable_progress_bar()      # one for every part that is read or written
@@ -226,6 +227,41 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 
 
 # ---- a checkpoint ----
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+SHARED = ("README.md", "config.json", "model.json", "results*.json", "tokens.safetensors", "task_attention.safetensors",
+          "vae/*", "unet/*", "main_unet/*")      # of a checkpoint, what goes to the hub and comes from there
+
+
+def checkpoint_folder(name=None):
+    """The folder of a checkpoint: `name`, where there is such a folder; else what the hub has under that id, "org/name"
+    or "org/name@revision", fetched into its cache. None: out/ where it is, else the toy model, as is told on stderr.
+
+    FileNotFoundError if there is none.
+    """
+    if name is None and os.path.isdir("out"):
+        return Path("out")
+    if name is None:
+        if not toy.MODEL.is_dir():
+            raise FileNotFoundError(f"no checkpoint: there is neither out/ here nor a trained model in {toy.MODEL}; "
+                                    "train one (python train.py --stage 1), or name one, a folder or a hub id")
+        print(f"no out/ here: taking the trained toy model, {toy.MODEL}", file=sys.stderr)
+        return toy.MODEL
+    if os.path.isdir(name) or not HUB_ID.fullmatch(str(name)):
+        return Path(name)
+    from huggingface_hub import errors, snapshot_download
+    repository, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=SHARED))
+    except errors.RepositoryNotFoundError:
+        why = f"the hub has no {repository}, or keeps it private (HF_TOKEN opens what is yours)"
+    except errors.RevisionNotFoundError:
+        why = f"{repository} on the hub has no revision {revision}"
+    except Exception as error:      # each version of the hub's client has network errors of its own
+        why = f"it could not be fetched from the hub ({reason(error)})"
+    raise FileNotFoundError(f"no checkpoint in {name}: there is no such folder, and {why}; check the path or the id, "
+                            "or try again online")
+
 
 def read_model_json(folder):
     """What `save` wrote to model.json: "tasks", "palette", "second_frame", "multi", which is None before stage 2, and

@@ -319,6 +319,15 @@ class StableMTL(nn.Module):
         model.size = read_config(folder)["size"]
         return model.to(device).eval()
 
+    @classmethod
+    def from_pretrained(cls, name=None, stage=None, device="cpu"):
+        """`load` of a folder, or of a hub id, "org/name" or "org/name@revision"; where there is a folder of that name,
+        it is the folder. Without a name: out/ where it is, else the trained toy model.
+
+        FileNotFoundError if there is no such folder, and the hub has no such model or is not reachable.
+        """
+        return cls.load(loading.checkpoint_folder(name), stage, device)
+
 
 def _check_choices(what, chosen, known):
     """ValueError unless all that is chosen is known, and something is."""

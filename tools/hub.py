@@ -1,0 +1,125 @@
+"""A checkpoint for others: its files on the hub, with a card that says what it does, what made it and how good it is.
+
+`python -m tools.convert --push org/name --ckpt out/` calls `push`; the way back is StableMTL.from_pretrained.
+"""
+import sys
+from pathlib import Path
+
+import evaluate
+import toy
+from checkpoint import read_config, read_json, read_lines
+from loading import HUB_ID, SHARED, read_checkpoint, reason
+from tasks import TASKS
+
+RAIL = "CreativeML Open RAIL++-M"
+CARD = """---
+{header}
+---
+
+# {name}
+
+Dense maps of a photograph by [StableMTL](https://arxiv.org/abs/2506.08013), stage {stage}: one step of a latent
+diffusion UNet for each of {tasks}.
+
+## Use
+
+In a checkout of the code{commit}:
+
+```python
+from model import StableMTL
+
+model = StableMTL.from_pretrained("{repository}")
+maps = model.infer("photo.jpg", next="next.jpg")      # numpy arrays of the photo's size; without next, no motion
+maps["{first}"]
+```
+
+| map | channels | unit |
+|---|---|---|
+{units}
+
+## Training
+
+{training}
+
+## Results
+
+{results}
+
+## Licence
+
+{licence}
+"""
+
+
+def push(ckpt, repository):
+    """Upload the checkpoint in the folder `ckpt` with its card, without what only training needs -> the address.
+
+    A new repository is public; one made before stays as private as it is. Token and so on are huggingface_hub's.
+    FileNotFoundError, ValueError: the checkpoint is not whole, or the name is none; OSError: the hub did not take it.
+    """
+    if not HUB_ID.fullmatch(repository) or "@" in repository:
+        raise ValueError(f"--push {repository}: expected a name on the hub, org/name")
+    folder, spec = Path(ckpt), read_checkpoint(ckpt)["spec"]
+    paths = sorted(path for pattern in SHARED for path in folder.glob(pattern))
+    files = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    files["README.md"] = card(folder, spec, repository).encode()
+    from huggingface_hub import CommitOperationAdd, HfApi
+    try:
+        address = HfApi().create_repo(repository, exist_ok=True)
+        HfApi().create_commit(repository, [CommitOperationAdd(*file) for file in files.items()],
+                              commit_message=f"{len(files)} files of {folder.resolve().name}")
+    except Exception as error:      # each version of the hub's client has errors of its own
+        raise OSError(f"could not push {ckpt} to {repository} ({reason(error)}): it takes a network, and a token that "
+                      "may write there (HF_TOKEN, or `hf auth login`)") from error
+    return str(address)
+
+
+def card(folder, spec, repository):
+    """The README.md of a checkpoint on the hub, made from its config.json, results.json and log.jsonl."""
+    config = read_config(folder)
+    base = (config.get("imported") or config["train"] or {}).get("base")
+    licence, terms = licence_of(base)
+    tags = ", ".join(["stablemtl", *spec["tasks"]])
+    header = [f"license: {licence}", "pipeline_tag: image-to-image", f"tags: [{tags}]"]
+    if licence != "apache-2.0" and base and not Path(base).exists():
+        header.append(f"base_model: {base}")
+    stages = [f"- {evaluate.trained(settings)}" for settings in (config["stage1"], config["train"]) if settings]
+    size = "{} x {} (height x width)".format(*config["size"] or "??")
+    training = [*stages, f"- data: {data_of(folder, config)}", f"- size of the images: {size}"]
+    return CARD.format(
+        header="\n".join(header), name=repository.split("/")[-1], repository=repository,
+        stage=2 if spec["multi"] else 1, tasks=", ".join(TASKS[t].prompt for t in spec["tasks"]),
+        commit=f" (commit {config['commit'][:10]})" if config.get("commit") else "", first=spec["tasks"][0],
+        units="\n".join(f"| {t} | {TASKS[t].channels} | {TASKS[t].unit} |" for t in spec["tasks"]),
+        training="\n".join(training), results=results_of(folder), licence=terms)
+
+
+def licence_of(base):
+    """(the hub's name of a licence, what to say about it) of weights that come from `base`; None: it is not known."""
+    if base == "" or base and Path(base).resolve() == toy.BASE.resolve():
+        return "apache-2.0", "Apache-2.0: made from nothing but this code and its procedural worlds."
+    if base and "stable-diffusion-2" in base:
+        return "openrail++", (f"The weights derive from Stable Diffusion 2 and are under its {RAIL} licence, use "
+                              "restrictions included. The training data have terms of their own.")
+    return "other", (f"The weights derive from {base or 'a base that is not recorded'} and are under its licence. "
+                     "The training data have terms of their own.")
+
+
+def data_of(folder, config):
+    """What it was trained on, as far as its files tell."""
+    lines = read_lines(folder / "log.jsonl", {"dataset": [str]})
+    names = ", ".join(sorted({name for line in lines for name in line["dataset"]}))
+    if config["train"] and not config["train"].get("data"):
+        return f"the built-in procedural worlds{f' ({names})' if names else ''}"
+    return names or ("that of the released weights" if config.get("imported") else "not recorded")
+
+
+def results_of(folder):
+    """The table of results.json; without it, that there is none, and a notice on stderr."""
+    path = folder / "results.json"
+    if not path.is_file():
+        print(f"notice: there is no {path}, so the card has no results: python evaluate.py --ckpt {folder}, then push "
+              "again", file=sys.stderr)
+        return "Not evaluated yet."
+    report = read_json(path, "", evaluate.REPORT)
+    return "\n".join(evaluate.table(report["results"], report["trivial"]))
