@@ -50,6 +50,7 @@ class StableMTL(nn.Module):
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
         self.size = None                        # (H, W) of its training images, where known: what `infer` goes by
         self.attends = self.tasks               # the streams that may be attended to; () leaves the attention out
+        self.truth = None                       # {task: (B,4,h,w)} here fills the third place of `unet` (tools.oracle)
         self.attention_log = None               # a list here receives (block, main task, {other task: mean attention})
         self.watch = None                       # zeros here, one for each of attention.WATCHED, receive their sums
 
@@ -159,6 +160,8 @@ class StableMTL(nn.Module):
             z_i = z_j = (z_i + z_j) / 2
         elif self.second_frame == "none":
             z_j = z_i
+        if self.truth is not None and unet is self.unet:
+            third = torch.cat([self.truth[t] for t in tasks])
         x = self.stack(z_i, z_j, third)
         own = [self.get_buffer(f"token_{t}") for t in tasks]
         length, each, keep = max(len(o) for o in own), len(x) // len(tasks), None
