@@ -42,7 +42,7 @@ def compare(task, label, valid, predicted, native=True):
     title = f"{task.name}: no label here"
     everywhere, scale = torch.ones_like(valid), None
     if valid.any():
-        scale = (label, valid)
+        scale = task.scale(label, valid)
         reach = task.tell(label, valid) if native else ""
         title = f"{task.name} label" + (f", {reach}" if reach else "")
     return [(title, cell(task.colour(label, valid))),

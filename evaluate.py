@@ -35,15 +35,17 @@ from cli import Parser, markdown, parse_device, run, steady, whole, writable
 import torch
 import torch.nn.functional as F
 
+import photometric
 import toy
 from checkpoint import crc, read_config, read_json, write_json
+from confidence import Sparsification, agreement, mirror_maps, sparsification_table
 from data import labelled, resize, test_batches, test_readers, train_readers
 from infer import network_maps
 from loading import checkpoint_folder
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import StableMTL, from_base
 from readers import READERS
-from tasks import PALETTES, TASKS, parse_tasks, registry
+from tasks import MOTION, PALETTES, TASKS, parse_tasks, registry
 
 
 def _row(miou, normal, kitti, diode, uv, xyz, shading, albedo):
@@ -64,16 +66,16 @@ PAPER = {"single-task": _row(48.17, 22.27, 14.21, 32.56, 10.36, 0.2735, 0.2551, 
 # ---- one test set ----
 
 def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=False, oracle=False, guesses=None,
-             world=1):
+             world=1, confidence=False, pixels=False):
     """Run one test set. Returns ({task: metrics}, {one of GUESSES: {task: metrics}}, names of skipped samples).
 
     oracle: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
     guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model. world: processes that share the
-    work; no number depends on it.
+    work; no number depends on it. confidence, pixels: what confidence.Sparsification, photometric.Scaled measure, too.
     """
     scores, psnr, skipped = {}, defaultdict(list), []
     share = partial(score, world=world, model=model, reader=reader, batch=batch, workers=workers, limit=limit,
-                    rows=rows, skip_bad=skip_bad, oracle=oracle, guesses=guesses)
+                    rows=rows, skip_bad=skip_bad, oracle=oracle, guesses=guesses, confidence=confidence, pixels=pixels)
     for part, ratios, bad in cli.spread(share, world):
         for (who, name), counted in part.items():
             scores[who, name] = scores[who, name].merge(counted) if (who, name) in scores else counted
@@ -84,16 +86,22 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
         raise ValueError(f"{reader.name}: not one sample can be read, {skipped[0]}")
     results = {who: {} for who in ("model", *GUESSES)}
     for (who, name), counted in scores.items():
-        results[who][name] = counted.result()
+        if who in results:
+            results[who][name] = counted.result()
+    for (who, name), counted in scores.items():
+        if who in ("confidence", "pixels"):     # beside what images the metrics themselves have
+            results["model"][name] = counted.result() | results["model"][name]
     for t, values in psnr.items():
         results["model"][t]["PSNR"] = fmean(values)
     return results.pop("model"), {who: r for who, r in results.items() if r}, sorted(skipped)
 
 
-def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, oracle, guesses):
+def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, oracle, guesses,
+          confidence, pixels):
     """The rank-th of `world` shares of `evaluate`.
 
-    Returns ({("model" or one of GUESSES, task): Accumulator}, {task: PSNRs}, names of skipped samples).
+    Returns ({("model", one of GUESSES, "confidence" or "pixels"; task): Accumulator}, {task: PSNRs}, names of skipped
+    samples).
     """
     device, skipped, wanted = next(model.parameters()).device, [], labelled(reader, model.tasks)
     scores, psnr = {}, defaultdict(list)
@@ -102,7 +110,9 @@ def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, ora
             predicted = round_trip(model, [maps for _, maps in group], psnr)
         else:
             pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, _ in group), strict=True)]
-            predicted = network_maps(model, *pair, tasks=[t for t in group[0][1] if t in TASKS], rows=rows)
+            known = [t for t in group[0][1] if t in TASKS]
+            predicted = network_maps(model, *pair, tasks=known, rows=rows)
+            mirror = mirror_maps(model, *pair, tasks=known, rows=rows) if confidence else {}
         for n, (_, maps) in enumerate(group):
             for name, (label, valid) in maps.items():
                 task = name.split(":")[0]
@@ -110,6 +120,13 @@ def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, ora
                 for who, pred in {"model": predicted[task][n], **guess}.items():
                     new = METRICS[TASKS[task].metric][0](clip=reader.depth_range)
                     scores.setdefault((who, name), new).add(pred, label, valid)
+                if confidence:
+                    certain = agreement(TASKS[task], predicted[task][n], mirror[task][n])
+                    new = Sparsification(TASKS[task], reader.depth_range)
+                    scores.setdefault(("confidence", name), new).add(predicted[task][n], label, valid, certain)
+                if pixels and TASKS[task].geometry == MOTION:
+                    scores.setdefault(("pixels", name), photometric.Scaled()).add(
+                        predicted[task][n], label, valid, [f[n] for f in pair])
     return scores, dict(psnr), skipped
 
 
@@ -259,6 +276,9 @@ def parse(argv):
          "(default: one per core for a small network, else 1)")
     flag("--trivial", type=whole(), default=128, help="training labels per dataset behind the trivial rows; 0 = none")
     flag("--baseline", help="results.json of single-task runs (several: comma-separated), or `paper`: prints Delta_m")
+    flag("--confidence", action="store_true", help="also the error of the pixels that a comparison with the mirror "
+         "image trusts most, beside the best possible order; takes twice as long")
+    flag("--pixels", action="store_true", help="also the error of flow in pixels, whose scales the two frames tell")
     flag("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
     flag("--palette", choices=tuple(PALETTES), help="with --oracle: other class colours than the checkpoint's")
     flag("--kitti-baseline", default="calibration", choices=("calibration", "paper"), help="camera distance behind "
@@ -270,6 +290,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.palette and not args.oracle:
         raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
+    if args.oracle and (args.confidence or args.pixels):
+        raise ValueError("--confidence and --pixels judge predictions, and --oracle makes none: leave them out")
     if args.streams is not None and args.oracle:
         raise ValueError("--streams changes the model, not the codec: it does not go with --oracle")
     return args
@@ -413,7 +435,7 @@ def main(argv=None):
                 guesses, unread = labels.guesses(reader, model.tasks)
                 results[name], trivials[name], bad = evaluate(
                     model, reader, args.batch or (1 if root else 16), workers, args.limit, args.rows, args.skip_bad,
-                    args.oracle, guesses, world)
+                    args.oracle, guesses, world, args.confidence, args.pixels)
                 skipped += unread + bad
             made_from[name] = keys[name]
             report["unfinished"] = [r.name for r in readers if r.name not in results]
@@ -427,6 +449,8 @@ def main(argv=None):
     # ---- what came out ----
     stages = [trained(s) for s in (config["stage1"], config["train"]) if s]
     print("\n".join([*stages, "", *table(results, trivials)]))
+    for lines in sparsification_table(results), photometric.table(results):
+        print("\n".join(["", *lines] if lines else []), end="\n" * bool(lines))
     if mine := shared(by_task(results), baseline):
         report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric][2] for t in TASKS})
         print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+.2f} %")

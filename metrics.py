@@ -123,8 +123,11 @@ class Accumulator:
 
     Subclasses give score(pred, label, valid) -> {name: float} of one image, to be averaged, or override update and
     summary to pool pixels; align fits pred to label before. What is undefined (IoU of a class that never occurs, SSIM
-    without a full window) is left out. clip: the test set's range of depth, metres. Computes in float64 on the CPU.
+    without a full window) is left out. errors are those of the pixels; their `average`, also over a part of them, is
+    called `error`. clip: the test set's range of depth, metres. Computes in float64 on the CPU.
     """
+    error = "error"
+
     def __init__(self, clip=(1e-5, math.inf)):
         self.images, self.skipped, self.scores = 0, 0, defaultdict(list)
         self.clip = lo, hi = clip
@@ -150,6 +153,15 @@ class Accumulator:
     def align(self, pred, label, valid):
         return pred
 
+    @staticmethod
+    def errors(pred, label, valid):
+        """Of an aligned prediction -> (N,), >= 0."""
+        return (pred - label)[:, valid].norm(dim=0)
+
+    @staticmethod
+    def average(errors):
+        return errors.mean(-1)
+
     def update(self, pred, label, valid):
         for name, x in self.score(pred, label, valid).items():
             if not math.isnan(x):
@@ -174,8 +186,14 @@ class Accumulator:
 
 class Semantic(Accumulator):
     """mIoU and IoU per class in %, from one confusion matrix pooled over all pixels. Ids (1,H,W); 255 is ignored."""
+    error = "% wrong"
+
     def add(self, pred, label, valid):
         super().add(pred, label, valid & (label[0] != IGNORE))
+
+    @staticmethod
+    def errors(pred, label, valid):
+        return 100.0 * (pred != label)[0, valid].double()
 
     def update(self, pred, label, valid):
         self.scores["confusion"] = [sum(self.scores["confusion"]) + confusion(pred, label, valid, len(CLASSES))]
@@ -189,6 +207,8 @@ class Semantic(Accumulator):
 
 class Normal(Accumulator):
     """Mean angular error in degrees, and % of pixels below 11.25, 22.5 and 30 degrees."""
+    error, errors = "mAE", staticmethod(angles)
+
     def score(self, pred, label, valid):
         a = angles(pred, label, valid)
         return {"mAE": a.mean().item(), **{f"<{t}": 100 * (a < t).double().mean().item() for t in (11.25, 22.5, 30)}}
@@ -196,7 +216,11 @@ class Normal(Accumulator):
 
 class Depth(Accumulator):
     """Errors of depth_errors after scale and shift per image and clipping to the test set's range."""
-    score = staticmethod(depth_errors)
+    error, score = "AbsRel", staticmethod(depth_errors)
+
+    @staticmethod
+    def errors(pred, label, valid):
+        return 100 * ((pred - label).abs() / label)[0, valid]
 
     def align(self, pred, label, valid):
         return align_scale_shift(pred, label, valid, *self.clip)
@@ -204,10 +228,10 @@ class Depth(Accumulator):
 
 class Epe(Accumulator):
     """Mean end-point error in the label's unit (px for two channels, m for three), pooled over all valid pixels."""
-    align = staticmethod(align_scale_nonneg)
+    error, align = "EPE", staticmethod(align_scale_nonneg)
 
     def update(self, pred, label, valid):
-        e = (pred - label)[:, valid].norm(dim=0)
+        e = self.errors(pred, label, valid)
         self.scores["sum"].append(e.sum().item())
         self.scores["pixels"].append(e.numel())
 
@@ -218,7 +242,11 @@ class Epe(Accumulator):
 
 class Intensity(Accumulator):
     """RMSE per pixel, SSIM, LMSE after one scale per image and clipping to [0,1]; in colour also RMSE per element."""
-    align = staticmethod(align_scale)
+    error, align = "RMSE", staticmethod(align_scale)
+
+    @staticmethod
+    def average(errors):
+        return errors.square().mean(-1).sqrt()
 
     def score(self, *maps):
         scores = {"RMSE": rmse(*maps), "SSIM": ssim(*maps), "LMSE": lmse(*maps)}

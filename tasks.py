@@ -27,6 +27,9 @@ SPACED = tuple(tuple(256 // _SIDE * x for x in (k // _SIDE ** 2, k // _SIDE % _S
                for k in range(len(CLASSES)))
 PALETTES = {"cityscapes": CITYSCAPES, "corners": CORNERS, "spaced": SPACED}
 
+# What a label says of the scene's geometry: pixels (u, v) to the next frame, metres (x, y, z), metres from the camera.
+MOTION, MOTION_3D, DISTANCE = "motion in the image", "motion in space", "distance along the axis"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -35,8 +38,10 @@ class Task:
     encode(label, valid): (B,C,H,W) native label, (B,1,H,W) bool -> (B,3,H,W) code in [-1,1]; what stands at invalid
         pixels, NaN too, has no influence on the code of the others, and is replaced by a finite filler
     decode(code): (B,3,H,W), any values -> (B,C,H,W) native prediction, up to what the encoding destroyed
-    colour(label, valid, like=None): (C,H,W), (H,W) bool -> (H,W,3) uint8 picture; invalid pixels black
-    tell(label, valid): the scale of these colours in words, in the label's unit; "" = they have none
+    colour(label, valid, scale=None): (C,H,W), (H,W) bool -> (H,W,3) uint8 picture; invalid pixels black
+    scale(label, valid): what these colours reach from and to, ((low, high), ...); () = they are always the same.
+        Given to `colour`, it holds for other maps, too: a prediction beside its label, all frames of a clip
+    tell(label, valid): that scale in words, in the label's unit; "" = there is none
     key(): what the colours mean, [(text, small map (C,h,w) to be coloured, NaN where nothing is to be seen)]
     """
     name: str            # key in files, folders and state dicts
@@ -48,12 +53,14 @@ class Task:
     encode: Callable
     decode: Callable
     colour: Callable
-    hflip: tuple = (1, 1, 1)   # signs of the code's channels under a horizontal flip
+    hflip: tuple = (1, 1, 1)   # signs of the code's channels under a horizontal flip, its first C those of the label's
     vflip: tuple = (1, 1, 1)   # and under a vertical flip
     categorical: bool = False
     span: tuple = (-math.inf, math.inf)     # least and largest value of a label: what files store it in follows
     dense_loss: str = "l1"     # on the decoded map (train.py --loss task): l1, cosine, cross-entropy or scale-shift
-    tell: Callable = lambda label, valid: ""   # the last two: see above
+    geometry: str = ""         # MOTION, MOTION_3D or DISTANCE: what a second frame can check (photometric.py)
+    scale: Callable = lambda label, valid: ()  # the last three: see above
+    tell: Callable = lambda label, valid: ""
     key: Callable = list
 
 
@@ -153,8 +160,8 @@ def _encode_intensity(label, valid):
 
 
 # ---- pictures (paper appendix B.5) ----
-# Depth and motion are coloured in the scale of `like`, a (label, valid) pair, or without it in that of the map itself:
-# a prediction beside its label has the label's colours where it is right.
+# Depth and motion are coloured in a given scale, or without it in that of the map itself: a prediction beside its label
+# has the label's colours where it is right.
 
 # ColorBrewer's Spectral, near = red, far = blue
 SPECTRAL = torch.tensor([(158, 1, 66), (213, 62, 79), (244, 109, 67), (253, 174, 97), (254, 224, 139), (255, 255, 191),
@@ -167,25 +174,25 @@ def _picture(rgb, valid):
     return (torch.where(valid, rgb, torch.zeros_like(rgb)) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
-def _colour_semantic(label, valid, like=None):
+def _colour_semantic(label, valid, scale=None):
     colours = torch.tensor(CITYSCAPES, dtype=torch.float32) / 255
     ids, valid = label[0].cpu(), valid.cpu()
     rgb = colours[ids.long().clamp(0, len(CLASSES) - 1)]
     return _picture(rgb.permute(2, 0, 1), valid & (ids < len(CLASSES)))
 
 
-def _colour_normal(label, valid, like=None):
+def _colour_normal(label, valid, scale=None):
     return _picture(label / 2 + 0.5, valid)
 
 
-def _depth_range(label, valid):
+def _depth_scale(label, valid):
     """2nd and 98th percentile over the valid pixels."""
     lo, hi = _percentiles(label[None], valid[None, None])
-    return lo.item(), hi.item()
+    return ((lo.item(), hi.item()),)
 
 
-def _colour_depth(label, valid, like=None):
-    lo, hi = _depth_range(*(like or (label, valid)))
+def _colour_depth(label, valid, scale=None):
+    (lo, hi), = scale or _depth_scale(label, valid)
     x = _filled(label, valid[None]).sub(lo).div(max(hi - lo, 1e-9)).clamp(0, 1)[0] * (len(SPECTRAL) - 1)
     i = x.long().clamp(max=len(SPECTRAL) - 2)
     table, t = SPECTRAL.to(x.device), (x - i)[..., None]
@@ -198,18 +205,18 @@ def _hsv(h, s, v):
     return v * (1 - s * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
-def _flow_range(label, valid):
-    """(longest vector in the image plane, least v_z, largest v_z) over the valid pixels; v_z is 0 if there is none."""
+def _flow_scale(label, valid):
+    """(0, longest vector in the image plane), (least, largest v_z) over the valid pixels; v_z is 0 if there is none."""
     x = label[:, valid & label.isfinite().all(0)].float()
     if not x.numel():
-        return 0.0, 0.0, 0.0
+        return (0.0, 0.0), (0.0, 0.0)
     z = x[2] if len(x) == 3 else torch.zeros(1)
-    return x[:2].norm(dim=0).max().item(), z.min().item(), z.max().item()
+    return (0.0, x[:2].norm(dim=0).max().item()), (z.min().item(), z.max().item())
 
 
-def _colour_flow(label, valid, like=None):
+def _colour_flow(label, valid, scale=None):
     """Hue = direction atan2(-vy, -vx), saturation = magnitude; scene flow also value = inverse of v_z."""
-    longest, near, far = _flow_range(*(like or (label, valid)))
+    (_, longest), (near, far) = scale or _flow_scale(label, valid)
     x = _filled(label.float(), valid[None])
     s = (x[:2].norm(dim=0) / max(longest, 1e-9)).clamp(max=1)
     h = (torch.atan2(-x[1], -x[0]) / (2 * torch.pi)) % 1
@@ -219,7 +226,7 @@ def _colour_flow(label, valid, like=None):
     return _picture(_hsv(h, s, v), valid)
 
 
-def _colour_intensity(label, valid, like=None):
+def _colour_intensity(label, valid, scale=None):
     """Linear light, gamma-coded as screens expect it."""
     return _picture(label.float().clamp(0, 1).pow(1 / 2.2).expand(3, -1, -1), valid)
 
@@ -227,15 +234,16 @@ def _colour_intensity(label, valid, like=None):
 # The scale of a label's colours in words: what beside the key below one needs to read numbers off a picture.
 
 def _tell_depth(label, valid):
-    return "{:.3g} to {:.3g} m".format(*_depth_range(label, valid))
+    return "{:.3g} to {:.3g} m".format(*_depth_scale(label, valid)[0])
 
 
 def _tell_optical_flow(label, valid):
-    return f"up to {_flow_range(label, valid)[0]:.3g} px"
+    return f"up to {_flow_scale(label, valid)[0][1]:.3g} px"
 
 
 def _tell_scene_flow(label, valid):
-    return "up to {:.2g} m, z {:.2g} to {:.2g} m".format(*_flow_range(label, valid))
+    (_, longest), z = _flow_scale(label, valid)
+    return "up to {:.2g} m, z {:.2g} to {:.2g} m".format(longest, *z)
 
 
 # Keys: [(text, map of a few pixels that `colour` shows beside it, NaN where nothing is to be seen)]
@@ -291,16 +299,16 @@ TASKS = {t.name: t for t in [
          dense_loss="cosine", key=_key_normal),
     # metres along the optical axis; the percentiles' scale and shift are lost
     Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth",
-         _encode_depth, _decode_unit, _colour_depth, span=(0, math.inf), dense_loss="scale-shift", tell=_tell_depth,
-         key=_key_depth),
+         _encode_depth, _decode_unit, _colour_depth, span=(0, math.inf), dense_loss="scale-shift", geometry=DISTANCE,
+         scale=_depth_scale, tell=_tell_depth, key=_key_depth),
     # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
     Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
          _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1),
-         tell=_tell_optical_flow, key=_key_optical_flow),
+         geometry=MOTION, scale=_flow_scale, tell=_tell_optical_flow, key=_key_optical_flow),
     # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
     Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
          _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1),
-         tell=_tell_scene_flow, key=_key_scene_flow),
+         geometry=MOTION_3D, scale=_flow_scale, tell=_tell_scene_flow, key=_key_scene_flow),
     # grey irradiance
     Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading",
          _encode_intensity, _decode_unit, _colour_intensity, span=(0, 1), key=_key_intensity),

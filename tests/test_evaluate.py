@@ -278,3 +278,26 @@ def test_processes_change_no_number(tiny_ckpt, tmp_path, capsys):
         assert run(lambda f=flags, n=n: evaluate.main([*f.split(), "--json", str(tmp_path / f"{n}.json")])) == 0
         reports.append(json.loads((tmp_path / f"{n}.json").read_text()))
     assert reports[0] == reports[1]
+
+
+def test_confidence_and_pixels_come_beside_the_metrics(tiny_ckpt_1, tmp_path, capsys):
+    """--confidence and --pixels add numbers and tables and change no metric, whatever the number of processes; labels
+    sent through the codec are no predictions."""
+    flags = f"--ckpt {tiny_ckpt_1} --limit 2 --batch 1 --trivial 0 --workers 0".split()
+    assert evaluate.main([*flags, "--json", str(tmp_path / "a")]) == 0
+    assert "oracle 25%" not in capsys.readouterr().out
+    more = ["--confidence", "--pixels", "--processes"]
+    assert evaluate.main([*flags, *more, "1", "--json", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert evaluate.main([*flags, *more, "2", "--json", str(tmp_path / "c")]) == 0
+    plain, both, shared = (json.loads((tmp_path / name).read_text())["results"] for name in "abc")
+    assert both == shared
+    for world, tasks in plain.items():
+        for task, metrics in tasks.items():
+            assert both[world][task] == both[world][task] | metrics
+            extra = both[world][task].keys() - metrics.keys()
+            assert {f"{who} {n}%" for who in ("surest", "oracle") for n in (25, 50, 75, 100)} <= extra
+            assert ("pairs" in extra) == (task == "optical_flow")
+            assert f"| {world} | {task} | " in said
+    assert "| oracle 25% |" in said and "| streets | optical_flow | " in said.split("| pairs |")[1]
+    assert run(lambda: evaluate.main([*flags, "--oracle", "--confidence"])) == 2
