@@ -54,7 +54,7 @@ class LatentCache:
         h, w = (s // model.factor for s in reader.size)
         frames = [f"{prefix(reader, tasks)}frame{n}" for tasks in views(reader) for n in (0, 1)]
         each = dict.fromkeys(frames, (model.seen_shape(reader.size), np.float16))
-        each |= dict.fromkeys(reader.tasks, ((model.unet.config.out_channels, h, w), np.float16))
+        each |= dict.fromkeys(reader.tasks, ((model.out_channels, h, w), np.float16))
         each |= {f"{t}_valid": ((1, h, w), bool) for t in reader.tasks}
         return {"done": ((len(reader),), bool),
                 **{name: ((len(reader), 2, *shape), kind) for name, (shape, kind) in each.items()}}
@@ -137,7 +137,7 @@ def prefix(reader, tasks):
 
 def encode(model, images, batch=32):
     """[(array name, (3,H,W))] of any sizes -> what the model makes of them in float16, latents (4,h,w), in order."""
-    device, out, groups = next(model.vae.parameters()).device, [None] * len(images), {}
+    device, out, groups = next(model.parameters()).device, [None] * len(images), {}
     for k, (name, x) in enumerate(images):
         groups.setdefault((name if name in TASKS else None, x.shape), []).append(k)
     for (task, _), alike in groups.items():

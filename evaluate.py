@@ -37,13 +37,14 @@ import torch.nn.functional as F
 
 import photometric
 import toy
+from baselines import load
 from checkpoint import crc, read_config, read_json, write_json
 from confidence import Sparsification, agreement, mirror_maps, sparsification_table
 from data import labelled, resize, test_batches, test_readers, train_readers
 from infer import network_maps
 from loading import checkpoint_folder
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
-from model import StableMTL, from_base
+from model import from_base
 from readers import READERS
 from tasks import MOTION, PALETTES, TASKS, parse_tasks, registry
 
@@ -243,11 +244,13 @@ def table(results, trivials):
 
 TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "isolation", "loss",
         "heads", "shared_qkv", "main_init", "attention", "rho", "mask")
+TOLD_OTHERS = "system", "options", "tasks", "drop"      # of the other systems
 
 
 def trained(settings):
     """How a stage was trained, in a line: what the paper varies."""
-    told = ", ".join(f"{k} {settings[k]}" for k in TOLD if settings.get(k, "") != "")
+    keys = TOLD if settings.get("system", "stablemtl") == "stablemtl" else TOLD_OTHERS
+    told = ", ".join(f"{k} {settings[k]}" for k in keys if settings.get(k, "") != "")
     return "stage {stage}, {steps} steps of {batch}, seed {seed}: ".format(**settings) + told
 
 
@@ -361,7 +364,8 @@ def settings(args, folder, size):
     """Everything but its samples that the numbers of a test set depend on."""
     code = Path(__file__).parent
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
-             for path in folder.glob(pattern)] + [*code.glob("*.py"), *code.glob("readers/*.py")]
+             for path in folder.glob(pattern)]
+    files += [path for pattern in ("*.py", "readers/*.py", "baselines/*.py") for path in code.glob(pattern)]
     idle = "ckpt", "workers", "processes", "baseline", "overwrite", "json"
     flags = {k: v for k, v in vars(args).items() if k not in idle}
     return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
@@ -383,7 +387,7 @@ def main(argv=None):
     else:
         folder = checkpoint_folder(args.ckpt)
         whose = args.ckpt or ("toy model" if folder == toy.MODEL else str(folder))
-        model = StableMTL.load(folder, args.stage, args.device)
+        model = load(folder, args.stage, args.device)
     steady(model)
     if args.streams is not None:
         model.attends = attended(args.streams, model)

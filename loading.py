@@ -264,18 +264,18 @@ def checkpoint_folder(name=None):
 
 
 def read_model_json(folder):
-    """What `save` wrote to model.json: "tasks", "palette", "second_frame", "multi", which is None before stage 2, and
-    of a Generalist "generalist", its axes.
+    """What `save` wrote to model.json: "kind", the system (baselines/); "tasks", "palette", "second_frame"; "multi", of
+    StableMTL, which is None before stage 2; "generalist", of a Generalist, its axes; "options", of the other systems.
 
     FileNotFoundError if there is none, ValueError if it is damaged.
     """
     multi = {"heads": int, "shared": bool, "attention": str}
     axes = {"space": str, "objective": str, "condition": str, "input_scale": float, "ddim_steps": int}
-    return read_json(Path(folder) / "model.json", f"no checkpoint in {folder}: expected model.json, vae/ and unet/ "
-                     "(train one: python train.py --stage 1)",
-                     {"tasks": [str], "palette": str, "second_frame": str, "multi": (None, multi),
-                      "generalist": (None, axes)},
-                     "copy the whole checkpoint again")
+    shape = {"tasks": [str], "palette": str, "second_frame": str, "multi": (None, multi), "kind": (None, str),
+             "options": (None, dict), "generalist": (None, axes)}
+    found = read_json(Path(folder) / "model.json", f"no checkpoint in {folder}: expected model.json, and beside it the "
+                      "weights (train one: python train.py --stage 1)", shape, "copy the whole checkpoint again")
+    return found | {"kind": found.get("kind") or "stablemtl", "options": found.get("options") or {}}
 
 
 def faults_of_checkpoint(folder):
@@ -292,6 +292,9 @@ def read_checkpoint(folder, stage=None):
     is damaged, or the parts do not belong together.
     """
     folder, spec = Path(folder), read_model_json(folder)
+    if spec["kind"] != "stablemtl":
+        raise ValueError(f"{folder} holds a model of the system {spec['kind']}, and this is about StableMTL: name "
+                         "another folder")
     if stage == 2 and not spec["multi"]:
         raise FileNotFoundError(f"{folder} holds no stage 2: train it first (python train.py --stage 2), or use "
                                 "--stage 1")

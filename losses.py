@@ -69,48 +69,92 @@ DENSE = {"l1": _l1, "cosine": _cosine, "cross-entropy": _cross_entropy, "scale-s
 
 # ---- one optimizer step ----
 
-def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None, streams=None):
-    """Accumulate the gradient of one step's micro-batches; the loss is the mean over all that is valid in the step, on
-    all ranks. streams: the cache of auxiliary streams, or None.
+class LatentObjective:
+    """What StableMTL minimises, as `accumulate` takes it: loss_terms of the latents it predicts.
 
-    Returns {kind: loss} as floats; under no_grad that is all. A step without any valid cell returns nothing and leaves
-    every gradient as it was.
+    kinds: {kind: weight}; encode: whether batches hold images, else latents; streams: the cache of auxiliary streams,
+    or None.
     """
-    ready, total = [], dict.fromkeys(kinds, 0)
-    for b in batches:
-        frames = [f.to(device, non_blocking=True) for f in b["frames"]]
-        labels = {t: x.to(device, non_blocking=True) for t, x in b["labels"].items()}
-        valid = {t: m.to(device, non_blocking=True) for t, m in b["valid"].items()}
-        cells = {t: whole_cells(m, model.factor) if encode else m for t, m in valid.items()}
-        for t, kind in ((t, kind) for t in labels for kind in kinds):   # known before any forward pass
-            total[kind] += valid_numbers(kind, cells[t], valid[t], model.factor, model.unet.config.out_channels)
-        ready.append((b, frames, labels, valid, cells))
-    if dist.is_initialized():
-        counts = torch.tensor([total[k] for k in kinds], dtype=torch.float64, device=device)
-        dist.all_reduce(counts)
-        total = dict(zip(kinds, counts.tolist(), strict=True))
-    out = {k: 0.0 for k in kinds if total[k] > 0}
-    for b, frames, labels, valid, cells in ready:
-        with autocast():
-            latents = labels
-            if encode:
-                with torch.no_grad():
-                    frames = [model.see(f) for f in frames]
-                    latents = model.latents(labels)
-            given = streams.fetch(b["keys"], *frames) if streams else None
-            predicted, wanted = model.learn(*frames, latents, cells, b["keys"], given)
-        loss = 0.0
+
+    def __init__(self, model, kinds, encode, streams=None):
+        self.model, self.weights, self.encode, self.streams = model, kinds, encode, streams
+
+    def ready(self, b):
+        """The micro-batch with "cells", the valid latent cells of each task."""
+        cells = {t: whole_cells(m, self.model.factor) if self.encode else m for t, m in b["valid"].items()}
+        return b | {"cells": cells}
+
+    def counts(self, b):
+        facts = self.model.factor, self.model.out_channels
+        return {kind: sum(valid_numbers(kind, b["cells"][t], b["valid"][t], *facts) for t in b["labels"])
+                for kind in self.weights}
+
+    def forward(self, b):
+        """({task: what is predicted}, {task: what it should be})"""
+        frames, latents = b["frames"], b["labels"]
+        if self.encode:
+            with torch.no_grad():
+                frames = [self.model.see(f) for f in frames]
+                latents = self.model.latents(latents)
+        given = self.streams.fetch(b["keys"], *frames) if self.streams else None
+        return self.model.learn(*frames, latents, b["cells"], b["keys"], given)
+
+    def errors(self, b, found):
+        predicted, wanted = found
+        out = {}
         for t, z_hat in predicted.items():
-            if not valid[t].any():
+            if not b["valid"][t].any():
                 continue
-            terms = loss_terms(model, kinds, t, z_hat, wanted[t], cells[t], labels[t], valid[t])
+            terms = loss_terms(self.model, self.weights, t, z_hat, wanted[t], b["cells"][t], b["labels"][t],
+                               b["valid"][t])
             for kind, (error, _) in terms.items():
-                if total[kind] > 0:
-                    out[kind] += error.item() / total[kind]
-                    loss = loss + kinds[kind] * error / total[kind]
+                out[kind] = out.get(kind, 0) + error
+        return out
+
+
+def accumulate(objective, batches, device, autocast, scaler=None):
+    """Accumulate the gradient of one step's micro-batches; the loss is the mean over all that is valid in the step, on
+    all ranks.
+
+    objective: .weights {name: weight of a term}; .ready(batch) -> the batch with what else it needs; .counts(batch) ->
+    {name: how much that term averages over}, known before any forward pass; .forward(batch), under autocast;
+    .errors(batch, what forward returned) -> {name: sum of errors}.
+    Returns {name: mean error} as floats; under no_grad that is all. A step without anything valid returns nothing and
+    leaves every gradient as it was.
+    """
+    weights, total = objective.weights, dict.fromkeys(sorted(objective.weights), 0)
+    batches = [objective.ready(on_device(b, device)) for b in batches]
+    for b in batches:
+        for name, count in objective.counts(b).items():
+            total[name] += count
+    if dist.is_initialized():
+        counts = torch.tensor(list(total.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(counts)
+        total = dict(zip(total, counts.tolist(), strict=True))
+    out = {name: 0.0 for name in weights if total[name] > 0}
+    for b in batches:
+        loss = 0.0
+        with autocast():
+            found = objective.forward(b)
+        for name, error in objective.errors(b, found).items():
+            if total[name] > 0:
+                out[name] += error.item() / total[name]
+                loss = loss + weights[name] * error / total[name]
         if torch.is_tensor(loss) and torch.is_grad_enabled():
             (scaler.scale(loss) if scaler else loss).backward()
     return out
+
+
+def on_device(b, device):
+    """A micro-batch of data.Mixture whose tensors are on the device."""
+    frames = [f.to(device, non_blocking=True) for f in b["frames"]]
+    maps = {key: {t: x.to(device, non_blocking=True) for t, x in b[key].items()} for key in ("labels", "valid")}
+    return b | {"frames": frames} | maps
+
+
+def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None, streams=None):
+    """`accumulate` for StableMTL -> {kind: loss}."""
+    return accumulate(LatentObjective(model, kinds, encode, streams), batches, device, autocast, scaler)
 
 
 def valid_numbers(kind, cells, valid, factor, channels):

@@ -120,6 +120,11 @@ class StableMTL(nn.Module):
         """Pixels per latent cell along one side (8 for Stable Diffusion)."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def out_channels(self):
+        """Of what the UNet predicts (4 for Stable Diffusion)."""
+        return self.unet.config.out_channels
+
     def encode(self, x):
         """(B,3,H,W) in [-1,1] -> (B,4,h,w): the posterior mean times scaling_factor, never sampled."""
         return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mean * self.vae.config.scaling_factor
@@ -232,26 +237,20 @@ class StableMTL(nn.Module):
         Returns {task: (B,C,H,W)} native predictions (tasks.py). ValueError for frames or tasks that are not as above,
         FloatingPointError if a prediction is not finite.
         """
-        _check_frames([image] if next_image is None else [image, next_image])
-        _check_choices("task", tasks or self.tasks, self.tasks)
-        tasks = [t for t in (tasks or self.tasks) if TASKS[t].frames == 1 or next_image is not None]
-        if not tasks:
-            raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
+        tasks = asked(image, next_image, tasks, self.tasks)
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
         z_i = self.see(F.pad(image, pad, mode="replicate"))
         seen = tasks if self.main is None else [*tasks, *self.attends]      # in any of the passes
         moving = next_image is not None and any(TASKS[t].frames == 2 for t in seen)
         z_j = self.see(F.pad(next_image, pad, mode="replicate")) if moving else z_i
-        latents, out, finite = self(z_i, z_j, tasks, rows), {}, []
+        latents, out, sums = self(z_i, z_j, tasks, rows), {}, {}
         for part in _parts(tasks, z_i, rows):
             for t, code in self.codes({t: latents[t] for t in part}).items():
                 code = code[..., :height, :width]
                 out[t] = self.codecs[t].decode(code)
-                finite.append(code.sum(dtype=torch.float32).isfinite())     # NaN and infinity survive a sum
-        if _readable(z_i) and not torch.stack(finite).all():
-            bad = ", ".join(t for t, fine in zip(out, finite, strict=True) if not fine)
-            raise FloatingPointError(f"the prediction of {bad} is not finite: damaged weights, or too low a precision")
+                sums[t] = code.sum(dtype=torch.float32)     # NaN and infinity survive it
+        check_finite(sums)
         return out
 
     def infer(self, image, next=None, tasks=None, size=None, rows=None):
@@ -285,7 +284,8 @@ class StableMTL(nn.Module):
 
     def facts(self):
         """What model.json says of it."""
-        return {"tasks": self.tasks, "palette": self.palette, "second_frame": self.second_frame, "multi": self.multi}
+        return {"kind": "stablemtl", "tasks": self.tasks, "palette": self.palette, "second_frame": self.second_frame,
+                "multi": self.multi}
 
     def task_attention_state(self):
         """{"<block>.attn1.task_to_q.<task>.net.0.weight": tensor, ...} on the CPU."""
@@ -330,6 +330,26 @@ class StableMTL(nn.Module):
         FileNotFoundError if there is no such folder, and the hub has no such model or is not reachable.
         """
         return cls.load(loading.checkpoint_folder(name), stage, device)
+
+
+def asked(image, next_image, tasks, known):
+    """The tasks that `predict` is to do: those named, or all known, without a next_image less those about motion.
+
+    ValueError for frames or tasks that are not as predict says, or if no task is left.
+    """
+    _check_frames([image] if next_image is None else [image, next_image])
+    _check_choices("task", tasks or known, known)
+    tasks = [t for t in (tasks or known) if TASKS[t].frames == 1 or next_image is not None]
+    if not tasks:
+        raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
+    return tasks
+
+
+def check_finite(sums):
+    """FloatingPointError names the tasks of {task: sum of a prediction, a scalar} that are not finite."""
+    if _readable(next(iter(sums.values()))) and not torch.stack(list(sums.values())).isfinite().all():
+        bad = ", ".join(t for t, x in sums.items() if not x.isfinite())
+        raise FloatingPointError(f"the prediction of {bad} is not finite: damaged weights, or too low a precision")
 
 
 def _check_choices(what, chosen, known):

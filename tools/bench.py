@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import write_json
 from draw import draw_curves
+from losses import step_gradients
 from model import StableMTL, widen_input
 from settings import PRESETS
 from tasks import TASKS
 from tools import bench_cpu
 from toy.make import new_unet, new_vae
-from train import compile_blocks, step_gradients, trainable
+from train import compile_blocks, trainable
 
 SD2_VAE = dict(latent_channels=4, sample_size=768, scaling_factor=0.18215, layers_per_block=2,
                block_out_channels=(128, 256, 512, 512),

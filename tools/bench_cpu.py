@@ -12,8 +12,9 @@ import cli
 import torch
 import torch.distributed as dist
 
+from losses import step_gradients, sync_gradients
 from settings import PRESETS
-from train import keep_memory, step_gradients, sync_gradients, trainable
+from train import keep_memory, trainable
 
 ROWS = [(1, "cached latents"), (2, "cached latents and streams"), (2, "cached latents")]
 LOADS = {"busy": "while True: pass",

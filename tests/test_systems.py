@@ -1,0 +1,182 @@
+"""The other systems of the papers through the three commands: trained, resumed, evaluated, sampled, refused."""
+import json
+
+import numpy as np
+import pytest
+import raw
+import torch
+from kill import compare
+from PIL import Image
+from runs import stop_at
+
+import baselines
+import evaluate
+import sample
+import train
+from cli import run
+from model import StableMTL
+from readers.hypersim import Hypersim
+from readers.virtual_kitti_2 import VirtualKitti2
+from tasks import TASKS
+
+pytestmark = pytest.mark.usefixtures("quick")
+SYSTEMS = tuple(baselines.SYSTEMS)
+TINY = ("--stage 1 --steps 2 --scenes 2 --size 16x24 --batch 3 --micro 2 --save-every 2 --val-samples 1 "
+        "--picture-every 0 --workers 0 --warmup 2 --threads 1 --processes 1")
+
+
+@pytest.fixture
+def go(tmp_path, capsys):
+    """go("--system mtl ...") -> (exit code, stdout, stderr) of a tiny training in tmp_path/out."""
+    def call(text, tiny=TINY):
+        code = run(lambda: train.main(f"{tiny} --out {tmp_path / 'out'} {text}".split()))
+        return (code, *capsys.readouterr())
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(quick, tmp_path_factory):
+    """trained(system) -> folder of a finished tiny run of all tasks, made once. Do not write there."""
+    made = {}
+
+    def call(system):
+        if system not in made:
+            made[system] = tmp_path_factory.mktemp(system) / "out"
+            argv = f"{TINY} --steps 4 --system {system} --out {made[system]}".split()
+            assert train.main(argv) == 0
+        return made[system]
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two images of one size, no multiple of anything."""
+    rng, names = np.random.default_rng(0), ("photo", "next")
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (37, 51, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    return [str(tmp_path / f"{name}.png") for name in names]
+
+
+# ---- the three commands ----
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_three_commands(trained, photos, tmp_path, system, capsys):
+    """Trained on the toy worlds; evaluated by the same metrics beside the same trivial rows, with Delta_m; sampled."""
+    out = trained(system)
+    assert json.loads((out / "model.json").read_text())["kind"] == system
+    assert (out / "best" / "model.json").is_file()
+    argv = f"--ckpt {out} --limit 2 --trivial 2 --workers 0 --json {tmp_path / 'a.json'}".split()
+    assert evaluate.main(argv) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["results"]["real"].keys() == set(TASKS) == report["trivial"]["real"]["constant"].keys()
+    assert f"system {system}" in capsys.readouterr().out
+    assert evaluate.main([*argv[:-1], str(tmp_path / "b.json"), "--baseline", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["delta_m"] == 0
+    assert sample.main([*photos, "--ckpt", str(out), "--output", str(tmp_path / "maps")]) == 0
+    for t, task in TASKS.items():
+        shape = (37, 51) if task.channels == 1 else (37, 51, task.channels)
+        assert np.load(tmp_path / "maps/photo" / f"{t}.npy").shape == shape
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_resume_equals_uninterrupted(trained, go, tmp_path, monkeypatch, system):
+    """Ctrl-C within a step, then --resume: weights, Adam and log are those of four steps."""
+    stop_at(monkeypatch, "within", 2)
+    code, _, error = go(f"--steps 4 --system {system}")
+    assert code == 130 and "--resume" in error
+    assert train.main(["--resume", "--out", str(tmp_path / "out")]) == 0
+    assert compare(trained(system), tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_real_formats(go, tmp_path, monkeypatch, system):
+    """On datasets as downloaded, made small: two that label different tasks, the second one also motion."""
+    raw.hypersim(tmp_path / "data", frames=[("ai_001_001", "cam_00", k, "train") for k in (0, 1)])
+    raw.virtual_kitti(tmp_path / "data")
+    for reader in (Hypersim, VirtualKitti2):
+        monkeypatch.setattr(reader, "size", (16, 24))
+    assert go(f"--system {system} --data {tmp_path / 'data'} --val-samples 0",
+              "--stage 1 --steps 1 --batch 2 --micro 2 --threads 1 --picture-every 1")[0] == 0
+    assert baselines.load(tmp_path / "out").kind == system
+    assert list((tmp_path / "out/pictures").iterdir())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_predictions_depend_on_nothing_else(trained, system):
+    """Of an image: not on the others of its batch, nor on `rows`, nor on the other tasks asked for; any size works."""
+    model = baselines.load(trained(system))
+    pair = torch.rand(2, 3, 3, 13, 18) * 2 - 1
+    whole = model.predict(*pair)
+    assert {t: x.shape for t, x in whole.items()} == {t: (3, k.channels, 13, 18) for t, k in TASKS.items()}
+    for other, part in ((model.predict(*pair, rows=1), slice(None)), (model.predict(*pair[:, 1:2]), slice(1, 2))):
+        assert all(torch.allclose(whole[t][part], x, atol=1e-5) for t, x in other.items())
+    assert model.predict(pair[0]).keys() == {t for t in TASKS if TASKS[t].frames == 1}
+    one = model.predict(*pair, tasks=["depth"])
+    assert one.keys() == {"depth"} and torch.allclose(one["depth"], whole["depth"], atol=1e-5)
+
+
+def test_processes_change_no_loss(trained, go, tmp_path):
+    """Two processes, each with a part of every batch, end where one does."""
+    argv = TINY.replace("--processes 1", "--processes 2")
+    assert go("--steps 4 --system mtl", argv)[0] == 0
+    one, two = (baselines.load(folder).state_dict() for folder in (trained("mtl"), tmp_path / "out"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+# ---- what is refused ----
+
+@pytest.mark.parametrize("flags, says", {
+    "--system mlt": "--system",
+    "--system mtl --stage 2": "--system mtl is trained in one go",
+    "--system mtl --base x": "--base would do nothing here: it belongs to StableMTL",
+    "--system mtl --no-isolation --loss task": "--isolation, --loss would do nothing here",
+    "--system mtl --rho 0.1": "it belongs to --stage 2",
+    "--system mtl --options steps=2": "not an option of mtl",
+    "--options steps=2": "it belongs to the other systems",
+    "--system mtl --drop rooms:shading": "no training labels for shading",
+}.items())
+def test_flags_that_would_do_nothing_are_refused(go, tmp_path, flags, says):
+    code, _, error = go(flags)
+    assert code == 2 and says in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_system(trained, tiny_ckpt_1, capsys):
+    """Another system does not replace it, stage 2 does not start from it, StableMTL's loader says what it is."""
+    out = trained("mtl")
+    for flags, says in {f"--system stl --overwrite --out {out}": "holds a model of the system mtl, not stl",
+                        f"--stage 2 --out {out}": "holds a model of the system mtl, not stablemtl",
+                        f"--system mtl --out {out}": "already holds stage 1",
+                        f"--init {out} --out {out}2": "and this is about StableMTL",
+                        f"--system mtl --overwrite --out {tiny_ckpt_1}": "of the system stablemtl, not mtl"}.items():
+        argv = f"{TINY} {flags}".replace("--stage 1 ", "" if "--stage 2" in flags else "--stage 1 ").split()
+        assert run(lambda argv=argv: train.main(argv)) == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(ValueError, match="of the system mtl"):
+        StableMTL.load(out)
+    for command in (evaluate, sample):
+        argv = ["--ckpt", str(out), "--stage", "2", *["--toy", "real:1"] * (command is sample)]
+        assert run(lambda command=command, argv=argv: command.main(argv)) == 2
+        assert "has no stage 2" in capsys.readouterr().err
+    assert run(lambda: sample.main(["--ckpt", str(out), "--toy", "real:1", "--vae-slicing"])) == 2
+    assert "has no VAE" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+    """Cut short, of other options, or incomplete: one sentence each."""
+    baselines.load(trained("mtl")).save(tmp_path)
+    spec = json.loads((tmp_path / "model.json").read_text())
+    for wrong, says in (({"kind": "xtc"}, "the system xtc, which is none of stablemtl, stl"),
+                        ({"options": {"depth": 3}}, "damaged.*model.json does not describe a mtl"),
+                        ({"tasks": ["normal"]}, "damaged.*unexpected")):
+        (tmp_path / "model.json").write_text(json.dumps(spec | wrong))
+        with pytest.raises(ValueError, match=says):
+            baselines.load(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(spec))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged.*model.safetensors cannot be read"):
+        baselines.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="incomplete: no model.safetensors"):
+        baselines.load(tmp_path)
