@@ -17,9 +17,9 @@ import train
 from checkpoint import write_json
 from cli import run
 from tasks import TASKS
-from tools import study, study_report
-from tools.study_report import draw_gains, draw_isolation, draw_losses, verdict
-from tools.study_variants import CLAIMS, VARIANTS, WORLDS
+from tools import oracle, study, study_report
+from tools.study_report import draw_gains, draw_isolation, draw_losses, seeds_needed, verdict
+from tools.study_variants import CLAIMS, EXTRA, VARIANTS, WORLDS
 
 FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --processes 1"
 
@@ -52,10 +52,10 @@ def tiny_study(base, out, only, more=""):
 
 @pytest.fixture(scope="module")
 def finished(tiny_base, tmp_path_factory):
-    """A study that was stopped by Ctrl-C within its third of four models and then continued. -> (its folder, train.py's
+    """A study that was stopped by Ctrl-C within its third of five models and then continued. -> (its folder, train.py's
     command lines of the two calls, when what was finished at the stop had been written)"""
     out, rate, calls = tmp_path_factory.mktemp("study") / "out", train.learning_rate, ([], [])
-    argv = tiny_study(tiny_base, out, "single-task,single,multi")
+    argv = tiny_study(tiny_base, out, "single-task,single,multi,streams-off")
 
     def interrupt(cfg, step):
         if cfg.out.endswith("single") and step == 1:
@@ -82,7 +82,7 @@ def test_it_continues_where_it_was_stopped(finished):
     assert "--resume" in second[0] and "--resume" not in second[1]
     assert len(stamps) == 2 and all(p.stat().st_mtime_ns == t for p, t in stamps.items())
     assert [e["step"] for e in study_report.read_lines(out / "seed0/single/log.jsonl")] == [0, 1, 2, 3]
-    assert not list(out.rglob("state*")) and not list(out.rglob("streams*"))
+    assert not list(out.rglob("state*")) and not list(out.glob("cache/streams*"))
 
 
 def test_what_it_trains(finished):
@@ -108,10 +108,13 @@ def test_it_writes_tables_and_pictures(finished):
             picture.load()
             assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 5
     variants = read(out / "results.json")["variants"]
-    assert list(variants) == ["single-task", "single", "multi"]
-    single, multi = variants["single"], variants["multi"]
+    assert list(variants) == ["single-task", "single", "multi", "streams-off"]
+    single, multi, off = (variants[name] for name in ("single", "multi", "streams-off"))
     assert single["operations"] == variants["single-task"]["operations"] == 4 * single["operations per step"]
     assert multi["operations per step"] > single["operations per step"] > 0
+    assert off["operations"] is None and off["seeds"]["0"]["results"] != multi["seeds"]["0"]["results"]
+    assert (out / "study.md").read_text().count(VARIANTS["streams-off"].title) == 2     # trained nothing: no cost
+    assert {p.name for p in (out / "seed0/streams-off").iterdir()} == {"results.json", "output.txt"}
 
 
 def test_side_by_side_gives_the_same_numbers(finished, tiny_base, tmp_path):
@@ -158,11 +161,19 @@ def made_up(tmp_path, monkeypatch):
     def evaluate_main(argv):
         out = Path(argv[argv.index("--ckpt") + 1])
         tasks = train.parse_tasks((out / "tasks.txt").read_text())
-        results = {}
-        for reader in evaluate.test_readers():
-            results[reader.name] = {t: {metrics.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
-                                    for t in reader.tasks if t in tasks}
-        write_json(argv[argv.index("--json") + 1], {"results": results})
+        write_json(argv[argv.index("--json") + 1], {"results": scored(tasks)})
+
+    def scored(tasks):
+        return {reader.name: {t: {metrics.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
+                              for t in reader.tasks if t in tasks} for reader in evaluate.test_readers()}
+
+    def oracle_main(argv):
+        args, cfg = oracle.parse(argv)
+        go.calls.append([*argv[:argv.index("--")], f"rho {cfg.rho}, batch {cfg.batch}"])
+        out = Path(args.out)
+        line = {"task": ["depth"], "loss": 1.0, "grad_norm": 1.0, "img_per_s": 20.0}
+        (out / "log.jsonl").write_text(json.dumps(line))
+        write_json(out / "results.json", {"results": scored(tuple(TASKS))})
 
     class Copied:
         def save(self, folder):
@@ -174,6 +185,7 @@ def made_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "main", train_main)
     monkeypatch.setattr(evaluate, "main", evaluate_main)
+    monkeypatch.setattr(oracle, "main", oracle_main)
     monkeypatch.setattr(study.StableMTL, "load", lambda folder, stage=None: Copied())
     monkeypatch.setattr(study_report, "operations", lambda folder, batch: 1e9)
     monkeypatch.setattr(study_report, "draw_attended", lambda args: {})
@@ -187,12 +199,13 @@ def made_up(tmp_path, monkeypatch):
 def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
     """Delta_m, means, deviations and paired differences of all variants, recomputed by hand from the results.json of
     the runs."""
-    assert made_up("--seeds 3") == 0
-    assert len(made_up.calls) == 3 * (len(TASKS) + len(VARIANTS) - 1)
+    assert made_up("--seeds 3 --only all") == 0
+    assert len(made_up.calls) == 3 * (len(TASKS) + len(VARIANTS) - 2)       # one row is another evaluation
     result, text = read(made_up.out / "results.json"), (made_up.out / "study.md").read_text()
     sections = text.split("\n## ")
     assert list(result["variants"]) == list(VARIANTS)
-    assert all(sum(f"| {v.title} |" in section for section in sections) == 3 for v in VARIANTS.values())
+    assert all(sum(f"| {v.title} |" in section for section in sections) == 2 + (v.program == "train.py")
+               for v in VARIANTS.values())
 
     def scores(seed, name, world):
         row = read(made_up.out / f"seed{seed}" / name / "results.json")["results"][world]
@@ -219,6 +232,10 @@ def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
         pairs = zip(*(delta[claim[side]][claim["where"]] for side in ("better", "worse")), strict=True)
         assert claim["differences"] == pytest.approx([a - b for a, b in pairs])
         assert claim["verdict"] == verdict(claim["differences"])
+        needed = claim["seeds needed"]
+        assert (needed is None or needed > 3) == (claim["verdict"] == "undecided")
+        told = f"would take about {needed} seeds" if needed else "would take over 1000 seeds"
+        assert claim["verdict"] != "undecided" or told in text
 
 
 def test_pictures_show_the_numbers(made_up):
@@ -245,14 +262,24 @@ def test_pictures_show_the_numbers(made_up):
         assert points[t][1] == pytest.approx(mean(gains))
 
 
+def oracle_call(argv):
+    """({flag: value}, what follows) of a command line of tools.oracle, else None."""
+    return (dict(zip(argv[:-1:2], argv[1:-1:2], strict=True)), argv[-1]) if argv[0] == "--ckpt" else None
+
+
 def test_seeds_differ_and_variants_share_batches(made_up):
     """Each seed trains with its own draws; the continued single stream gets the batches of stage 2 (train.py: seed +
     1000 x stage)."""
     assert made_up("--seeds 2") == 0
-    cfg = {named(a, made_up.out): train.parse_args(a) for a in made_up.calls}
+    (first_oracle, told), (second_oracle, _) = (a for a in map(oracle_call, made_up.calls) if a)
+    assert first_oracle == {"--ckpt": str(made_up.out / "seed0/single"), "--out": str(made_up.out / "seed0/oracle"),
+                            "--steps": "5", "--seed": "0", "--limit": "64"}
+    assert told == "rho 0.4, batch 8" and second_oracle["--seed"] == "1"
+    cfg = {named(a, made_up.out): train.parse_args(a) for a in made_up.calls if not oracle_call(a)}
     drawn = {name: c.seed + 1000 * c.stage for name, c in cfg.items()}
     for seed in (0, 1):
-        first, second = ("single", "no-isolation", "single-task-depth"), [n for n, v in VARIANTS.items() if v.parent]
+        first = "single", "no-isolation", "single-task-depth"
+        second = [n for n, v in VARIANTS.items() if v.parent and v.program == "train.py" and n not in EXTRA]
         assert len(second) == 5
         assert {drawn[f"seed{seed}/{n}"] for n in first} == {1000 + seed}
         assert {drawn[f"seed{seed}/{n}"] for n in second} == {2000 + seed}
@@ -388,6 +415,7 @@ def test_verdict():
     cases = {(5.0,): "undecided", (1.0, 1.2, 0.9): "reproduced", (-1.0, -1.2, -0.9): "not reproduced",
              (1.0, -0.5, 0.3): "undecided", (0.0, 0.0): "undecided"}
     assert {d: verdict(d) for d in cases} == cases
+    assert [seeds_needed(d) for d in cases] == [None, 3, 3, 41, None]      # (2.26 x 0.7506 / 0.2667)^2 = 40.5
     stats, rng = pytest.importorskip("scipy.stats"), random.Random(0)
     for n in [k for k in range(2, 11) for _ in range(20)]:
         d = [rng.gauss(0.7, 0.5) for _ in range(n)]

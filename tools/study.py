@@ -6,7 +6,8 @@
     python -m tools.study --out study/ --jobs 8                     eight models at a time, one CPU core each
     nohup python -m tools.study --out study/ > study.log 2>&1 &     in the background
 
-tools/study_variants.py says what is compared. Models are trained by train.py, measured by evaluate.py. Optimizer steps
+tools/study_variants.py says what is compared; --only all adds the rows that are left out otherwise. Models are trained
+by train.py (one by tools/oracle.py, whose streams hold the truth), measured by evaluate.py. Optimizer steps
 are equal: every single stream takes --steps; every multi stream starts from the single stream of its seed and takes
 --steps2 more, and `continued` takes the same number of further steps, on the same batches, as a single stream. A
 single-task model takes --steps divided by the number of tasks: as many steps of its task as the single stream takes of
@@ -44,8 +45,9 @@ from checkpoint import read_json, write_json
 from model import StableMTL
 from settings import PRESETS
 from tasks import parse_tasks
+from tools import oracle
 from tools.study_report import report
-from tools.study_variants import VARIANTS, runs
+from tools.study_variants import EXTRA, VARIANTS, runs
 
 # ---- one model ----
 
@@ -71,14 +73,23 @@ def command(job, args):
 def perform(job, args):
     """Train and evaluate one model, or what is left of that; KeyboardInterrupt after a stop, with a checkpoint to
     continue from."""
-    argv, measured = command(job, args), job.out / "evaluation.json"
-    device = str(parse_device(args.settings["device"]))
-    test = ["--ckpt", str(job.out), "--trivial", "0", "--limit", str(args.limit), "--device", device,
+    measured, flags = job.out / "evaluation.json", VARIANTS[job.variant].flags.split()
+    test = ["--trivial", "0", "--limit", str(args.limit), "--device", str(parse_device(args.settings["device"])),
             "--json", str(measured)]
+    argv = command(job, args) if job.program == "train.py" else []
+    job.out.mkdir(parents=True, exist_ok=True)
     with (job.out / "output.txt").open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        if train.main(argv) or evaluate.main(test):
-            raise KeyboardInterrupt     # both have caught it, and saved what they had
-    os.replace(measured, job.out / "results.json")      # under this name it is complete
+        if job.program == "train.py":
+            code = train.main(argv) or evaluate.main(["--ckpt", str(job.out), *test])
+        elif job.program == "evaluate.py":
+            code = evaluate.main(["--ckpt", str(job.parent), *flags, *test])
+        else:
+            code = oracle.main(["--ckpt", str(job.parent), "--out", str(job.out), "--steps", str(job.steps), "--seed",
+                                str(job.seed), "--limit", str(args.limit), "--", *args.alone, *args.flags, *flags])
+        if code:
+            raise KeyboardInterrupt     # they have caught it, and saved what they had
+    if measured.exists():
+        os.replace(measured, job.out / "results.json")      # under this name it is complete
     for state in ("state", "state.prev"):       # most of the disk, and what is finished does not resume
         shutil.rmtree(job.out / state, ignore_errors=True)
     gc.collect()        # a model is a cycle: its taps refer to it
@@ -108,8 +119,7 @@ def side_by_side(jobs, args):
     try:
         while waiting or running:
             ready = [job for job in waiting if job.ready]
-            # up to its first checkpoint a model fills the latent cache, which all share: one at a time
-            filling = [job for job, *_ in running.values() if not (job.finished or (job.out / "state").is_dir())]
+            filling = any(job.filling for job, *_ in running.values())      # one at a time
             if ready and not filling and len(running) < args.jobs:
                 waiting.remove(ready[0])
                 here, there = context.Pipe(False)
@@ -162,7 +172,8 @@ def outcome(job, process, pipe):
 
 def announce(job, jobs):
     """Say that a model begins. -> the time"""
-    print(f"[{jobs.index(job) + 1}/{len(jobs)}] {job.name}: {job.steps} steps, output in {job.out}/output.txt",
+    what = f"{job.steps} steps" if job.steps else "no training"
+    print(f"[{jobs.index(job) + 1}/{len(jobs)}] {job.name}: {what}, output in {job.out}/output.txt",
           flush=True)
     return time.time()
 
@@ -183,8 +194,9 @@ def parse(argv):
     flag = parser.add_argument
     flag("--out", default="study", type=partial(writable, folder=True), help="folder of the study (default: study)")
     flag("--seeds", type=whole(1), default=3, help="how many; more can be added later (default: %(default)s)")
-    flag("--only", default=",".join(VARIANTS), help="comma-separated variants; others can be added later (default: "
-         "%(default)s)")
+    usual = ",".join(name for name in VARIANTS if name not in EXTRA)
+    flag("--only", default=usual, help="comma-separated variants, or all; others can be added later (default: all but "
+         f"{', '.join(EXTRA)})")
     flag("--tasks", default="all", help="comma-separated task names, at least two (default: %(default)s)")
     flag("--steps", type=whole(1), help="optimizer steps of a single stream (default: stage 1 of the preset)")
     flag("--steps2", type=whole(1), help="further steps of a multi or a continued single stream (default: stage 2 of "
@@ -194,6 +206,7 @@ def parse(argv):
     flag("--jobs", type=whole(1, 1024), default=1, help="models at a time; above 1 each has one process of one thread "
          "(default: %(default)s)")
     args, flags = parser.parse_args(argv[:at]), argv[at + 1:]
+    args.flags = flags
     if taken := OURS & {f.split("=")[0] for f in flags}:
         raise ValueError(f"{', '.join(sorted(taken))} after --: the study sets this itself, or cannot use it")
     args.tasks = parse_tasks(args.tasks)
@@ -214,7 +227,7 @@ def parse(argv):
 
 def parse_variants(text):
     """"multi,single" -> ["single", "multi"] in the order of VARIANTS. ValueError names what is unknown or missing."""
-    wanted = text.split(",")
+    wanted = list(VARIANTS) if text == "all" else text.split(",")
     if unknown := set(wanted) - VARIANTS.keys():
         raise ValueError(f"--only {text}: no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     names = [name for name in VARIANTS if name in wanted]
@@ -231,7 +244,10 @@ def accepted(flags, args):
     for name in args.only:
         variant = VARIANTS[name].flags.format(task=args.tasks[0], parent=nowhere).split()
         try:
-            train.parse_args([*flags, "--out", nowhere, *variant])
+            if VARIANTS[name].program == "train.py":
+                train.parse_args([*flags, "--out", nowhere, *variant])
+            elif VARIANTS[name].program == "tools.oracle":
+                oracle.parse(["--ckpt", nowhere, "--out", nowhere, "--", *flags, *variant])
         except ValueError as error:
             raise ValueError(f"after --, for the variant {name}: {error}") from None
     return train.parse_args([*flags, "--out", nowhere])
@@ -262,7 +278,8 @@ def forget_streams(args):
 def remaining(jobs, pace):
     """Seconds that one model after the other would take; pace: {variant: seconds per step}, of a variant not seen yet
     that of the slowest."""
-    return sum(job.steps * pace.get(job.variant, max(pace.values())) for job in jobs if not job.finished)
+    slowest = max(pace.values(), default=0)
+    return sum(job.steps * pace.get(job.variant, slowest) for job in jobs if not job.finished)
 
 
 def main(argv=None):
@@ -278,7 +295,8 @@ def main(argv=None):
                     failed.append(f"{job.name}: {error}")
                     print(f"    {job.name} failed: {error}", flush=True)
                     continue
-                pace[job.variant] = seconds / job.steps
+                if job.steps:
+                    pace[job.variant] = seconds / job.steps
                 left = remaining(jobs, pace) / args.jobs
                 print(f"    {job.name}: {seconds / 60:.1f} min; about {left / 60:.0f} min to go", flush=True)
                 seed = [j for j in jobs if j.seed == job.seed]

@@ -45,7 +45,8 @@ def collect(args):
             row = out.setdefault(job.variant, {}).setdefault(job.seed, {"results": {}, "steps": 0, "minutes": 0.0})
             row["results"] |= results(job.out)
             row["steps"] += job.steps
-            row["minutes"] += job.steps * args.settings["batch"] / log(job.out)[-1]["img_per_s"] / 60
+            if job.steps:
+                row["minutes"] += job.steps * args.settings["batch"] / log(job.out)[-1]["img_per_s"] / 60
     for name, seeds in out.items():
         out[name] = {s: row for s, row in seeds.items() if row["results"].keys() == set(args.tasks)}
     return {name: seeds for name, seeds in out.items() if seeds}
@@ -79,6 +80,15 @@ def verdict(differences):
     return "reproduced" if mean > 0 else "not reproduced"
 
 
+def seeds_needed(differences, most=1000):
+    """An estimate of how many seeds it takes to decide: the fewest whose 95% interval would exclude 0 if the mean and
+    the spread of these differences stayed. None: more than `most`, or a single seed, which tells no spread."""
+    if len(differences) < 2:
+        return None
+    mean, deviation = abs(fmean(differences)), stdev(differences)
+    return next((n for n in range(2, most + 1) if mean > T95[min(n, 10) - 2] * deviation / n ** 0.5), None)
+
+
 def judge(rows):
     """CLAIMS with their differences and verdicts, of {variant: {"seeds": {seed: row}}}, as far as there are any."""
     claims = []
@@ -89,6 +99,7 @@ def judge(rows):
             if differences := [a[seed] - b[seed] for seed in a if seed in b]:
                 claims.append({"claim": claim, "where": where, "better": better, "worse": worse,
                                "differences": differences, "verdict": verdict(differences),
+                               "seeds needed": seeds_needed(differences),
                                "paper": paper if where == "unseen" else None})
     return claims
 
@@ -97,16 +108,18 @@ def summary(args):
     """All numbers of the study so far, as written to results.json."""
     seen, rows, counted, cost = collect(args), {}, {}, {}
     for name, seeds in seen.items():
-        folder = next(job.out for job in runs(args) if job.variant == name and job.finished)
-        kind = str(read_model_json(folder)["multi"])       # all that a step's operations depend on
-        step = counted[kind] = counted.get(kind) or operations(folder, args.settings["batch"])
-        cost[name] = step * next(iter(seeds.values()))["steps"]
+        step = total = None     # of what is no plain training
+        if VARIANTS[name].program == "train.py":
+            folder = next(job.out for job in runs(args) if job.variant == name and job.finished)
+            kind = str(read_model_json(folder)["multi"])       # all that a step's operations depend on
+            step = counted[kind] = counted.get(kind) or operations(folder, args.settings["batch"])
+            cost[name] = step * next(iter(seeds.values()))["steps"]
+            total = cost[name] + cost.get(VARIANTS[name].parent, 0)
         for seed, row in seeds.items():
             baseline = seen.get("single-task", {}).get(seed)
             row["delta_m"] = {}
             if baseline:
                 row["delta_m"] = {where: gain(row["results"], baseline["results"], WORLDS[where]) for where in WORLDS}
-        total = cost[name] + cost.get(VARIANTS[name].parent, 0)
         rows[name] = {**VARIANTS[name]._asdict(), "operations per step": step, "operations": total, "seeds": seeds}
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
     device = hardware(parse_device(args.settings["device"]))
@@ -141,19 +154,24 @@ def world_table(result, worlds, where):
 
 
 def cost_table(result):
-    """A row per variant: flags, operations, minutes."""
+    """A row per variant that train.py trains: flags, operations, minutes."""
     base = result["variants"].get("single", {"operations": float("nan")})["operations"]
     rows = [{"variant": v["title"], "flags of train.py": f"`{v['flags']}`",
              "G per step": f"{v['operations per step'] / 1e9:.3g}", "in all": f"{v['operations'] / base:.2f}x",
              "minutes of training": spread((s["minutes"] for s in v["seeds"].values()), ".3g")}
-            for v in result["variants"].values()]
+            for v in result["variants"].values() if v["operations"]]
     return markdown(rows, ("variant", "flags of train.py", "G per step", "in all", "minutes of training"))
 
 
 def claim_table(result):
     """A row per claim and kind of test scenes."""
+    def told(c):
+        if c["verdict"] != "undecided" or len(c["differences"]) < 2:
+            return c["verdict"]
+        return f"undecided, would take {'about ' + str(n) if (n := c['seeds needed']) else 'over 1000'} seeds"
+
     rows = [{"claim": c["claim"], "on": c["where"], "difference": spread(c["differences"], "+.2f"),
-             "verdict": c["verdict"], "in the paper": "" if c["paper"] is None else f"{c['paper']:+.2f}"}
+             "verdict": told(c), "in the paper": "" if c["paper"] is None else f"{c['paper']:+.2f}"}
             for c in result["claims"]]
     if not rows:
         return ["none can be judged yet"]
@@ -173,7 +191,8 @@ def tables(result):
               "the single stream, with the single stream that a variant starts from; the single-task models together.",
               "", *cost_table(result)]
     lines += ["", "## The paper's claims", "", "Differences of Delta_m, paired by seed. Reproduced: the 95% confidence "
-              "interval of their mean (Student's t) lies above 0; not reproduced: below 0; else undecided.", ""]
+              "interval of their mean (Student's t) lies above 0; not reproduced: below 0; else undecided, with an "
+              "estimate of how many seeds it would take if mean and spread stayed as they are.", ""]
     return lines + claim_table(result)
 
 
@@ -246,7 +265,7 @@ def draw_attended(args, scenes=16):
     samples, weights = [world.load(i, (), with_next=True) for i in range(min(scenes, args.limit))], {}
     frames = [torch.stack([tensor_image(s[key]) for s in samples]) for key in ("image", "next")]
     for job in runs(args):
-        if job.finished and "--stage 2" in VARIANTS[job.variant].flags:
+        if job.finished and "--stage 2" in VARIANTS[job.variant].flags:      # not of streams that hold the truth
             model = StableMTL.load(job.out)
             model.attention_log = []
             model.predict(*frames)
