@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint import Records, read_json, write_json
+from checkpoint import Records, in_turn, read_json, write_json
 from data import fetch, mirror, prepare, unreadable, views, whole_cells
 from tasks import TASKS
 
@@ -29,7 +29,11 @@ class LatentCache:
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays = Path(folder), {}
         self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers}}
-        path = self.folder / "cache.json"
+        self.join()
+
+    def join(self):
+        """Add the datasets that are in the folder to `about`; ValueError if it was made for something else."""
+        path, folder = self.folder / "cache.json", self.folder
         if not path.is_file():
             return
         shape = {"vae": str, "palette": str, "datasets": {str: dict}}
@@ -87,7 +91,11 @@ class LatentCache:
     def create(self, readers, model):
         """Make the arrays that are not there yet, empty. OSError if the disk has too little room for them: writing to
         a memory map on a full disk would end the process without a word."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with in_turn(self.folder):      # another run may share the folder, and begin at the same time
+            self.join()
+            self._create(readers, model)
+
+    def _create(self, readers, model):
         missing = {self.path(r, name): spec for r in readers for name, spec in self.layout(r, model).items()
                    if not self.path(r, name).is_file()}
         need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in missing.values())

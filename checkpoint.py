@@ -277,6 +277,15 @@ def locked(out):
             f.truncate(0)
 
 
+@contextlib.contextmanager
+def in_turn(folder):
+    """While the block runs, no other process is in such a block for this folder: each waits for its turn."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with Path(folder, "lock").open("a") as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)       # until the file is closed
+        yield
+
+
 # ---- records: what can be computed again, and is cheaper to read ----
 
 class Records:

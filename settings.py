@@ -81,7 +81,7 @@ class Config:
     batch: int = setting(None, "samples per optimizer step, over all processes", kind=cli.whole(1))
     micro: int = setting(None, "samples per forward pass; changes memory, not the result", kind=cli.whole(1))
     lr: float = setting(None, "peak learning rate of Adam", kind=cli.number(0, ends=False))
-    attention_lr: float = setting(1.0, "learning rate of the task attention as a multiple of --lr (1 = as released)",
+    attention_lr: float = setting(None, "learning rate of the task attention as a multiple of --lr (1 = as released)",
                                   kind=cli.number(0, ends=False))
     main_lr: float = setting(1.0, "learning rate of the main UNet of stage 2 as a multiple of --lr",
                              kind=cli.number(0, ends=False))
@@ -119,14 +119,14 @@ class Config:
 
 
 KINDS = {f.name: (None, f.type) for f in dataclasses.fields(Config)}    # as checkpoint.misfit reads it
-TOY = dict(scenes=400, size="32x48", widths="", batch=8, micro=8, lr=7e-4, beta2=0.99, schedule="cosine", clip=1.0,
-           steps={1: 1800, 2: 600})
+TOY = dict(scenes=400, size="32x48", widths="", batch=16, micro=16, lr=1e-3, attention_lr=10.0, beta2=0.99,
+           schedule="cosine", clip=1.0, steps={1: 2400, 2: 900})
 PRESETS = {
     "toy": TOY,
-    "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, beta2=0.999,
-                    schedule="cosine", clip=1.0, steps={1: 20000, 2: 10000}),
-    "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, beta2=0.999, schedule="exponential",
-                  clip=5.0, steps={1: 20000, 2: 10000}),
+    "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, attention_lr=1.0,
+                    beta2=0.999, schedule="cosine", clip=1.0, steps={1: 20000, 2: 10000}),
+    "paper": dict(scenes=500, size="32x48", widths="", batch=32, micro=2, lr=1e-4, attention_lr=1.0, beta2=0.999,
+                  schedule="exponential", clip=5.0, steps={1: 20000, 2: 10000}),
 }
 # what stage 2, and a stage 1 that continues another, take over from the stage 1 before
 INHERITED = ("preset", "data", "base", "cache", "scenes", "size", "skip_bad", "tasks", "drop", "palette",

@@ -1,6 +1,9 @@
 """cache.py: what is read back equals what would be computed anew, and a cache of something else is refused."""
+import json
 import math
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from made import SIZE, Made, mixture
 
 import cache
+import cli
 from cache import LatentCache, StreamCache, fingerprint
 from data import loader, prepare, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
@@ -193,6 +197,23 @@ def test_ranks_share_the_building(whole, tmp_path, toys, model):
     for path in whole.rglob("*.npy"):
         a, b = np.load(path), np.load(tmp_path / path.relative_to(whole))
         assert np.array_equal(a, b) or np.allclose(a, b, atol=2e-3), path
+
+
+def test_two_runs_begin_to_share_a_folder_at_once(tmp_path, toys, model, monkeypatch):
+    """Each wrote cache.json.tmp and one of them found it gone: FileNotFoundError. Now they take turns, and the folder
+    knows the datasets of both."""
+    replace = os.replace
+
+    def slow(*paths):
+        time.sleep(0.2)
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", slow)
+
+    def begin(rank):
+        opened(tmp_path / "c", toys[rank:rank + 1], model).create(toys[rank:rank + 1], model)
+    cli.spread(begin, 2)
+    known = json.loads((tmp_path / "c" / "cache.json").read_text())["datasets"]
+    assert set(known) == {toys[0].name, toys[1].name}
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut short"])
