@@ -119,8 +119,8 @@ class Config:
 
 
 KINDS = {f.name: (None, f.type) for f in dataclasses.fields(Config)}    # as checkpoint.misfit reads it
-TOY = dict(scenes=400, size="32x48", widths="", batch=16, micro=16, lr=1e-3, attention_lr=10.0, beta2=0.99,
-           schedule="cosine", clip=1.0, steps={1: 2400, 2: 900})
+TOY = dict(scenes=600, size="32x48", widths="", batch=8, micro=8, lr=7e-4, attention_lr=10.0, beta2=0.99,
+           schedule="cosine", clip=1.0, steps={1: 4800, 2: 1600})
 PRESETS = {
     "toy": TOY,
     "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, attention_lr=1.0,
