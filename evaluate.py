@@ -6,12 +6,13 @@
     python evaluate.py --ckpt out/ --baseline paper|a.json,b.json       Delta_m against single-task results
     python evaluate.py --ckpt out/ --streams off      stage 2 without its streams, or with some (--streams depth,normal)
     python evaluate.py --oracle                       labels through encode, VAE, decode: what the codec alone costs
+    python evaluate.py --ckpt out/ --decoder <folder>       either of them with a small decoder in the VAE's place
 
-Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val and
-of other data to files of their own (results_stage1.json, results_streams-off.json, results_val.json, results_<name of
-the root>.json). Those of the toy model and of a hub id go to the current folder (results_toy_model.json,
-results_<org>_<name>.json). A test set that is there already, from the same settings, weights, samples and code, is not
-computed again: so an interrupted run goes on.
+Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val, of
+other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json, results_val.json,
+results_<name of the root or decoder>.json). Those of the toy model and of a hub id go to the current folder
+(results_toy_model.json, results_<org>_<name>.json). A test set that is there already, from the same settings, weights,
+samples and code, is not computed again: so an interrupted run goes on.
 """
 import argparse
 import json
@@ -220,8 +221,8 @@ def by_task(results):
     return {t: row for t, row in rows.items() if row}
 
 
-def table(results, trivials):
-    """Markdown lines: a row per test set and task."""
+def table(results, trivials, before=None):
+    """Markdown lines: a row per test set and task. before: results with the VAE's own decoder, where known."""
     rows = []
     for name, tasks in results.items():
         for task, result in tasks.items():
@@ -233,13 +234,22 @@ def table(results, trivials):
             row = {"test set": name, "task": task, "metric": f"{metric} {'↓' if lower else '↑'}",
                    what: f"{result[metric]:.4g}", **{who: f"{g:.4g}" for who, g in guesses.items()},
                    "model / better trivial": f"{result[metric] / better:.2f}x" if guesses else "",
+                   **compared(key, result, (before or {}).get(name, {}).get(task)),
                    "paper": str(PAPER["StableMTL"].get(task, {}).get(name, "")), "images": str(result["images"])}
             if "PSNR" in result:
                 kept = [f"{k} {x:.4g}" for k, x in result.items() if k == "accuracy" or k.startswith("IoU")]
                 row |= {"PSNR of the code, dB": f"{result['PSNR']:.1f}", "classes": ", ".join(kept)}
             rows.append(row)
     return markdown(rows, ["test set", "task", "metric", "model", *GUESSES, "model / better trivial", "paper", "images",
-                           "codec alone", "PSNR of the code, dB", "classes"])
+                           "codec alone", "VAE's decoder", "change", "PSNR of the code, dB", "classes"])
+
+
+def compared(task, result, before):
+    """The cells that set a small decoder beside the VAE's own."""
+    if before is None:
+        return {}
+    now, was = headline(task, result), headline(task, before)
+    return {"VAE's decoder": f"{was:.4g}", "change": f"{100 * (now / was - 1):+.2f}%" if was else ""}
 
 
 TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "isolation", "loss",
@@ -283,6 +293,8 @@ def parse(argv):
          "image trusts most, beside the best possible order; takes twice as long")
     flag("--pixels", action="store_true", help="also the error of flow in pixels, whose scales the two frames tell")
     flag("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
+    flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place, compared with the "
+         "VAE's where the results without it are in --ckpt")
     flag("--palette", choices=tuple(PALETTES), help="with --oracle: other class colours than the checkpoint's")
     flag("--kitti-baseline", default="calibration", choices=("calibration", "paper"), help="camera distance behind "
          "KITTI 2015's scene flow: each scene's calibration, or the paper's constant 0.54 m")
@@ -326,12 +338,13 @@ def results_file(args, folder, stage, home):
         whose, where = "", folder
     beside = [(whose, whose), ("stage1", stage == 1 and (folder / "main_unet").is_dir()),
               (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
-              (Path(args.data).name, args.data != home)]
+              (Path(args.data).name, args.data != home), (Path(args.decoder or "").name, args.decoder)]
     name, parts = "oracle" if args.oracle else "results", [part for part, so in beside if so]
     for n in count(1):
         path = where / ("_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")
         old = read_json(path, "", REPORT) if path.is_file() else {}
-        if old.get("data", args.data) == args.data:     # another root of the same name keeps its file
+        facts = ("data", args.data), ("decoder", args.decoder)
+        if all(old.get(k, x) == x for k, x in facts):   # another root, or decoder, of the same name keeps its file
             if old.get("stage") == 1 and stage == 2:    # from before there was a stage 2
                 os.replace(path, where / ("_".join([name, "stage1", *parts]) + ".json"))
             return path
@@ -366,15 +379,33 @@ def settings(args, folder, size):
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
              for path in folder.glob(pattern)]
     files += [path for pattern in ("*.py", "readers/*.py", "baselines/*.py") for path in code.glob(pattern)]
+    if args.decoder:
+        files += Path(args.decoder).glob("*.*")     # none of a hub id
     idle = "ckpt", "workers", "processes", "baseline", "overwrite", "json"
     flags = {k: v for k, v in vars(args).items() if k not in idle}
     return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
 
 
-def fingerprint(common, readers):
-    """Eight hexadecimal digits for `settings`, the samples of the test set and of the training sets behind GUESSES."""
-    samples = [(r.name, r.split, len(r), r.size, r.version) for r in readers]
-    return f"{zlib.crc32(json.dumps([common, samples]).encode()):08x}"
+def fingerprints(common, readers, train):
+    """{test set: eight hexadecimal digits} for `settings`, its samples, and the training sets' behind GUESSES."""
+    def samples(reader):
+        return [(r.name, r.split, len(r), r.size, r.version) for r in [reader, *train]]
+    return {r.name: f"{zlib.crc32(json.dumps([common, samples(r)]).encode()):08x}" for r in readers}
+
+
+def current(report, keys):
+    """The test sets of a report (or {}) that are of these `fingerprints`."""
+    return {name for name, key in keys.items()
+            if name in report.get("results", ()) and report["made_from"].get(name) == key}
+
+
+def with_the_vae(args, folder, stage, home, size, readers, train):
+    """{test set: {task: metrics}}: the same without --decoder, as far as it was evaluated before."""
+    plain = argparse.Namespace(**{**vars(args), "decoder": None})
+    path = results_file(plain, folder, stage, home)
+    report = read_json(path, "", REPORT) if path.is_file() else {}
+    keys = fingerprints(settings(plain, folder, size), readers, train)
+    return {name: report["results"][name] for name in current(report, keys)}
 
 
 def main(argv=None):
@@ -388,6 +419,8 @@ def main(argv=None):
         folder = checkpoint_folder(args.ckpt)
         whose = args.ckpt or ("toy model" if folder == toy.MODEL else str(folder))
         model = load(folder, args.stage, args.device)
+    if args.decoder:
+        model.use_decoder(args.decoder)
     steady(model)
     if args.streams is not None:
         model.attends = attended(args.streams, model)
@@ -417,13 +450,12 @@ def main(argv=None):
 
     # ---- one test set after the other ----
     results, trivials, skipped, made_from = {}, {}, [], {}
-    report = {"checkpoint": whose, "stage": stage, "oracle": args.oracle, "split": args.split,
-              "data": args.data, "commit": config.get("commit"), "settings": config["train"], "results": results,
+    report = {"checkpoint": whose, "stage": stage, "oracle": args.oracle, "split": args.split, "data": args.data,
+              "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"], "results": results,
               "stage1": config["stage1"], "trivial": trivials, "skipped": skipped, "made_from": made_from}
-    common = settings(args, folder, size)
-    keys = {r.name: fingerprint(common, [r, *train]) for r in readers}
-    kept = {name for name, key in keys.items() if name in old.get("results", ()) and name in old["trivial"]
-            and old["made_from"].get(name) == key and not args.overwrite}
+    keys = fingerprints(settings(args, folder, size), readers, train)
+    kept = {name for name in current(old, keys) if name in old["trivial"] and not args.overwrite}
+    before = with_the_vae(args, folder, stage, home, size, readers, train) if args.decoder else {}
     world = cli.shares(model, args.processes)
     workers = args.workers if world == 1 else 0
     labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world)
@@ -452,7 +484,7 @@ def main(argv=None):
 
     # ---- what came out ----
     stages = [trained(s) for s in (config["stage1"], config["train"]) if s]
-    print("\n".join([*stages, "", *table(results, trivials)]))
+    print("\n".join([*stages, "", *table(results, trivials, before)]))
     for lines in sparsification_table(results), photometric.table(results):
         print("\n".join(["", *lines] if lines else []), end="\n" * bool(lines))
     if mine := shared(by_task(results), baseline):

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -117,21 +117,22 @@ def _pretrained(kind, base, part):
 def load_part(kind, base, part):
     """One part of a diffusers folder or hub id, in float32: kind.from_pretrained, but strict.
 
-    kind: a model class of diffusers or transformers; part: its subfolder. ValueError if the weights are not there or
-    damaged, if names or shapes are not those of the part's config.json (diffusers fills up with uninitialised memory),
-    or a value is not finite.
+    kind: a model class of diffusers or transformers; part: its subfolder, "" where the folder is the part itself.
+    ValueError if the weights are not there or damaged, if names or shapes are not those of the part's config.json
+    (diffusers fills up with uninitialised memory), or a value is not finite.
     """
+    name = part or kind.__name__
     try:
         model, noted = _pretrained(kind, base, part)
     except Exception as error:      # damaged files and foreign configs raise anything
-        raise ValueError(f"{part}: {reason(error)}") from error
+        raise ValueError(f"{name}: {reason(error)}") from error
     unexpected = [k for k in noted["unexpected_keys"] if not k.endswith("position_ids")]    # constants, in older files
     shapes = [f"{k} is {tuple(a)} instead of {tuple(b)}" for k, a, b in noted["mismatched_keys"]]
     differs = grouped({"missing": noted["missing_keys"], "unexpected": unexpected, "of the wrong shape": shapes})
     if any(k.startswith("_orig_mod.") for k in unexpected):
         differs += "; these are the weights of a compiled model: save its _orig_mod instead"
     if differs := differs or grouped({"not finite": not_finite(model.state_dict())}):
-        raise ValueError(f"{part}: {differs}")
+        raise ValueError(f"{name}: {differs}")
     return model
 
 
@@ -166,6 +167,21 @@ def check_parts(vae, unet, width, inputs=(3,)):
     if widths != {width}:
         raise ValueError(f"its unet attends to text of width {', '.join(map(str, widths)) or 'none'}, its text tokens "
                          f"have {width}")
+
+
+def factor(vae):
+    """Pixels per latent cell along one side, of an AutoencoderKL or of an AutoencoderTiny's decoder."""
+    if isinstance(vae, AutoencoderTiny):
+        return vae.config.upsampling_scaling_factor ** (len(vae.config.decoder_block_out_channels) - 1)
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_decoder(decoder, vae):
+    """ValueError unless an AutoencoderTiny makes images of what this VAE makes latents of."""
+    found, expected = ({"latent channels": m.config.latent_channels, "image channels": m.config.out_channels,
+                        "pixels per latent cell": factor(m)} for m in (decoder, vae))
+    if differs := [f"{found[k]} {k} instead of {expected[k]}" for k in expected if found[k] != expected[k]]:
+        raise ValueError(f"it has {', '.join(differs)}: it belongs to another VAE")
 
 
 @contextmanager
@@ -210,6 +226,19 @@ def read_base(base):
             raise ValueError(f"tokenizer: {reason(error)}") from error
         check_parts(vae, unet, text_encoder.config.hidden_size, (1, 3))
     return vae, unet, tokenizer, text_encoder
+
+
+def read_decoder(decoder, vae, flag="--decoder"):
+    """An AutoencoderTiny of a folder or hub id, in float32, whose decoder is to take the place of the VAE's; flag: who
+    named it.
+
+    ValueError if there is none, it is damaged, or of another VAE's latents.
+    """
+    with faults_of(f"could not load {flag} {decoder}", "give a folder of diffusers' AutoencoderTiny as tools.distil "
+                   "writes it, or a hub id while online (for example madebyollin/taesd)"):
+        tiny = load_part(AutoencoderTiny, decoder, "")
+        check_decoder(tiny, vae)
+    return tiny
 
 
 @torch.no_grad()

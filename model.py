@@ -37,6 +37,8 @@ class StableMTL(nn.Module):
     palette: the class colours the semantic latents use. ValueError for a task, palette or second_frame there is not.
     """
 
+    space = "latent"    # what the UNet predicts; generalist.py knows another
+
     def __init__(self, vae, unet, tokens, palette="cityscapes", second_frame="concat"):
         super().__init__()
         _check_choices("task", tokens, TASKS)
@@ -47,6 +49,7 @@ class StableMTL(nn.Module):
         self.codecs = {t: registry(palette)[t] for t in self.tasks}
         self.palette, self.second_frame, self.coding = palette, second_frame, ""
         self.main, self.attention, self.multi = None, None, None
+        self.decoder = None                     # a small AutoencoderTiny that decodes in the VAE's place
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
         self.size = None                        # (H, W) of its training images, where known: what `infer` goes by
         self.attends = self.tasks               # the streams that may be attended to; () leaves the attention out
@@ -115,10 +118,19 @@ class StableMTL(nn.Module):
 
     # -- latents --
 
+    def use_decoder(self, decoder):
+        """Decode by a small AutoencoderTiny from here on, in the VAE's place (errors: loading.read_decoder).
+
+        decoder: a folder, as tools/distil.py writes it, or a hub id such as madebyollin/taesd.
+        """
+        if self.space != "latent":
+            raise ValueError("--decoder would do nothing here: this model predicts pixels, not latents")
+        self.decoder = loading.read_decoder(decoder, self.vae).to(self.vae.device).requires_grad_(False).eval()
+
     @property
     def factor(self):
         """Pixels per latent cell along one side (8 for Stable Diffusion)."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return loading.factor(self.vae)
 
     @property
     def out_channels(self):
@@ -131,7 +143,8 @@ class StableMTL(nn.Module):
 
     def decode(self, z):
         """(B,4,h,w) -> (B,3,h*f,w*f), about [-1,1]."""
-        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        vae = self.vae if self.decoder is None else self.decoder    # each has a scaling_factor of its own
+        return vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample
 
     def see(self, frame):
         """What the UNet is told of a frame (B,3,H,W): its latent."""
@@ -302,9 +315,10 @@ class StableMTL(nn.Module):
         self.attention.load_state_dict({k: state[r] for k, r in zip(own, released, strict=True)})
 
     @classmethod
-    def load(cls, folder, stage=None, device="cpu"):
+    def load(cls, folder, stage=None, device="cpu", decoder=None):
         """Model of a folder written by `save`. stage=1 loads the single stream alone, None stage 2 where it exists.
 
+        decoder: what `use_decoder` takes.
         FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a
         file is damaged, or the parts do not belong together.
         """
@@ -320,16 +334,18 @@ class StableMTL(nn.Module):
                 model.add_main_stream(parts["main_unet"], **spec["multi"])
                 model.load_task_attention(parts["task_attention"])
         model.size = read_config(folder)["size"]
+        if decoder:
+            model.use_decoder(decoder)
         return model.to(device).eval()
 
     @classmethod
-    def from_pretrained(cls, name=None, stage=None, device="cpu"):
+    def from_pretrained(cls, name=None, stage=None, device="cpu", decoder=None):
         """`load` of a folder, or of a hub id, "org/name" or "org/name@revision"; where there is a folder of that name,
         it is the folder. Without a name: out/ where it is, else the trained toy model.
 
         FileNotFoundError if there is no such folder, and the hub has no such model or is not reachable.
         """
-        return cls.load(loading.checkpoint_folder(name), stage, device)
+        return cls.load(loading.checkpoint_folder(name), stage, device, decoder)
 
 
 def asked(image, next_image, tasks, known):

@@ -279,6 +279,8 @@ def parse(argv):
     flag("--size", type=whole(0, 16384), help="longer side in pixels that the network sees; 0 = the input's own "
          "(default: the shorter side as in training); smaller is faster and needs less memory")
     flag("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory")
+    flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place: faster "
+         "(tools.distil makes one)")
     flag("--vae-slicing", action="store_true", help="decode one map at a time: less memory, same results")
     flag("--vae-tiling", action="store_true", help="encode and decode large images in overlapping tiles: much less "
          "memory, faint seams")
@@ -293,13 +295,15 @@ def load(args):
     args.device = parse_device(args.device)
     wanted, args.ckpt = parse_tasks(args.tasks), checkpoint_folder(args.ckpt)
     model = steady(load_model(args.ckpt, args.stage, args.device))
+    if args.decoder:
+        model.use_decoder(args.decoder)
     tasks = [t for t in model.tasks if t in wanted]
     if args.tasks != "all" and len(tasks) < len(wanted):
         raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")
     if args.attention and model.main is None:
         raise ValueError(f"--attention needs stage 2, and {args.ckpt} gave stage 1: train stage 2, or drop --stage 1")
     if args.vae_slicing:
-        model.vae.enable_slicing()
+        (model.decoder or model.vae).enable_slicing()
     if args.vae_tiling:
         model.vae.enable_tiling()
     return model, tasks
@@ -307,10 +311,12 @@ def load(args):
 
 def settings(args, model):
     """What maps follow from beside their frames, as json; weights by size and time, since checksums would take long."""
-    folder = args.ckpt
-    files = [folder / "model.json", *folder.glob("*.safetensors"), *folder.glob("*/*model*.safetensors")]
-    weights = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
-    return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type]
+    def stated(folder, *patterns):
+        files = sorted(p for pattern in patterns for p in Path(folder).glob(pattern))
+        return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    weights = stated(args.ckpt, "model.json", "*.safetensors", "*/*model*.safetensors")
+    decoder = [args.decoder, stated(args.decoder, "*")] if args.decoder else []
+    return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder]
 
 
 def main(argv=None):

@@ -123,7 +123,7 @@ class System(nn.Module):
     kind: its name; Options: the dataclass of its --options. ValueError for a palette or task there is not.
     """
     kind, Options = "", NoOptions
-    main, multi, second_frame = None, None, "concat"                # as StableMTL has them
+    main, multi, decoder, second_frame = None, None, None, "concat"     # as StableMTL has them
     factor, out_channels, coding = 1, 3, "images"                   # of its latents, which are images here
 
     def __init__(self, tasks, palette="cityscapes", **options):
@@ -136,6 +136,9 @@ class System(nn.Module):
     def maps(self, image, next_image, tasks):
         """Frames (B,3,H,W) -> {task: prediction (B,P,H,W)}."""
         raise NotImplementedError
+
+    def use_decoder(self, decoder):
+        raise ValueError("--decoder would do nothing here: this checkpoint has no VAE")
 
     # -- what the cache keeps, and what the codec costs: nothing is encoded --
 

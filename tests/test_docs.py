@@ -8,6 +8,7 @@ from unittest import mock
 import kill
 import numpy as np
 import pytest
+import tiny
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -22,16 +23,17 @@ import settings
 import train
 from readers.folder import Folder
 from tasks import TASKS
-from tools import bench, convert, oracle, study
+from tools import bench, convert, distil, oracle, study
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "sample.py": sample.main, "data.py": data.main,
          "tools.bench": bench.main, "tools.study": study.main, "tools.convert": convert.main,
-         "tools.oracle": oracle.main, "tests/kill.py": kill.main}
+         "tools.distil": distil.main, "tools.oracle": oracle.main, "tests/kill.py": kill.main}
 # what these make of a command line before they act; of the other commands the flags alone are read
 PARSERS = {"train.py": settings.parse_args, "evaluate.py": evaluate.parse, "sample.py": sample.parse,
-           "tools.bench": bench.parse, "tools.study": study.parse, "tools.oracle": oracle.parse}
+           "tools.bench": bench.parse, "tools.study": study.parse, "tools.distil": distil.parse,
+           "tools.oracle": oracle.parse}
 FOREIGN = {"--nproc_per_node"}      # a flag of torchrun
 EXAMPLES = {"readers/mine.py"}      # files that a reader of the pages would write
 
@@ -59,8 +61,10 @@ COMMANDS = sorted({(program, *argv) for page in PAGES for program, argv in comma
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch, tiny_ckpt):
-    """What the pages take for granted, as the current folder: a checkpoint in out/, two photos, data of one's own."""
+    """What the pages take for granted, as the current folder: a checkpoint in out/ and a small decoder for it, two
+    photos, data of one's own."""
     shutil.copytree(tiny_ckpt, tmp_path / "out")
+    distil.new_decoder(tiny.vae()).save_pretrained(tmp_path / "out/decoder")
     rng = np.random.default_rng(0)
     for path in ("photo.jpg", "next.jpg", "my/images/street.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
     python -m tools.bench --load 2              beside two programs that multiply matrices on two threads each
     python -m tools.bench --base sd2            Stable Diffusion 2's size with random weights, nothing downloaded;
                                                 on a CPU it is only counted
+    python -m tools.bench --base sd2 --decoder new              with a small decoder in the VAE's place
     python -m tools.bench --base sd2 --channels-last --graph --json cost.json --plot cost.png
 
 Operations are those of convolutions, matrix products and attention for one pair of images, 1 multiply-add = 2. A model
@@ -22,17 +23,19 @@ from cli import Parser, parse_device, parse_size, run, whole, writable  # before
 
 # isort: split
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import write_json
 from draw import draw_curves
+from loading import check_decoder
 from losses import step_gradients
 from model import StableMTL, widen_input
 from settings import PRESETS
 from tasks import TASKS
 from tools import bench_cpu
+from tools.distil import new_decoder
 from toy.make import new_unet, new_vae
 from train import compile_blocks, trainable
 
@@ -74,8 +77,25 @@ def networks(base, device, main=True):
         return [AutoencoderKL.from_config(vae), *unets]
 
 
-def assemble(nets, tasks, dtype=torch.float32, multi=True):
-    """A StableMTL of the named tasks around `networks`, which may have been part of another one before."""
+def small_decoder(name, vae):
+    """An AutoencoderTiny for the VAE, where that is: "new", of the size that tools.distil makes, or of a folder's; ""
+    gives None. FileNotFoundError if the folder holds none, ValueError if it is for other latents."""
+    if not name:
+        return None
+    with torch.device(vae.device):
+        if name == "new":
+            return new_decoder(vae)
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"--decoder {name}: expected new, or the folder of an AutoencoderTiny, and found "
+                                    "no config.json there")
+        tiny = AutoencoderTiny.from_config(AutoencoderTiny.load_config(name))
+    check_decoder(tiny, vae)
+    return tiny
+
+
+def assemble(nets, tasks, dtype=torch.float32, multi=True, decoder=""):
+    """A StableMTL of the named tasks around `networks`, which may have been part of another one before; decoder: what
+    `small_decoder` takes."""
     vae, unet, *main = nets
     for net in (unet, *main):
         net.set_attn_processor(AttnProcessor2_0())      # lets go of the model whose taps it had
@@ -85,6 +105,7 @@ def assemble(nets, tasks, dtype=torch.float32, multi=True):
         model = StableMTL(vae, unet.requires_grad_(True), tokens)
         if multi:
             model.add_main_stream(*main)
+    model.decoder = small_decoder(decoder, vae)
     return model.to(dtype).eval()
 
 
@@ -116,13 +137,13 @@ def part_operations(model, image, tasks):
         z = model.encode(image)
         forward = operations(model, z, z, [task])
         if model.main is None:
-            return {"VAE encode": operations(model.encode, image), "VAE decode": operations(model.decode, z),
-                    "UNet": forward}
+            decode = "VAE decode" if model.decoder is None else "small decoder"
+            return {"VAE encode": operations(model.encode, image), decode: operations(model.decode, z), "UNet": forward}
         return {f"main UNet with {len(tasks) - 1} streams": forward - operations(model.streams, z, z, tasks[:-1])}
 
 
-def count(base, size, tasks):
-    """Operations for one pair of images of `size` (H, W), on the meta device.
+def count(base, size, tasks, decoder=""):
+    """Operations for one pair of images of `size` (H, W), on the meta device; decoder: what `small_decoder` takes.
 
     {"parts": {name: operations of one row}, "single" | "multi": {number of tasks: operations},
     "training": {name: operations per image}}
@@ -130,8 +151,9 @@ def count(base, size, tasks):
     nets, image = networks(base, "meta"), torch.empty(1, 3, *size, device="meta")
     out = {"parts": {}, "training": {}}
     for stage, kind, numbers in trials(tasks):
-        out[kind] = {n: operations(assemble(nets, tasks[:n], multi=stage == 2).predict, image, image) for n in numbers}
-        model = assemble(nets, tasks, multi=stage == 2)
+        made = partial(assemble, nets, multi=stage == 2, decoder=decoder)
+        out[kind] = {n: operations(made(tasks[:n]).predict, image, image) for n in numbers}
+        model = made(tasks)
         out["parts"] |= part_operations(model, image, tasks)
         with torch.no_grad():
             z = model.encode(image)
@@ -233,7 +255,7 @@ def inference_of(args, tasks, multi, numbers):
     for net in nets:
         adapt(net, args)
     for n in numbers:
-        model = assemble(nets, tasks[:n], DTYPES[args.dtype], multi)
+        model = assemble(nets, tasks[:n], DTYPES[args.dtype], multi, args.decoder)
         out[n] = measured(partial(model.predict, image, image), args.batch, args.device, args.graph)
     return out
 
@@ -356,6 +378,8 @@ def parse(argv):
     """The command line, with size, device and dtype settled. ValueError or OSError names what is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--base", default="toy", help="toy, sd2, or a diffusers folder: whose shapes (default: toy)")
+    parser.add_argument("--decoder", default="", help="new, or the folder of an AutoencoderTiny, whose size decodes "
+                        "in the VAE's place")
     parser.add_argument("--size", help="images of HEIGHTxWIDTH (default: 256x256, the paper's; for toy its training's)")
     parser.add_argument("--tasks", type=whole(1, len(TASKS)), default=len(TASKS), metavar="N",
                         help="1..N tasks are tried (default: %(default)s)")
@@ -387,12 +411,13 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     tasks = tuple(TASKS)[:args.tasks]
-    result = {"base": args.base, "size": args.size, "batch": args.batch, "micro": args.micro,
-              "device": hardware(args.device), "dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
+    result = {"base": args.base, "decoder": args.decoder or "the VAE's", "size": args.size, "batch": args.batch,
+              "micro": args.micro, "device": hardware(args.device),
+              "dtype": str(DTYPES[args.dtype]).removeprefix("torch."),
               "torch": torch.__version__, "channels_last": args.channels_last, "compile": args.compile,
               "graph": args.graph}
     print(", ".join(f"{k} {v}" for k, v in result.items()))
-    result |= {"counted": count(args.base, args.size, tasks), "memory": memory(args.base, tasks)}
+    result |= {"counted": count(args.base, args.size, tasks, args.decoder), "memory": memory(args.base, tasks)}
     if not args.count_only and (args.device.type != "cpu" or args.base == "toy"):
         result |= {"inference": inference(args, tasks), "training": training(args, tasks)}
     print(table(result))

@@ -1,0 +1,239 @@
+"""A small decoder in the VAE's place: what it decodes, where it acts, what is refused, and how one is made."""
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import sample
+from baselines.trunk import System
+from cli import run
+from model import StableMTL
+from readers.toyworld import ToyWorld
+from tasks import TASKS
+from tools import bench, distil
+
+FEW = "--images 2 --steps 3 --batch 2 --workers 0"
+
+
+def autoencoder(levels=3, **options):
+    """An AutoencoderTiny of 4 pixels per latent cell, as tests/tiny.py's VAE, with a scaling factor that shows."""
+    torch.manual_seed(3)
+    widths, blocks = (8,) * levels, (1,) * levels
+    usual = {"encoder_block_out_channels": widths, "decoder_block_out_channels": widths, "num_encoder_blocks": blocks,
+             "num_decoder_blocks": blocks, "scaling_factor": 0.3}
+    return AutoencoderTiny(**usual | options).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of `autoencoder`. Do not write there."""
+    path = tmp_path_factory.mktemp("small") / "decoder"
+    autoencoder().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def go(capsys):
+    """go(command, flags) -> (exit code, stdout, stderr)"""
+    def call(main, flags, *more):
+        return (run(lambda: main([*flags.split(), *map(str, more)])), *capsys.readouterr())
+    return call
+
+
+# ---- what it does ----
+
+def test_decodes_as_diffusers_does(folder, tiny_ckpt):
+    """As its pipelines use an AutoencoderTiny: latents of the UNet's scale over its own scaling factor, not over the
+    VAE's; encoding stays the VAE's."""
+    plain, model = StableMTL.load(tiny_ckpt), StableMTL.load(tiny_ckpt, decoder=folder)
+    z, image = tiny.latents()[0], torch.rand(1, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        expected = autoencoder().decode(z / 0.3).sample
+        assert torch.equal(model.decode(z), expected) and not torch.allclose(plain.decode(z), expected, atol=0.1)
+        assert torch.equal(model.encode(image), plain.encode(image))
+    assert not any(p.requires_grad for p in model.decoder.parameters())
+
+
+def test_predict_goes_through_it(folder, tiny_ckpt):
+    """Every map is the codec's reading of what it decodes, cropped from whole cells; the latents do not change."""
+    plain, model = StableMTL.load(tiny_ckpt), StableMTL.load(tiny_ckpt)
+    model.use_decoder(folder)
+    image = torch.rand(1, 3, 32, 38) * 2 - 1
+    with torch.no_grad():
+        z = plain.encode(torch.nn.functional.pad(image, (0, 2, 0, 0), mode="replicate"))
+        for task, x in plain(z, z, plain.tasks).items():
+            expected = model.codecs[task].decode(autoencoder().decode(x / 0.3).sample[..., :38])
+            assert torch.allclose(model.predict(image, image)[task].float(), expected.float(), atol=1e-5)
+
+
+def test_a_checkpoint_keeps_its_vae(folder, tiny_ckpt_1, tmp_path):
+    """A small decoder is chosen by whoever predicts: saving leaves it out."""
+    StableMTL.load(tiny_ckpt_1, decoder=folder).save(tmp_path)
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")}
+    assert files == {str(p.relative_to(tiny_ckpt_1)) for p in tiny_ckpt_1.rglob("*.*")} - {"config.json"}
+
+
+def test_commands_go_through_it(folder, tiny_ckpt_1, tmp_path, go, monkeypatch):
+    """sample.py makes other maps with it and makes them anew; evaluate.py, also its oracle, keeps the results apart,
+    and sets the VAE's beside them once these are there."""
+    ckpt = shutil.copytree(tiny_ckpt_1, tmp_path / "out")
+    maps = f"--ckpt {ckpt} --toy real:0 --tasks depth --output {tmp_path / 'maps'}"
+    assert go(sample.main, maps)[0] == 0
+    before = (tmp_path / "maps/real-0/depth.npy").read_bytes()
+    code, out, _ = go(sample.main, maps, "--decoder", folder, "--vae-slicing")
+    assert code == 0 and "1 predicted" in out and (tmp_path / "maps/real-0/depth.npy").read_bytes() != before
+    assert "already finished" in go(sample.main, maps, "--decoder", folder)[1]
+
+    monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [ToyWorld("real", "test", 2, (16, 24))])
+    few = f"--ckpt {ckpt} --limit 1 --trivial 0 --workers 0 --processes 1"
+    for kind, name in (("", "results"), (" --oracle", "oracle")):
+        assert "VAE's decoder" not in go(evaluate.main, few + kind, "--decoder", folder)[1]
+        assert go(evaluate.main, few + kind)[0] == 0
+        code, out, _ = go(evaluate.main, few + kind, "--decoder", folder)
+        whole, small = (json.loads((ckpt / f"{n}.json").read_text()) for n in (name, f"{name}_decoder"))
+        assert whole["results"] != small["results"] and small["decoder"] == str(folder)
+        row = next(line for line in out.splitlines() if line.startswith("| real | depth"))
+        was, now = (r["results"]["real"]["depth"]["AbsRel"] for r in (whole, small))
+        assert f"| {was:.4g} | {100 * (now / was - 1):+.2f}% |" in row
+    assert "| VAE's decoder |" not in go(evaluate.main, few.replace("--limit 1", "--limit 2"), "--decoder", folder)[1]
+
+
+# ---- what is refused ----
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"latent_channels": 8}, "8 latent channels instead of 4"), ({"levels": 4}, "8 pixels per latent cell instead of"),
+    ({"upsampling_scaling_factor": 3}, "9 pixels"), ({"out_channels": 4}, "4 image channels instead of 3")])
+def test_of_another_vae(options, sentence, tiny_ckpt_1, tmp_path, go):
+    """TAESD for Stable Diffusion 3 has 16 latent channels, for instance."""
+    autoencoder(**options).save_pretrained(tmp_path / "d")
+    code, _, error = go(sample.main, f"--ckpt {tiny_ckpt_1} --toy real:0 --decoder", tmp_path / "d")
+    assert code == 2 and sentence in error and "another VAE" in error and error.count("\n") == 1
+
+
+def test_damaged_or_absent(folder, tiny_ckpt_1, tmp_path, go):
+    """Missing weights would be filled up at random; a folder of something else has other keys."""
+    def refused(decoder):
+        code, _, error = go(sample.main, f"--ckpt {tiny_ckpt_1} --toy real:0 --decoder", decoder)
+        assert code == 2 and f"could not load --decoder {decoder}" in error and error.count("\n") == 1
+        return error
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    for change, sentence in (({"decoder.layers.0.weight": None}, "1 missing (decoder.layers.0.weight)"),
+                             ({"decoder.layers.0.bias": torch.full((8,), torch.nan)}, "1 not finite")):
+        broken = shutil.copytree(folder, tmp_path / sentence[:9].replace(" ", "-"))
+        state = {k: v for k, v in (weights | change).items() if v is not None}
+        save_file(state, broken / "diffusion_pytorch_model.safetensors")
+        assert sentence in refused(broken)
+    assert "missing" in refused(tiny_ckpt_1 / "vae")
+    assert "AutoencoderTiny" in refused("nowhere")
+
+
+def test_where_there_are_no_latents(folder):
+    """Other systems, and models of pixels, have nothing to decode: the flag would not act."""
+    with pytest.raises(ValueError, match="--decoder would do nothing here: this checkpoint has no VAE"):
+        System(("depth",)).use_decoder(folder)
+    model = tiny.model(tasks=("depth",))
+    model.space = "pixel"
+    with pytest.raises(ValueError, match="predicts pixels, not latents"):
+        model.use_decoder(folder)
+
+
+# ---- how one is made ----
+
+def test_distil_learns(tiny_ckpt_1, tmp_path):
+    """Of labels and predictions, it comes closer to the VAE's decoder; the same seed gives the same weights."""
+    model, worlds = StableMTL.load(tiny_ckpt_1), distil.train_readers("", (16, 24), 4)
+    pairs = distil.lessons(model, worlds, 4, 2, 0)
+    (size, (z, images)), = pairs.items()
+    assert size == (4, 6) and len(z) == len(images) and images.shape[1:] == (3, 16, 24)
+    assert 4 * (len(TASKS) + 2) <= len(z) <= 4 * (len(TASKS) + 5)      # all predictions, and the labels there are
+    with torch.no_grad():
+        assert torch.allclose(model.decode(z[:3].float()), images[:3].float(), atol=5e-2)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        small = distil.new_decoder(model.vae, 8, (1, 1, 0))
+        before = distil.measure(small, pairs)
+        distil.train(small, pairs, 60, 8, 5e-3)
+        assert distil.measure(small, pairs) < before / 2
+        made.append(small.decoder.state_dict())
+    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+
+
+def test_the_command(tiny_ckpt_1, folder, tmp_path, go):
+    """From random weights and from another decoder; what it writes is taken by --decoder, and by diffusers."""
+    code, out, error = go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")
+    assert code == 0 and "difference from the VAE's decoder" in out, error
+    about = json.loads((tmp_path / "a/distilled.json").read_text())
+    assert about["steps"] == 3 and about["error"] > 0 and about["maps"] >= 2 * len(TASKS)
+    assert go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --init {folder} --out", tmp_path / "b")[0] == 0
+    made, start = AutoencoderTiny.from_pretrained(tmp_path / "b"), autoencoder()
+    assert made.config.scaling_factor == 0.3 and not list(tmp_path.glob("*.tmp"))
+    state = made.state_dict()
+    for k, v in start.state_dict().items():
+        assert torch.equal(state[k], v) == k.startswith("encoder."), f"{k}: the decoder alone is trained"
+    model = StableMTL.load(tiny_ckpt_1, decoder=tmp_path / "b")
+    z = tiny.latents()[0]
+    with torch.no_grad():
+        assert torch.equal(model.decode(z), made.eval().decode(z / 0.3).sample)
+
+
+def test_an_interrupted_one_leaves_nothing(tiny_ckpt_1, tmp_path, go, monkeypatch):
+    """Also where the disk is full at the end."""
+    monkeypatch.setattr(distil, "write_json", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, _, error = go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")
+    assert code == 2 and "No space left" in error and error.splitlines()[-1].count(":") and not list(tmp_path.iterdir())
+    monkeypatch.setattr(distil, "train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")[0] == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--out {here}", "is there already"), ("--out new --blocks 3,3", "which takes 3 numbers"),
+    ("--out new --blocks 3,x", "'3,x' is not a list of whole numbers"), ("--out new --lr 0", "--lr"),
+    ("--out new --init d --width 8", "--width and --blocks would do nothing"), ("", "--out"),
+    ("--out new --init nowhere", "could not load --init nowhere")])
+def test_mistakes_end_in_a_sentence(flags, sentence, tiny_ckpt_1, tmp_path, go, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distil, "lessons", lambda *a: pytest.fail("the work has begun"))
+    code, _, error = go(distil.main, f"--ckpt {tiny_ckpt_1} " + flags.format(here=tmp_path))
+    assert code == 2 and sentence in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+# ---- what it costs ----
+
+def test_cost_at_the_papers_size():
+    """Seven tasks at 256x256 with the decoder that tools.distil makes by default: at most 3.4 T, the paper's 7.73 over
+    2.2. Seven decodes are less than half of one by the VAE."""
+    nets, image = bench.networks("sd2", "meta"), torch.empty(1, 3, 256, 256, device="meta")
+    model = bench.assemble(nets, tuple(TASKS), decoder="new")
+    assert bench.operations(model.predict, image, image) <= 3.4e12 < 7.73e12 / 2.2
+    with torch.no_grad():
+        z = model.encode(image)
+        small, model.decoder = bench.operations(model.decode, z), None
+        assert 14 * small < bench.operations(model.decode, z) == 622187282432
+
+
+def test_decoder_operations_by_hand():
+    """3x3 convolutions alone: at 4x6 one of 4 to 8 channels and a block of three, then one after each doubling, the
+    last to RGB; two per multiply-add."""
+    small = distil.new_decoder(tiny.vae(), 8, (1, 0, 0)).to("meta")
+    z = torch.empty(1, 4, 4, 6, device="meta")
+    expected = 24 * 9 * (4 * 8 + 3 * 64) + 96 * 9 * 64 + 384 * 9 * (64 + 8 * 3)
+    assert bench.operations(small.decode, z) == 2 * expected
+
+
+def test_bench_takes_it(tiny_base, folder, tmp_path, go, monkeypatch):
+    """By name or of a folder; what does not fit is refused."""
+    monkeypatch.setattr(bench, "memory", lambda *a: {})
+    counts = f"--base {tiny_base} --size 16x16 --tasks 1 --device cpu --count-only --json {tmp_path / 'cost.json'}"
+    for flags, part in (("", "VAE decode"), (" --decoder new", "small decoder")):
+        code, out, _ = go(bench.main, counts + flags)
+        parts = json.loads((tmp_path / "cost.json").read_text())["counted"]["parts"]
+        assert code == 0 and f"{part} " in out and part in parts
+    assert "4 pixels per latent cell instead of 2" in go(bench.main, counts + f" --decoder {folder}")[2]
+    assert "found no config.json" in go(bench.main, counts + " --decoder nowhere")[2]

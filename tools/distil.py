@@ -1,0 +1,212 @@
+"""Make a small decoder for a checkpoint: an AutoencoderTiny, TAESD's architecture, that learns from the VAE's decoder.
+
+    python -m tools.distil --ckpt out/ --out out/decoder                        from random weights
+    python -m tools.distil --ckpt real/ --init madebyollin/taesd --out small/   from TAESD's
+
+    python sample.py --ckpt out/ --decoder out/decoder photo.jpg        what it is for
+    python evaluate.py --ckpt out/ --decoder out/decoder                what it costs, task by task
+
+It sees what it will be used on: the latents that the checkpoint predicts for training images, every task of each, and
+those of the labels these have. Its target is what the VAE's decoder makes of them, so that no label limits it. The
+encoder stays the VAE's; the file's own is a stub, or TAESD's. First everything is computed that it learns from, then it
+is trained, and --out is written at the end, whole: what is interrupted before leaves nothing.
+"""
+import argparse
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from cli import Parser, half, number, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
+
+# isort: split
+import torch
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from checkpoint import read_config, write_json
+from data import Mixture, loader, train_readers
+from loading import checkpoint_folder, factor, not_finite, read_decoder
+from model import StableMTL
+
+# By the VAE's factor, its pixels per latent cell: width, residual blocks per level, from the latents' to the pixels'.
+# TAESD has 64 and 3,3,3,1; blocks of whole pixels cost most, and label maps have little texture.
+SIZES = {2: (24, (2, 0)), 4: (48, (3, 3, 0)), 8: (64, (3, 3, 3, 0))}
+
+
+# ---- the decoder, and what it learns from ----
+
+def new_decoder(vae, width=None, blocks=None):
+    """An AutoencoderTiny with random weights for the latents of a VAE, and a stub in place of its encoder.
+
+    width: its channels; blocks: residual blocks of each level. Default: SIZES. ValueError for a wrong number of levels.
+    """
+    levels = 1 + round(math.log2(factor(vae)))
+    usual = SIZES.get(factor(vae), (64, (3,) * (levels - 1) + (0,)))
+    width, blocks = width or usual[0], blocks or usual[1]
+    if len(blocks) != levels:
+        raise ValueError(f"--blocks {','.join(map(str, blocks))}: this VAE has {factor(vae)} pixels per latent cell, "
+                         f"which takes {levels} numbers")
+    return AutoencoderTiny(
+        latent_channels=vae.config.latent_channels, decoder_block_out_channels=(width,) * levels,
+        num_decoder_blocks=blocks, encoder_block_out_channels=(1,) * levels, num_encoder_blocks=(0,) * levels)
+
+
+@torch.no_grad()
+def lessons(model, readers, images, batch, seed, workers=0):
+    """{size: (latents (N,4,h,w), what the VAE makes of them (N,3,H,W))} of labels and predictions, on the CPU in half
+    precision: of `images` training images, all tasks that the model knows and all labels there are."""
+    pairs, device = {}, next(model.parameters()).device
+    mixture = Mixture(readers, model.tasks, model.codecs, batch, batch, seed, isolation=False, joint=True)
+    steps = math.ceil(images / batch)
+    for step in tqdm(loader(mixture, 0, steps, workers), "what there is to learn", steps, leave=False):
+        for b in step["batches"]:
+            with half(device):
+                z_i, z_j = (model.see(f.to(device)) for f in b["frames"])
+                latents = [*model(z_i, z_j, model.tasks).values()]
+                latents += [model.encode(x.to(device)) for x in b["labels"].values()]
+                for z in latents:
+                    pairs.setdefault(tuple(z.shape[2:]), []).append((z.half().cpu(), model.decode(z).half().cpu()))
+    return {size: tuple(map(torch.cat, zip(*some, strict=True))) for size, some in pairs.items()}
+
+
+def distance(tiny, z, images):
+    """Mean squared error of the small decoder, and that plus a little of the absolute one, for edges."""
+    difference = (tiny.decode(z / tiny.config.scaling_factor).sample - images).float()
+    square = difference.square().mean()
+    return square, square + 0.1 * difference.abs().mean()
+
+
+@torch.no_grad()
+def measure(tiny, pairs, batch=16):
+    """Mean squared difference from the VAE's decoder."""
+    device, total, count = tiny.device, 0.0, 0
+    for latents, images in pairs.values():
+        for z, x in zip(latents.split(batch), images.split(batch), strict=True):
+            total += distance(tiny, z.to(device).float(), x.to(device).float())[0].item() * len(z)
+            count += len(z)
+    return total / count
+
+
+# ---- training ----
+
+def train(tiny, pairs, steps, batch=16, lr=2e-3, noise=0.05, seed=0):
+    """Adam with a short warm-up and cosine decay. pairs: of `lessons`; noise: of the latents, in standard deviations.
+
+    FloatingPointError if it diverges.
+    """
+    device, g = tiny.device, torch.Generator().manual_seed(seed)
+    params = [p for p in tiny.decoder.parameters()]
+    optimizer = torch.optim.Adam(params, lr, betas=(0.9, 0.99))
+    warmup, sizes = min(100, steps // 10 + 1), list(pairs)
+    weights = torch.tensor([len(pairs[s][0]) for s in sizes], dtype=torch.float)
+    spread = torch.cat([pairs[s][0].float().transpose(0, 1).flatten(1) for s in sizes], 1).std(1).view(1, -1, 1, 1)
+    bar = tqdm(range(steps), "training the decoder", leave=False, mininterval=2)
+    for step in bar:
+        z, images = pairs[sizes[torch.multinomial(weights, 1, generator=g)]]
+        rows = torch.randint(len(z), (batch,), generator=g)
+        z, images = z[rows].float(), images[rows].to(device).float()
+        z = (z + noise * spread * torch.randn(z.shape, generator=g)).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        with half(device):
+            square, loss = distance(tiny, z, images)
+        if not loss.isfinite():
+            raise FloatingPointError(f"step {step}: the loss is {loss.item()}: lower --lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        bar.set_postfix(error=f"{square.item():.5f}", refresh=False)
+
+
+def save(tiny, about, out):
+    """Write the folder, which must not be there yet, in one piece or not at all; OSError says why not."""
+    temporary = Path(f"{out}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        tiny.save_pretrained(temporary)
+        write_json(temporary / "distilled.json", about)
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{out} cannot be written ({error}): make room, and distil again") from None
+
+
+# ---- the command ----
+
+def parse_blocks(text):
+    """argparse type: "3,3,3,0" -> (3, 3, 3, 0)."""
+    if not all(n.isdecimal() and len(n) < 3 for n in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, for example 3,3,3,0")
+    return tuple(map(int, text.split(",")))
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--ckpt", help="folder written by train.py, or hub id (default: out/ where it is, else the toy model)")
+    flag("--stage", type=int, choices=(1, 2), help="whose predictions it sees (default: 2 where it exists)")
+    flag("--out", required=True, help="folder of the decoder, new")
+    flag("--init", help="folder or hub id of an AutoencoderTiny to start from (default: random weights)")
+    flag("--width", type=whole(1, 4096), help="channels (default: 64, 24 for the toy base)")
+    flag("--blocks", type=parse_blocks, help="residual blocks per level, coarse to fine (default: 3,3,3,0, 2,0 for the "
+         "toy base)")
+    flag("--data", help="root folder of the training data (default: what the checkpoint was trained on)")
+    flag("--images", type=whole(1), default=600, help="training images, whose maps are kept in memory (default: "
+         "%(default)s)")
+    flag("--steps", type=whole(1), default=3000, help="(default: %(default)s)")
+    flag("--batch", type=whole(1, 4096), default=16, help="maps per step (default: %(default)s)")
+    flag("--lr", type=number(0, 1, ends=False), default=2e-3, help="peak learning rate (default: %(default)s)")
+    flag("--noise", type=number(0, 10), default=0.05, help="added to the latents, in their standard deviations "
+         "(default: %(default)s)")
+    flag("--seed", type=whole(), default=0, help="(default: %(default)s)")
+    flag("--workers", type=whole(0, 256), default=0, help="loader processes (default: %(default)s)")
+    flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
+    args = parser.parse_args(argv)
+    if args.init and (args.width or args.blocks):
+        raise ValueError("--width and --blocks would do nothing here: --init has a size of its own")
+    return args
+
+
+def main(argv=None):
+    args, start = parse(argv), time.time()
+    if Path(args.out).exists():
+        raise ValueError(f"{args.out} is there already: name another --out, or delete it")
+    writable(args.out, folder=True)
+    device = parse_device(args.device)
+    folder = checkpoint_folder(args.ckpt)
+    model = steady(StableMTL.load(folder, args.stage, device))
+    if model.space != "latent":
+        raise ValueError(f"{folder} predicts pixels, not latents: there is no decoder to make for it")
+    torch.manual_seed(args.seed)
+    if args.init:
+        tiny = read_decoder(args.init, model.vae, "--init").to(device)
+    else:
+        tiny = new_decoder(model.vae, args.width, args.blocks).to(device)
+    tiny.encoder.requires_grad_(False)
+    config = read_config(folder)
+    trained = config["train"] or {}
+    root = args.data if args.data is not None else trained.get("data") or ""
+    size = tuple(config["size"] or (32, 48))
+    readers = train_readers("" if root == "toy" else root, size, trained.get("scenes", 400))
+    pairs = lessons(model, readers, args.images, 8, args.seed, args.workers)
+    before, number_of = measure(tiny, pairs), sum(len(z) for z, _ in pairs.values())
+    train(tiny, pairs, args.steps, args.batch, args.lr, args.noise, args.seed)
+    if bad := not_finite(tiny.state_dict()):
+        raise FloatingPointError(f"{', '.join(bad[:4])} are not finite: lower --lr")
+    after = measure(tiny, pairs)
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "device")}
+    save(tiny, {**flags, "maps": number_of, "error before": before, "error": after}, args.out)
+    weights = sum(p.numel() for p in tiny.decoder.parameters())
+    print(f"{number_of} maps, {args.steps} steps in {(time.time() - start) / 60:.1f} min on {device}; mean squared "
+          f"difference from the VAE's decoder {before:.5f} -> {after:.5f}; {weights} weights in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
