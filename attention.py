@@ -77,7 +77,8 @@ class TaskAttention(nn.Module):
 
         All norms share their statistics; gain and bias go into the first layer: W (x g + b) + c = (W g) x + (W b + c).
         """
-        own, f = ["shared" if self.shared else t for t in feats], torch.stack(list(feats.values()))
+        own = ["shared" if self.shared else t for t in feats]
+        f = torch.stack(list(feats.values())).to(self.to_out_task.weight.dtype)     # frozen streams may be bfloat16
         x, out = F.layer_norm(f, f.shape[-1:]).flatten(1, 2), []                         # (T,B*N,C)
         for norms, projections in (self.task_norm_k, self.task_to_k), (self.task_norm_v, self.task_to_v):
             gain, bias = stacked([norms[t] for t in own])

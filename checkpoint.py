@@ -154,7 +154,16 @@ def _room(out, error, need):
                    "with --resume")
 
 
-def save_model(model, out):
+def link(source, target):
+    """The file once more, without another copy of its bytes where the system can do that."""
+    target.parent.mkdir(exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def save_model(model, out, frozen=None):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
 
     While out/model.new exists, some files are of this model and some of the one before.
@@ -162,7 +171,7 @@ def save_model(model, out):
     out, temporary, complete = Path(out), Path(out) / "model.tmp", Path(out) / "model.new"
     try:
         _emptied(temporary)
-        model.save(temporary)
+        model.save(temporary, **({"frozen": frozen} if frozen else {}))      # only a multi stream has such parts
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -179,10 +188,13 @@ def save_model(model, out):
 
 
 def save_state(out, about, step, parts, optimizer):
-    """Settings, weights and optimizer of a run -> out/state, and the earlier one -> out/state.prev."""
+    """Settings, weights and optimizer of a run -> out/state, and the earlier one -> out/state.prev.
+
+    parts: {part: {name: parameter}}, what is trained, in the optimizer's order.
+    """
     out, temporary = Path(out), Path(out) / "state.tmp"
-    tensors = {f"weight/{n}/{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
-    names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
+    weights = {f"{part}/{name}": p for part, own in parts.items() for name, p in own.items()}
+    tensors, names = {f"weight/{name}": p for name, p in weights.items()}, list(weights)
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{names[i]}/{k}": torch.as_tensor(v) for k, v in moments.items()}
     try:
@@ -223,21 +235,21 @@ def read_state(out):
                             f"start with python train.py --stage 1 --out {out}")
 
 
+@torch.no_grad()
 def restore(tensors, parts, optimizer):
-    """Put the tensors of `read_state` in place; ValueError if they are of another model."""
-    names = [f"{n}/{k}" for n, m in parts.items() for k, _ in m.named_parameters()]
-    index, state = {name: i for i, name in enumerate(names)}, {}
-    try:
-        for part, module in parts.items():
-            prefix = f"weight/{part}/"
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for key, value in tensors.items():
-            if key.startswith("adam/"):
-                name, moment = key.removeprefix("adam/").rsplit("/", 1)
-                state.setdefault(index[name], {})[moment] = value
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"the saved state is of another model ({str(error).splitlines()[0]}): put the base back as it "
-                         "was, or train anew with --overwrite") from error
+    """Put the tensors of `read_state` in place, parts as in `save_state`; ValueError if they are of another model."""
+    weights = {f"{part}/{name}": p for part, own in parts.items() for name, p in own.items()}
+    saved = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
+    moments = {tuple(k.removeprefix("adam/").rsplit("/", 1)): v for k, v in tensors.items() if k.startswith("adam/")}
+    differ = (saved.keys() ^ weights.keys()) | {name for name, _ in moments} - weights.keys()
+    if differ := sorted(differ) or [name for name, p in weights.items() if saved[name].shape != p.shape]:
+        raise ValueError(f"the saved state is of another model (it differs in {', '.join(differ[:4])}): put the base "
+                         "back as it was, or train anew with --overwrite")
+    for name, p in weights.items():
+        p.copy_(saved[name])
+    index, state = {name: i for i, name in enumerate(weights)}, {}
+    for (name, moment), value in moments.items():
+        state.setdefault(index[name], {})[moment] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

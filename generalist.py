@@ -196,9 +196,9 @@ class Generalist(StableMTL):
 
     # -- files --
 
-    def save(self, folder):
+    def save(self, folder, frozen=None):
         """As StableMTL.save, and of trained features stem.safetensors."""
-        super().save(folder)
+        super().save(folder, frozen)
         if self.stem is not None:
             state = {k: v.detach().cpu().contiguous() for k, v in self.stem.state_dict().items()}
             save_file(state, f"{folder}/stem.safetensors")

@@ -257,6 +257,7 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 
 # ---- a checkpoint ----
 
+PART_FILES = ("config.json", "diffusion_pytorch_model.safetensors")     # of vae/, unet/ and main_unet/
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 SHARED = ("README.md", "config.json", "model.json", "results*.json", "tokens.safetensors", "task_attention.safetensors",
           "vae/*", "unet/*", "main_unet/*")      # of a checkpoint, what goes to the hub and comes from there
@@ -333,7 +334,7 @@ def read_checkpoint(folder, stage=None):
     if spec["multi"] and stage != 1:
         kinds["main_unet"] = UNet2DConditionModel
         files.append("task_attention")
-    expected = [f"{part}/{name}" for part in kinds for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+    expected = [f"{part}/{name}" for part in kinds for name in PART_FILES]
     absent = [f for f in (*expected, *(f"{name}.safetensors" for name in files)) if not (folder / f).is_file()]
     if absent:
         raise FileNotFoundError(f"the checkpoint in {folder} is incomplete: no {', '.join(absent)} "

@@ -20,8 +20,9 @@ from torch import nn
 
 import infer
 import loading
+import memory
 from attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks, watch
-from checkpoint import read_config, write_json
+from checkpoint import link, read_config, write_json
 from tasks import TASKS, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
@@ -93,7 +94,8 @@ class StableMTL(nn.Module):
     def _inject(self, block, a):
         """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the tasks self._now in turn. A
         task without another stream to attend to stays as it is."""
-        layer, main = self.attention[block.replace(".", "/")], _split(a, self._now)
+        layer = self.attention[block.replace(".", "/")]
+        main = _split(a.to(layer.to_out_task.weight.dtype), self._now)
         if not any(self._others(task) for task in main):
             return a
         kv = self._kv[block] if self._kv is not None else layer.keys_values({t: main[t] for t in self.attends})
@@ -110,7 +112,7 @@ class StableMTL(nn.Module):
             if self.attention_log is not None:
                 others, means = [t for t in kv[0] if t != task], weights.float().mean((1, 2, 3)).tolist()
                 self.attention_log.append((block, task, dict(zip(others, means, strict=True))))
-        return torch.cat(out)
+        return torch.cat(out).to(a.dtype)
 
     def _others(self, task):
         """The streams that this main task attends to."""
@@ -180,7 +182,7 @@ class StableMTL(nn.Module):
             z_j = z_i
         if self.truth is not None and unet is self.unet:
             third = torch.cat([self.truth[t] for t in tasks])
-        x = self.stack(z_i, z_j, third)
+        x = self.stack(z_i, z_j, third).to(unet.dtype)
         own = [self.get_buffer(f"token_{t}") for t in tasks]
         length, each, keep = max(len(o) for o in own), len(x) // len(tasks), None
         tokens = torch.stack([F.pad(o, (0, 0, 0, length - len(o))) for o in own])               # (M, L, D)
@@ -283,15 +285,21 @@ class StableMTL(nn.Module):
 
     # -- files --
 
-    def save(self, folder):
+    def save(self, folder, frozen=None):
         """Write vae/, unet/, tokens.safetensors, model.json and, after stage 2, main_unet/ and
-        task_attention.safetensors (released key names)."""
+        task_attention.safetensors (released key names, LoRA merged). frozen: a checkpoint that has the first three as
+        they are; they are linked from there."""
         folder = Path(folder)
-        self.vae.save_pretrained(folder / "vae")
-        self.unet.save_pretrained(folder / "unet")
-        save_file({t: self.get_buffer(f"token_{t}").cpu() for t in self.tasks}, folder / "tokens.safetensors")
+        if frozen is None:
+            self.vae.save_pretrained(folder / "vae")
+            self.unet.save_pretrained(folder / "unet")
+            save_file({t: self.get_buffer(f"token_{t}").cpu() for t in self.tasks}, folder / "tokens.safetensors")
+        else:
+            parts = [f"{part}/{name}" for part in ("vae", "unet") for name in loading.PART_FILES]
+            for name in (*parts, "tokens.safetensors"):
+                link(Path(frozen) / name, folder / name)
         if self.main is not None:
-            self.main.save_pretrained(folder / "main_unet")
+            memory.merged(self.main).save_pretrained(folder / "main_unet")
             save_file(self.task_attention_state(), folder / "task_attention.safetensors")
         write_json(folder / "model.json", self.facts())
 

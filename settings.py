@@ -17,6 +17,7 @@ from attention import ATTENTIONS, MASKS, QUERY_INITS
 from checkpoint import read_config
 from generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
 from loading import read_model_json
+from memory import OPTIMIZERS
 from model import SECOND_FRAMES
 from tasks import PALETTES, TASKS, parse_tasks
 
@@ -80,6 +81,11 @@ class Config:
     steps: int = setting(None, "optimizer steps; with --resume, so many in all", kind=cli.whole(1))
     batch: int = setting(None, "samples per optimizer step, over all processes", kind=cli.whole(1))
     micro: int = setting(None, "samples per forward pass; changes memory, not the result", kind=cli.whole(1))
+    optimizer: str = setting("adam", "adam, or adam-bf16, which keeps its moments in bfloat16, rounded stochastically "
+                             "(docs/cost.md says what fits which GPU)", OPTIMIZERS)
+    lora: int = setting(0, "train the main UNet of stage 2 by LoRA of this rank on all its attentions and feed-forward "
+                        "layers, merged in what is saved; needs peft (0 = train all of it)", kind=cli.whole(0, 1024))
+    frozen: str = setting("fp32", "precision of the weights that stage 2 does not train", ("fp32", "bf16"))
     lr: float = setting(None, "peak learning rate of Adam", kind=cli.number(0, ends=False))
     attention_lr: float = setting(None, "learning rate of the task attention as a multiple of --lr (1 = as released)",
                                   kind=cli.number(0, ends=False))
@@ -223,13 +229,15 @@ def idle_flags(cfg):
         ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
-          "rho_after", "main_lr", "freeze_main", "clip_apart"), cfg.stage == 1 and "it belongs to --stage 2"),
+          "rho_after", "main_lr", "freeze_main", "clip_apart", "lora", "frozen"),
+         cfg.stage == 1 and "it belongs to --stage 2"),
         (AXES, cfg.stage == 2 and "it belongs to --stage 1"),
         (("input_scale", "ddim_steps"), cfg.objective == "regress" and "it goes with --objective diffuse"),
         (("loss",), axes(cfg) and "with --space, --objective or --condition the loss is that of what the UNet gives"),
         (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),
         (("widths",), not (fresh or cfg.main_init == "base") and "it makes a fresh UNet, in a stage 1 without --init "
          "or with --main-init base"),
+        (("lora",), cfg.main_init == "base" and "a low rank starts from stage 1: leave --main-init out"),
         (("mask", "rho_after"), cfg.rho == 0 and "with --rho 0 nothing is left out"),
         (("rho", "mask", "rho_after"), cfg.rho_after >= cfg.steps and "--rho-after lasts to the last step"),
         (("main_lr",), cfg.freeze_main >= cfg.steps and "--freeze-main lasts to the last step"),

@@ -14,7 +14,6 @@ model (StableMTL.save), best/ (the same, of the best checkpoint), state/ for --r
 import contextlib
 import ctypes
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -49,11 +48,13 @@ from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from generalist import Generalist
 from loading import read_model_json
 from losses import LatentObjective, accumulate, sync_gradients
+from memory import AdamBf16, add_lora, freeze_in_bf16
 from metrics import aligned
 from model import StableMTL, from_base, load_base
 from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings
 from tasks import TASKS, parse_tasks, registry
 from toy.make import make, new_unet
+from track import find_tracker, tracking
 
 
 @torch.no_grad()
@@ -80,9 +81,11 @@ def learning_rate(cfg, step):
 
 
 def make_optimizer(cfg, parts):
-    """Adam over {name: module}, each a group with its own multiple of the learning rate."""
+    """The optimizer over {part: {name: parameter}}, each part a group with its own multiple of the learning rate."""
     rates = {"main_unet": cfg.main_lr, "task_attention": cfg.attention_lr}
-    groups = [{"params": [*m.parameters()], "name": name, "rate": rates.get(name, 1.0)} for name, m in parts.items()]
+    groups = [{"params": [*own.values()], "name": name, "rate": rates.get(name, 1.0)} for name, own in parts.items()]
+    if cfg.optimizer == "adam-bf16":
+        return AdamBf16(groups, cfg.lr, (0.9, cfg.beta2))
     return torch.optim.Adam(groups, cfg.lr, betas=(0.9, cfg.beta2), fused=True)
 
 
@@ -189,12 +192,15 @@ def build_model(cfg, tasks, stages):
         if cfg.query_init == "unit":
             query.unit_gain()
     model.rho, model.mask = cfg.rho, cfg.mask
+    if cfg.lora:
+        add_lora(main, cfg.lora)
     return model
 
 
 def trainable(model):
-    """The modules this stage trains, by name."""
-    return model.single_stream() if model.main is None else {"main_unet": model.main, "task_attention": model.attention}
+    """{part: {name: parameter}} of what this stage trains."""
+    parts = {"main_unet": model.main, "task_attention": model.attention} if model.main else model.single_stream()
+    return {part: {k: p for k, p in m.named_parameters() if p.requires_grad} for part, m in parts.items()}
 
 
 def set_mode(model, training):
@@ -211,7 +217,7 @@ def latent_objective(model, cfg, encode, streams=None):
 class System(NamedTuple):
     """What the loop needs to know of a system."""
     build: Callable         # (settings, tasks, how many stages --out holds) -> the model at its start
-    parts: Callable         # model -> {name: module that is trained}
+    parts: Callable         # model -> {part: {name: parameter}}, what is trained
     objective: Callable     # (model, settings, whether batches hold images, streams) -> what `accumulate` minimises
     joint: bool             # whether a step takes every label that an image has
 
@@ -371,6 +377,8 @@ def train(rank, world, device, cfg, saved, tensors):
             skipped += mixture.cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world)
             if world > 1:
                 dist.barrier()
+        if cfg.frozen == "bf16":        # now: a cache is the same with and without it
+            freeze_in_bf16(model)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9)
         objective = system.objective(model, cfg, not place, streams)
@@ -385,17 +393,18 @@ def train(rank, world, device, cfg, saved, tensors):
             step = saved["step"]
             restore(tensors, parts, optimizer)
             tensors.clear()
+        settled = out if cfg.stage == 2 else None       # has the files of what is not trained
 
         def save():
             if chief:
                 save_state(out, about, step, parts, optimizer)      # first: from here --resume can do the rest
-                save_model(model, out)
+                save_model(model, out, settled)
             if held_out and (step % cfg.save_every == 0 or step == cfg.steps):      # not where Ctrl-C happened to fall
                 loss, bad = held_out_loss(model, unseen, held_out, workers, device, autocast)
                 skipped.extend(bad)
                 about["held_out"][str(step)] = loss if math.isfinite(loss) else None
                 if chief and str(step) == best_step(about):
-                    save_model(model, out / "best")
+                    save_model(model, out / "best", settled)
                     write_json(out / "best" / "config.json", about)
             if chief:
                 write_json(out / "config.json", about)
@@ -471,43 +480,6 @@ def check_length(cfg, saved):
     if step < cfg.steps and rates[0] != rates[1]:
         print(f"notice: the cosine is now over {cfg.steps} steps, not {before.steps}: at step {step} the learning rate "
               f"is {rates[1]:.3g}, not {rates[0]:.3g}", file=sys.stderr)
-
-
-# ---- logging to another program, too ----
-
-def find_tracker(name):
-    """The module that --track names, None if it names none; ValueError says what it lacks."""
-    if not name:
-        return None
-    try:
-        module = importlib.import_module(name)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"--track {name}: there is no such module ({error}): pip install it, or leave --track out"
-                         ) from error
-    if absent := {"init", "log", "finish"} - set(dir(module)):
-        raise ValueError(f"--track {name}: this module has no {', '.join(sorted(absent))}, as trackio and wandb have")
-    return module
-
-
-@contextlib.contextmanager
-def tracking(cfg, chief):
-    """Gives a function that takes the entries of log.jsonl and hands them to the module of --track, if there is one:
-    the loss once more under the name of its task, what is not finite left out."""
-    module = find_tracker(cfg.track) if chief else None
-    if module is None:
-        yield lambda entry: None
-        return
-
-    def track(entry):
-        task, dataset = "+".join(entry["task"]), "+".join(entry["dataset"])
-        told = entry | {"task": task, "dataset": dataset, f"loss/{task}": entry["loss"]}
-        module.log({k: v for k, v in told.items() if v is not None}, step=entry["step"])
-
-    module.init(project="stablemtl", name=f"{cfg.out}, stage {cfg.stage}", config=dataclasses.asdict(cfg))
-    try:
-        yield track
-    finally:
-        module.finish()
 
 
 PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up

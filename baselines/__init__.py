@@ -27,7 +27,7 @@ def build(cfg, tasks, stages):
 
 def parts(model):
     """All of it is trained."""
-    return {"model": model}
+    return {"model": dict(model.named_parameters())}
 
 
 def objective(model, cfg, encode, streams=None):

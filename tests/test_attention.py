@@ -213,7 +213,7 @@ def test_clipping_apart(apart, expected):
     """Gradients of norm 3 and 4 clipped at 1: together to 5, or each by itself; the norm told is that of both."""
     parts = {"main_unet": torch.nn.Linear(2, 1, bias=False), "task_attention": torch.nn.Linear(2, 1, bias=False)}
     cfg = settings.check(settings.Config(stage=2, clip=1.0, clip_apart=apart, attention_lr=3.0, warmup=0, lr=0.1))
-    optimizer = train.make_optimizer(cfg, parts)
+    optimizer = train.make_optimizer(cfg, {name: dict(m.named_parameters()) for name, m in parts.items()})
     for module, size in zip(parts.values(), (3.0, 4.0), strict=True):
         module.weight.grad = torch.tensor([[size, 0.0]])
     lr, norm = train.clip_gradients(cfg, optimizer, 0)

@@ -1,5 +1,6 @@
 """Counted operations against hand arithmetic and the paper's size, and the command from flags to files."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import run
 from tasks import TASKS
-from tools import bench
+from tools import bench, bench_memory
 
 ALL = tuple(TASKS)
 
@@ -87,15 +88,73 @@ def test_growth_with_the_number_of_tasks(small_toy):
     assert counted["training"]["stage 1, cached latents"] > 2.5 * parts["UNet"]
 
 
+# ---- training memory ----
+
+def test_bytes_alive_by_hand():
+    """Two arrays at once are the peak of a chain of three, and views cost nothing."""
+    x = meta(1000)
+    with bench_memory.Alive() as alive:
+        y = x * 2
+        z = y.view(10, 100)[:5] + 1
+        del y, z
+        w = x.bfloat16()
+    assert (alive.peak, alive.now) == (4000 + 2000, 2000) and w.nbytes == 2000
+
+
+def test_autocast_by_hand():
+    """Linear layers in bfloat16, norms in float32; the copies of trained weights stay to the end of the context, those
+    of frozen ones go; fused attention keeps no square of weights."""
+    with torch.device("meta"):
+        first, norm, last = torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4).requires_grad_(False)
+    with bench_memory.Alive() as alive, torch.no_grad(), bench_memory.Autocast():
+        h = first(meta(3, 8))
+        kinds = [h.dtype, norm(h).dtype, last(norm(h)).dtype]
+        attended = F.scaled_dot_product_attention(*(meta(2, 1, 500, 8) for _ in range(3)))
+    assert kinds == [torch.bfloat16, torch.float32, torch.bfloat16] and attended.dtype == torch.bfloat16
+    del h, attended
+    assert alive.now == 0
+    first, last = first.weight, last.weight
+    with bench_memory.Alive() as alive, torch.no_grad(), bench_memory.Autocast():
+        F.linear(meta(3, 8), first), F.linear(meta(3, 16), last)
+        assert alive.now == first.nbytes / 2
+    assert alive.peak < 500 * 500
+
+
+def test_training_memory(small_toy):
+    """Weights and moments of each choice by hand; LoRA and checkpointing lower the peak, and more images raise it."""
+    tasks = ("normal", "depth", "optical_flow")
+    rows = {stage: {r["flags"]: r for r in counted}
+            for stage, counted in bench_memory.counts(partial(bench.on_meta, "toy", tasks), tasks).items()}
+    model = bench.on_meta("toy", tasks, 2)
+    vae, unet, attention = (sum(p.numel() for p in m.parameters()) for m in (model.vae, model.unet, model.attention))
+    assert rows[1][""]["states"] == 4 * vae + 12 * unet
+    assert rows[2][""]["states"] == 4 * (vae + unet) + 12 * (unet + attention)
+    assert rows[2][bench_memory.SMALL]["states"] == 2 * (vae + unet) + 8 * (unet + attention)
+    lora = rows[2]["--frozen bf16 --lora 16"]["states"] - 2 * (vae + 2 * unet) - 12 * attention
+    assert 0 < lora < 12 * unet and lora % 12 == 0
+    for stage, few in rows.items():
+        assert few["--checkpointing"]["peaks"][16] < few[""]["peaks"][16]
+        assert all(r["states"] < r["peaks"][2] < r["peaks"][16] for r in few.values()), stage
+
+
+def test_what_fits():
+    """Powers of two up to what was counted; none where even the smaller micro-batch does not fit."""
+    room = 24 * 2**30 - bench_memory.SPARE
+    for free, expected in ((-1, 0), (0, 2), (5e8, 4), (14e8, 16), (9e9, 16)):
+        assert bench_memory.fitting({2: room - free, 16: room - free + 14e8}, 24) == expected
+    assert "none" in bench_memory.table({1: [{"flags": "", "states": 1e9, "peaks": {2: 1e12, 16: 2e12}}]})[-1]
+
+
 # ---- the command ----
 
 def test_command(small_toy, tmp_path, monkeypatch, capsys):
     """The toy base is counted, timed and trained; table, JSON and picture hold the same numbers of tasks."""
     monkeypatch.setattr(bench, "BATCH", 2)
-    flags = ["--size", "16x16", "--tasks", "2", "--micro", "1", "--device", "cpu", "--channels-last"]
+    flags = ["--size", "16x16", "--tasks", "2", "--micro", "1", "--device", "cpu", "--channels-last", "--memory"]
     bench.main([*flags, "--json", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.png")])
     text, result = capsys.readouterr().out, json.loads((tmp_path / "cost.json").read_text())
     assert "torch " + torch.__version__ in text and "2 tasks, multi" in text and "stage 2, images" in text
+    assert "--lora 16 --checkpointing" in text
     assert set(result["inference"]["single"]) == {"1", "2"} and set(result["inference"]["multi"]) == {"2"}
     row = result["training"]["stage 1, cached latents"]
     assert row["seconds"] > 0 and row["hours"] == pytest.approx(20_000 * 2 * row["seconds"] / 2 / 3600)

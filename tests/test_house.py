@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if p.parent.name != "tests")
 # Floors from the ground up: a file imports from lower floors, and within its own room. toy/ is but a place of weights;
 # what made them knows nearly everything.
-FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "toy"),
+FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "memory", "track", "toy"),
           ("readers", "infer", "model", "generalist", "metrics", "confidence", "photometric"), ("data",),
           ("cache", "losses"), ("toy.make", "baselines"), ("sample", "evaluate", "settings"), ("train",), ("tools",)]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -97,6 +97,8 @@ def test_stage_two_takes_over_the_data_of_stage_one(go, tmp_path):
     ("--init {out} --palette corners", "--palette corners contradicts"),
     ("--init {out} --widths 8,8,8,8", "--widths would do nothing here"),
     ("--stage 1 --rho 0.4 --heads 2", "--rho, --heads would do nothing here: it belongs to --stage 2"),
+    ("--stage 1 --lora 4 --frozen bf16", "--lora, --frozen would do nothing here: it belongs to --stage 2"),
+    ("--stage 2 --lora 4 --main-init base", "--lora would do nothing here: a low rank starts from stage 1"),
     ("--tasks depth --palette corners", "--palette would do nothing here: it colours classes"),
     ("--stage 0 --steps 10", "would do nothing here: --stage 0 has its settings in toy/make.py"),
     ("--data somewhere", "--scenes would do nothing here: it counts scenes of the toy worlds"),

@@ -39,7 +39,7 @@ def gradients(model, batches, kinds, encode=True):
     """({kind: loss}, {parameter: gradient}) of one step."""
     model.zero_grad(set_to_none=True)
     found = losses.step_gradients(model, batches, kinds, encode, CPU, *PLAIN)
-    params = [named for m in train.trainable(model).values() for named in m.named_parameters()]
+    params = [named for own in train.trainable(model).values() for named in own.items()]
     return found, {n: p.grad.clone() for n, p in params if p.grad is not None}
 
 
@@ -53,7 +53,7 @@ def test_a_step_leaves_other_tasks_alone(go, second, tmp_path, monkeypatch):
 
     def named(model):
         parts = trainable(model)
-        names[:] = [n for m in parts.values() for n, _ in m.named_parameters()]
+        names[:] = [n for own in parts.values() for n in own]
         return parts
 
     def queries(params):

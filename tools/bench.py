@@ -5,6 +5,7 @@
     python -m tools.bench --base sd2            Stable Diffusion 2's size with random weights, nothing downloaded;
                                                 on a CPU it is only counted
     python -m tools.bench --base sd2 --decoder new              with a small decoder in the VAE's place
+    python -m tools.bench --base sd2 --memory   what fits which GPU in training: the table in docs/cost.md
     python -m tools.bench --base sd2 --channels-last --graph --json cost.json --plot cost.png
 
 Operations are those of convolutions, matrix products and attention for one pair of images, 1 multiply-add = 2. A model
@@ -34,7 +35,7 @@ from losses import step_gradients
 from model import StableMTL, widen_input
 from settings import PRESETS
 from tasks import TASKS
-from tools import bench_cpu
+from tools import bench_cpu, bench_memory
 from tools.distil import new_decoder
 from toy.make import new_unet, new_vae
 from train import compile_blocks, trainable
@@ -109,6 +110,11 @@ def assemble(nets, tasks, dtype=torch.float32, multi=True, decoder=""):
     return model.to(dtype).eval()
 
 
+def on_meta(base, tasks, stage):
+    """A StableMTL of shapes alone, for training of this stage."""
+    return assemble(networks(base, "meta", main=stage == 2), tasks, multi=stage == 2)
+
+
 def trials(tasks):
     """[(stage, kind, numbers of tasks to try)]: the multi stream needs two, for one alone has no other to attend to."""
     return [(s, kind, range(s, len(tasks) + 1)) for s, kind in zip((1, 2), KINDS, strict=True) if s <= len(tasks)]
@@ -162,40 +168,6 @@ def count(base, size, tasks, decoder=""):
         encoded = 2 + second        # label, first frame, and how often a second one
         out["training"][f"stage {stage}, cached latents"] = cached
         out["training"][f"stage {stage}, images"] = cached + encoded * out["parts"]["VAE encode"]
-    return out
-
-
-def saved_bytes(model, size, task):
-    """Bytes that autograd keeps of one image's forward pass for the backward pass, each storage once, without weights.
-    H and W must differ."""
-    kept, weights = {}, {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-
-    def pack(t):
-        # square ones are spatial attention's weights: fused attention does not keep them
-        if t.ndim < 3 or t.shape[-1] != t.shape[-2]:
-            kept[t.untyped_storage()._cdata] = t.untyped_storage()      # held, so that no other gets its identity
-        return t
-
-    z = torch.empty(1, 4, *(s // model.factor for s in size), device="meta", dtype=torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(z, z, [task])[task].sum()
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
-
-
-def memory(base, tasks, size=(288, 384)):
-    """{stage: {"fixed", "per image", "per image, checkpointing"}} bytes of training.
-
-    fixed: float32 weights, gradients and Adam's moments; per image of a micro-batch: what autograd keeps, counted from
-    shapes in bfloat16.
-    """
-    out = {}
-    for stage, _, _ in trials(tasks):
-        model = assemble(networks(base, "meta", main=stage == 2), tasks, torch.bfloat16, stage == 2)
-        trained = sum(p.numel() for part in trainable(model).values() for p in part.parameters())
-        fixed = 4 * sum(p.numel() for p in model.parameters()) + 12 * trained
-        out[stage] = {"fixed": fixed, "per image": saved_bytes(model, size, tasks[-1])}
-        (model.main or model.unet).enable_gradient_checkpointing()
-        out[stage]["per image, checkpointing"] = saved_bytes(model, size, tasks[-1])
     return out
 
 
@@ -272,7 +244,7 @@ def training_of(args, tasks, stage):
     """`training` of one stage, whose model is gone before that of the next is made."""
     model = assemble(networks(args.base, args.device, main=stage == 2), tasks, multi=stage == 2)
     adapt(model, args)
-    params = [p for part in trainable(model).values() for p in part.parameters()]
+    params = [p for own in trainable(model).values() for p in own.values()]
     optimizer = torch.optim.Adam(params, 1e-4, fused=args.device.type == "cuda")
     model.training, model.rho = True, 0.4
     out = {}
@@ -340,15 +312,12 @@ def table(result):
     counted, lines = result["counted"], []
     for title, key in (("operations of one row", "parts"), ("training, operations per image", "training")):
         lines.append(f"{title}: " + ", ".join(f"{k} {cost(v)}" for k, v in counted[key].items()))
-    for stage, m in result["memory"].items():
-        lines.append(f"training memory, stage {stage}: {m['fixed'] / 1e9:.2f} GB + {m['per image'] / 1e9:.2f} GB per "
-                     f"image of a micro-batch ({m['per image, checkpointing'] / 1e9:.2f} GB with --checkpointing), "
-                     "counted at 288x384 in bf16")
     for n in counted["single"]:
         for kind in (k for k in KINDS if n in counted.get(k, ())):
             time = speed(result["inference"][kind][n]) if "inference" in result else ""
             lines.append(f"{n} tasks, {kind:6}{cost(counted[kind][n]):>10}{time}")
     lines += [f"training step, {name:24}{speed(row)}" for name, row in result.get("training", {}).items()]
+    lines += bench_memory.table(result["memory"]) if "memory" in result else []
     return "\n".join(lines)
 
 
@@ -392,6 +361,8 @@ def parse(argv):
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (first calls take a while)")
     parser.add_argument("--graph", action="store_true", help="replay inference as one CUDA graph")
     parser.add_argument("--count-only", action="store_true", help="no timing; on a CPU so for all bases but toy")
+    parser.add_argument("--memory", action="store_true", help="also count training memory on a GPU, for each way to "
+                        "lower it (minutes)")
     parser.add_argument("--busy", type=whole(0, 64), default=0, help="CPU training beside so many busy loops")
     parser.add_argument("--load", type=whole(0, 64), default=0,
                         help="CPU training beside so many programs that multiply matrices on two threads each")
@@ -417,7 +388,9 @@ def main(argv=None):
               "torch": torch.__version__, "channels_last": args.channels_last, "compile": args.compile,
               "graph": args.graph}
     print(", ".join(f"{k} {v}" for k, v in result.items()))
-    result |= {"counted": count(args.base, args.size, tasks, args.decoder), "memory": memory(args.base, tasks)}
+    result["counted"] = count(args.base, args.size, tasks, args.decoder)
+    if args.memory:
+        result["memory"] = bench_memory.counts(partial(on_meta, args.base, tasks), tasks)
     if not args.count_only and (args.device.type != "cpu" or args.base == "toy"):
         result |= {"inference": inference(args, tasks), "training": training(args, tasks)}
     print(table(result))

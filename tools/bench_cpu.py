@@ -62,7 +62,7 @@ def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     model = assembled(stage)
     model.training, model.rho = True, 0.4
-    params = [p for part in trainable(model).values() for p in part.parameters()]
+    params = [p for own in trainable(model).values() for p in own.values()]
     optimizer = torch.optim.Adam(params, 1e-4, fused=True)
     share, task = len(range(rank, batch, world)), model.tasks[-1]
     z, valid = (torch.rand(share, c, *(s // model.factor for s in size)) for c in (4, 1))
