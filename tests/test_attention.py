@@ -174,7 +174,7 @@ def test_queries_that_start_with_unit_gain(second, tiny_base):
     spread, states, z = {}, {}, tiny.latents(1)
     for how in settings.QUERY_INITS:
         cfg = settings.parse_args(f"--stage 2 --base {tiny_base} --out {second} --query-init {how}".split())
-        m = train.build_model(cfg, THREE.split(",")).eval()
+        m = train.build_model(cfg, THREE.split(","), train.finished_stages(cfg)).eval()
         query = Query(256, 640)
         if how == "unit":
             query.unit_gain()
