@@ -224,11 +224,11 @@ def test_clipping_apart(apart, expected):
 
 def test_masking_that_starts_later(go, second, monkeypatch):
     """--rho-after 2: nothing is left out in the first two steps."""
-    seen, step = [], train.step_gradients
+    seen, step = [], train.accumulate
 
-    def spy(model, *args):
-        seen.append(model.rho)
-        return step(model, *args)
-    monkeypatch.setattr(train, "step_gradients", spy)
+    def spy(objective, *args):
+        seen.append(objective.model.rho)
+        return step(objective, *args)
+    monkeypatch.setattr(train, "accumulate", spy)
     assert go("--stage 2 --rho 0.7 --rho-after 2 --steps 3")[0] == 0
     assert seen == [0, 0, 0.7]
