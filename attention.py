@@ -6,9 +6,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
+
+import stock
 
 MASKS = ("score", "score-k", "argmax", "uniform")
 ATTENTIONS = ("n-to-1", "n-to-n")
@@ -166,7 +166,7 @@ class Tap:
     """Attention processor of one `attn1`: diffusers' own self-attention, then hand the result a to `use(block, a)`."""
 
     def __init__(self, block, use):
-        self.block, self.use, self.attend = block, use, AttnProcessor2_0()
+        self.block, self.use, self.attend = block, use, stock.AttnProcessor2_0()
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         return self.use(self.block, self.attend(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
@@ -174,6 +174,6 @@ class Tap:
 
 def transformer_blocks(unet):
     """{name: BasicTransformerBlock} in the order they run (modules() would list the mid block last)."""
-    blocks = {n: m for n, m in unet.named_modules() if isinstance(m, BasicTransformerBlock)}
+    blocks = {n: m for n, m in unet.named_modules() if isinstance(m, stock.BasicTransformerBlock)}
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     return dict(sorted(blocks.items(), key=lambda item: order[item[0].split(".")[0]]))

@@ -13,17 +13,12 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar
 
+import stock
 import toy
 from checkpoint import read_json
-
-disable_progress_bar()      # one for every part that is read or written
 
 # ---- tensors of the expected names and shapes ----
 
@@ -162,7 +157,7 @@ def check_parts(vae, unet, width, inputs=(3,)):
     if inputs and (c.in_channels not in expected or c.out_channels != latent):
         raise ValueError(f"its unet goes from {c.in_channels} to {c.out_channels} channels; for its vae, expected "
                          f"{' or '.join(map(str, expected))} to {latent}")
-    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock) and m.attn2 is not None]
+    blocks = [m for m in unet.modules() if isinstance(m, stock.BasicTransformerBlock) and m.attn2 is not None]
     widths = {block.attn2.to_k.in_features for block in blocks}
     if widths != {width}:
         raise ValueError(f"its unet attends to text of width {', '.join(map(str, widths)) or 'none'}, its text tokens "
@@ -171,7 +166,7 @@ def check_parts(vae, unet, width, inputs=(3,)):
 
 def factor(vae):
     """Pixels per latent cell along one side, of an AutoencoderKL or of an AutoencoderTiny's decoder."""
-    if isinstance(vae, AutoencoderTiny):
+    if isinstance(vae, stock.AutoencoderTiny):
         return vae.config.upsampling_scaling_factor ** (len(vae.config.decoder_block_out_channels) - 1)
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -206,7 +201,7 @@ def read_base(base):
     FileNotFoundError names what an incomplete folder lacks; ValueError says what is damaged, that the parts do not fit
     each other, or that the hub was not reachable.
     """
-    kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+    kinds = {"vae": stock.AutoencoderKL, "unet": stock.UNet2DConditionModel, "text_encoder": stock.CLIPTextModel}
     if os.path.isfile(base):
         raise ValueError(f"--base {base} is a single file: make a folder of it, once and while online, by python -c "
                          "'from diffusers import StableDiffusionPipeline as P; "
@@ -221,7 +216,7 @@ def read_base(base):
         vae, unet, text_encoder = (load_part(kind, base, part) for part, kind in kinds.items())
         try:
             with quiet():
-                tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+                tokenizer = stock.CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
         except Exception as error:      # damaged files raise anything
             raise ValueError(f"tokenizer: {reason(error)}") from error
         check_parts(vae, unet, text_encoder.config.hidden_size, (1, 3))
@@ -236,7 +231,7 @@ def read_decoder(decoder, vae, flag="--decoder"):
     """
     with faults_of(f"could not load {flag} {decoder}", "give a folder of diffusers' AutoencoderTiny as tools.distil "
                    "writes it, or a hub id while online (for example madebyollin/taesd)"):
-        tiny = load_part(AutoencoderTiny, decoder, "")
+        tiny = load_part(stock.AutoencoderTiny, decoder, "")
         check_decoder(tiny, vae)
     return tiny
 
@@ -259,8 +254,8 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 
 PART_FILES = ("config.json", "diffusion_pytorch_model.safetensors")     # of vae/, unet/ and main_unet/
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
-SHARED = ("README.md", "config.json", "model.json", "results*.json", "tokens.safetensors", "task_attention.safetensors",
-          "vae/*", "unet/*", "main_unet/*")      # of a checkpoint, what goes to the hub and comes from there
+SHARED = ("README.md", "config.json", "model.json", "results*.json", "tokens.safetensors", "stem.safetensors",
+          "task_attention.safetensors", "vae/*", "unet/*", "main_unet/*")      # of a checkpoint, what goes to the hub
 
 
 def checkpoint_folder(name=None):
@@ -328,11 +323,11 @@ def read_checkpoint(folder, stage=None):
     if stage == 2 and not spec["multi"]:
         raise FileNotFoundError(f"{folder} holds no stage 2: train it first (python train.py --stage 2), or use "
                                 "--stage 1")
-    kinds = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+    kinds = {"vae": stock.AutoencoderKL, "unet": stock.UNet2DConditionModel}
     axes = spec.get("generalist")
     files = ["tokens"] + ["stem"] * bool(axes and axes["condition"] == "features")
     if spec["multi"] and stage != 1:
-        kinds["main_unet"] = UNet2DConditionModel
+        kinds["main_unet"] = stock.UNet2DConditionModel
         files.append("task_attention")
     expected = [f"{part}/{name}" for part in kinds for name in PART_FILES]
     absent = [f for f in (*expected, *(f"{name}.safetensors" for name in files)) if not (folder / f).is_file()]

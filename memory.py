@@ -4,8 +4,8 @@ moments in bfloat16. What each saves is in docs/cost.md, what it costs in docs/l
 Weights that are trained stay float32. Files hold diffusers' own names and float32, whatever was chosen here.
 """
 import torch
-from diffusers import UNet2DConditionModel
 
+import stock
 from loading import quiet
 
 OPTIMIZERS = "adam", "adam-bf16"
@@ -47,7 +47,7 @@ def merged(unet):
             x = x + unet.get_submodule(layer).get_delta_weight("default").float()
         plain[name.replace(".base_layer.", ".")] = x.cpu().contiguous()
     with torch.device("meta"):
-        whole = UNet2DConditionModel.from_config(unet.config)
+        whole = stock.UNet2DConditionModel.from_config(unet.config)
     whole.load_state_dict(plain, assign=True)
     return whole
 

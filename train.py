@@ -24,21 +24,19 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import cli  # before torch, for Ctrl-C meanwhile
 
 # isort: split
-import diffusers
 import torch
 import torch.distributed as dist
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import FeedForward
-from diffusers.models.resnet import ResnetBlock2D
 from tqdm import tqdm
 
 import baselines
+import stock
 import toy
 from attention import WATCHED, watched
 from cache import LatentCache, StreamCache, fingerprint
@@ -177,7 +175,7 @@ def build_model(cfg, tasks, stages):
                                 f"run python train.py --stage 1 --out {cfg.out} first")
     model = StableMTL.load(cfg.out, stage=1)
     if cfg.main_init == "stage1":
-        main = UNet2DConditionModel.from_config(model.unet.config)
+        main = stock.UNet2DConditionModel.from_config(model.unet.config)
         main.load_state_dict(model.unet.state_dict())
     elif cfg.widths:
         main = new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
@@ -245,7 +243,7 @@ def compile_blocks(model):
     # Stable Diffusion's blocks have about 30 shapes and share a forward (recompile_limit is its name since torch 2.7)
     torch._dynamo.config.cache_size_limit = 64
     for module in model.modules():
-        if isinstance(module, (ResnetBlock2D, FeedForward)):
+        if isinstance(module, (stock.ResnetBlock2D, stock.FeedForward)):
             module.compile(dynamic=False)
     return model
 
@@ -285,6 +283,7 @@ def main(argv=None):
     if "RANK" in os.environ:    # torchrun's
         return ranked(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg, saved, tensors)
     world = number_of_processes(cfg)
+    stock.load()    # once, not in each of them
     with tempfile.TemporaryDirectory() as place:
         work = partial(ranked, world=world, cfg=cfg, saved=saved, tensors=tensors, meeting=f"file://{place}/ranks")
         return cli.spread(work, world)[0]
@@ -525,7 +524,7 @@ KEPT = "commit", "versions", "stage1", "imported", "held_out", "resumed"      # 
 def about_run(cfg, model, readers, saved):
     """What config.json says of a run: settings, sizes, versions, and which commits it ran under."""
     now = {"commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                                            "diffusers": diffusers.__version__}}
+                                            "diffusers": version("diffusers")}}
     about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks),
              "palette": cfg.palette, "seed": cfg.seed, **now, "stage1": None, "imported": None, "held_out": {},
              "resumed": []}

@@ -2,6 +2,7 @@
 terminal."""
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -9,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 import cli
 import settings
+import stock
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -156,6 +159,47 @@ def test_a_stop_while_importing_is_one_line(tmp_path, command):
     done = python(tmp_path, *command.split(), torch=stop)
     name = command.replace("-m tools.", "").removesuffix(".py") + ".py"
     assert (done.returncode, done.stdout, done.stderr.decode()) == (130, b"", f"{name}: interrupted\n")
+
+
+ANSWERS = """
+import contextlib, io, json, runpy, sys
+sys.modules |= dict.fromkeys(("diffusers", "transformers"))     # importing them fails
+heard = {}
+for command in COMMANDS:
+    for flag in ("--help", "--hlep"):
+        sys.argv = [command, flag]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                (runpy.run_path if command.endswith(".py") else runpy.run_module)(command, run_name="__main__")
+            except SystemExit as end:
+                heard[f"{command} {flag}"] = end.code, said.getvalue()
+print(json.dumps(heard))
+"""
+
+
+def test_help_and_a_wrong_flag_wait_for_torch_alone():
+    """They took 6 s of CPU instead of 1.5, most of it for diffusers and transformers: here importing these fails."""
+    commands = ["train.py", "evaluate.py", "sample.py", "data.py", "tools.bench", "tools.study", "tools.convert"]
+    done = subprocess.run([sys.executable, "-c", ANSWERS.replace("COMMANDS", repr(commands))], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    heard = json.loads(done.stdout)
+    for command in commands:
+        code, said = heard[f"{command} --help"]
+        assert code == 0 and "usage: " in said and "--" in said
+        code, said = heard[f"{command} --hlep"]
+        assert code == 2 and said.count("\n") == 1 and "--hlep (--help lists every flag)" in said, said
+
+
+def test_stock_is_the_libraries_own():
+    """The very classes, and a name that is not in its list says where to put it."""
+    stock.load()
+    assert stock.UNet2DConditionModel is diffusers.UNet2DConditionModel
+    assert {name: vars(stock)[name].__module__.split(".")[0] for name in stock.PLACES} == {
+        name: place.split(".")[0] for name, place in stock.PLACES.items()}
+    with pytest.raises(AttributeError, match="no DiT2: name its module in stock.PLACES"):
+        _ = stock.DiT2
 
 
 def test_handlers_come_and_go():

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if p.parent.name != "tests")
 # Floors from the ground up: a file imports from lower floors, and within its own room. toy/ is but a place of weights;
 # what made them knows nearly everything.
-FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "memory", "track", "toy"),
+FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "memory", "track", "toy", "stock"),
           ("readers", "infer", "model", "generalist", "metrics", "confidence", "photometric"), ("data",),
           ("cache", "losses"), ("toy.make", "baselines"), ("sample", "evaluate", "settings"), ("train",), ("tools",)]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -22,16 +22,21 @@ def room_of(module):
     return module if module in FLOOR else module.split(".")[0]
 
 
-def imported(path):
-    """The rooms of this project that a file imports from, also inside functions."""
+def modules(path):
+    """All that a file imports, also inside functions: "data", "toy.make", and of `from toy import make` both names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {room_of(alias.name) for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively: name the room"
-            names |= {room_of(node.module), *(room_of(f"{node.module}.{alias.name}") for alias in node.names)}
-    return names & FLOOR.keys()
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imported(path):
+    """The rooms of this project that a file imports from."""
+    return {room_of(module) for module in modules(path)} & FLOOR.keys()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -40,6 +45,12 @@ def test_imports_run_one_way(path):
     own = room(path)
     wrong = [other for other in imported(path) if other != own and FLOOR[other] > FLOOR[own]]
     assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(wrong)}, which is further up"
+
+
+def test_what_takes_seconds_to_import_waits_in_stock():
+    """--help and a wrong flag need neither diffusers nor transformers: files ask stock.py for what is theirs."""
+    slow = {path: {"diffusers", "transformers"} & {m.split(".")[0] for m in modules(path)} for path in FILES}
+    assert not {str(path.relative_to(ROOT)): names for path, names in slow.items() if names}
 
 
 def test_every_file_has_a_floor():

@@ -24,10 +24,9 @@ from cli import Parser, parse_device, parse_size, run, whole, writable  # before
 
 # isort: split
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.flop_counter import FlopCounterMode
 
+import stock
 from checkpoint import write_json
 from draw import draw_curves
 from loading import check_decoder
@@ -67,15 +66,16 @@ def configs(base):
     if absent:
         raise FileNotFoundError(f"--base {base}: expected toy, sd2 or a diffusers folder, and found no "
                                 f"{' and no '.join(absent)} there")
-    return AutoencoderKL.load_config(base, subfolder="vae"), UNet2DConditionModel.load_config(base, subfolder="unet")
+    kinds = {"vae": stock.AutoencoderKL, "unet": stock.UNet2DConditionModel}
+    return tuple(kind.load_config(base, subfolder=part) for part, kind in kinds.items())
 
 
 def networks(base, device, main=True):
     """VAE, auxiliary UNet and, with `main`, main UNet, made on the device ("meta": shapes without storage)."""
     vae, unet = configs(base)
     with torch.device(device):
-        unets = [widen_input(UNet2DConditionModel.from_config(unet)) for _ in range(1 + main)]
-        return [AutoencoderKL.from_config(vae), *unets]
+        unets = [widen_input(stock.UNet2DConditionModel.from_config(unet)) for _ in range(1 + main)]
+        return [stock.AutoencoderKL.from_config(vae), *unets]
 
 
 def small_decoder(name, vae):
@@ -89,7 +89,7 @@ def small_decoder(name, vae):
         if not (Path(name) / "config.json").is_file():
             raise FileNotFoundError(f"--decoder {name}: expected new, or the folder of an AutoencoderTiny, and found "
                                     "no config.json there")
-        tiny = AutoencoderTiny.from_config(AutoencoderTiny.load_config(name))
+        tiny = stock.AutoencoderTiny.from_config(stock.AutoencoderTiny.load_config(name))
     check_decoder(tiny, vae)
     return tiny
 
@@ -99,7 +99,7 @@ def assemble(nets, tasks, dtype=torch.float32, multi=True, decoder=""):
     `small_decoder` takes."""
     vae, unet, *main = nets
     for net in (unet, *main):
-        net.set_attn_processor(AttnProcessor2_0())      # lets go of the model whose taps it had
+        net.set_attn_processor(stock.AttnProcessor2_0())    # lets go of the model whose taps it had
     with torch.device(vae.device):
         width = unet.config.cross_attention_dim
         tokens = {t: torch.zeros(2 + len(TASKS[t].prompt.split()), width) for t in tasks}

@@ -27,9 +27,9 @@ from cli import Parser, run, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+import stock
 from checkpoint import RELEASED_SIZE, save_model, write_json
 from loading import grouped, mismatch, not_finite, reason
 from model import StableMTL, from_base
@@ -102,7 +102,7 @@ def import_released(base, single, multi=None):
     check(state, model.unet.state_dict(), single)
     model.unet.load_state_dict(state)
     if multi:
-        model.add_main_stream(UNet2DConditionModel.from_config(model.unet.config), HEADS)
+        model.add_main_stream(stock.UNet2DConditionModel.from_config(model.unet.config), HEADS)
         check(main_state, multi_state(model), multi)
         own = model.main.state_dict().keys()
         model.main.load_state_dict({k: v for k, v in main_state.items() if k in own})

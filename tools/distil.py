@@ -23,10 +23,10 @@ from cli import Parser, half, number, parse_device, run, steady, whole, writable
 
 # isort: split
 import torch
-from diffusers import AutoencoderTiny
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import stock
 from checkpoint import read_config, write_json
 from data import Mixture, loader, train_readers
 from loading import checkpoint_folder, factor, not_finite, read_decoder
@@ -50,7 +50,7 @@ def new_decoder(vae, width=None, blocks=None):
     if len(blocks) != levels:
         raise ValueError(f"--blocks {','.join(map(str, blocks))}: this VAE has {factor(vae)} pixels per latent cell, "
                          f"which takes {levels} numbers")
-    return AutoencoderTiny(
+    return stock.AutoencoderTiny(
         latent_channels=vae.config.latent_channels, decoder_block_out_channels=(width,) * levels,
         num_decoder_blocks=blocks, encoder_block_out_channels=(1,) * levels, num_encoder_blocks=(0,) * levels)
 

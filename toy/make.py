@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import stock
 from data import TOY_TRAIN, label_tensors, tensor_image
 from loading import encode_prompts
 from model import TIMESTEP
@@ -32,7 +31,7 @@ THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
 def new_vae(widths=(24, 48)):
     """AutoencoderKL with f = 2^(levels-1); no attention in its middle, so that it may be trained on crops."""
     n = len(widths)
-    return AutoencoderKL(
+    return stock.AutoencoderKL(
         block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n,
         layers_per_block=1, latent_channels=4, norm_num_groups=8, mid_block_add_attention=False, sample_size=64,
         scaling_factor=1.0)
@@ -40,7 +39,7 @@ def new_vae(widths=(24, 48)):
 
 def new_unet(widths=(32, 32, 48, 64), tokens=32, in_channels=12, groups=8):
     """SD2's layout (three levels with cross-attention, one without; 16 transformer blocks), one head per layer."""
-    return UNet2DConditionModel(
+    return stock.UNet2DConditionModel(
         in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=groups,
         down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -59,12 +58,12 @@ def new_text(width=32):
                 vocab.append(left + piece)
             left += piece
     vocab += ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges)
+    tokenizer = stock.CLIPTokenizer(vocab={v: i for i, v in enumerate(vocab)}, merges=merges)
     start, end = len(vocab) - 2, len(vocab) - 1
-    config = CLIPTextConfig(vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-                            num_attention_heads=2, max_position_embeddings=77, bos_token_id=start, eos_token_id=end,
-                            pad_token_id=end)
-    return tokenizer, CLIPTextModel(config)
+    config = stock.CLIPTextConfig(
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=77, bos_token_id=start, eos_token_id=end, pad_token_id=end)
+    return tokenizer, stock.CLIPTextModel(config)
 
 
 # ---- training material ----
@@ -322,7 +321,7 @@ def make(folder, scenes=800, films=4000, size=(32, 48), vae_steps=4000, unet_ste
         restart(2)
         train_vae(vae, material, vae_steps // 2, generator, SECOND, "training its decoder", lr=1e-3)
         vae.half().save_pretrained(folder / "vae")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = stock.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
     latents = film_latents(vae, max(scenes, films), size, workers)
     token = encode_prompts(tokenizer, text_encoder.float(), {"": ""})[""]
     restart(1)
