@@ -103,7 +103,7 @@ def test_an_eighth_task_trains_evaluates_and_samples(registered, data, tiny_base
     argv = [str(data / "images/0.png"), "--ckpt", str(out), "--output", str(tmp_path / "maps"), "--attention"]
     assert sample.main(argv) == 0
     array = np.load(tmp_path / "maps/0/inverse_depth.npy")
-    assert array.shape == (16, 24, 1) and 0 <= array.min() <= array.max() <= 1
+    assert array.shape == (16, 24) and 0 <= array.min() <= array.max() <= 1
     assert Image.open(tmp_path / "maps/0/inverse_depth.png").size == (24, 16)
     attention = json.loads((tmp_path / "maps/0/attention.json").read_text())["mean"]
     assert set(attention["inverse_depth"]) == {"depth", "optical_flow"} and "inverse_depth" in attention["depth"]

@@ -197,7 +197,7 @@ def test_nothing_is_written_from_a_damaged_base(tiny_base, tmp_path, capsys):
 
 WITHOUT_ACCELERATE = """
 import sys
-sys.modules["accelerate"] = None        # as if it were not installed
+sys.modules |= dict.fromkeys(("accelerate", "peft"))    # as if it, and what needs it, were not installed
 import torch
 from model import StableMTL, from_base
 from diffusers.utils import is_accelerate_available
