@@ -260,7 +260,7 @@ def batches(model, args, task, source):
     """The micro-batches of one step, as train.py's mixture delivers them."""
     shape = (3, *args.size) if source == "images" else (4, *(s // model.factor for s in args.size))
     x, valid = torch.rand(args.micro, *shape), torch.ones(args.micro, 1, *shape[1:], dtype=torch.bool)
-    batch = {"tasks": (task,), "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}
+    batch = {"tasks": (task,), "keys": (), "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}
     return [batch] * max(1, BATCH // args.micro)
 
 
