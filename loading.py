@@ -255,7 +255,7 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 PART_FILES = ("config.json", "diffusion_pytorch_model.safetensors")     # of vae/, unet/ and main_unet/
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 SHARED = ("README.md", "config.json", "model.json", "results*.json", "tokens.safetensors", "stem.safetensors",
-          "task_attention.safetensors", "vae/*", "unet/*", "main_unet/*")      # of a checkpoint, what goes to the hub
+          "task_attention.safetensors", "vae/*", "unet/*", "main_unet/*")      # a checkpoint on the hub
 
 
 def checkpoint_folder(name=None):

