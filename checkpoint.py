@@ -121,6 +121,18 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
+def put(path, data):
+    """Write bytes, in one piece or not at all; OSError says which file and why."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror}): make room; what is finished is kept") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _flush(folder):
     """Force every file of a folder to disk, so that a rename never points at unwritten data."""
     for path in [*folder.rglob("*"), folder]:

@@ -309,13 +309,14 @@ def _measured(reader, jobs):
         maps = {t: [resize(x, size) for x in label_tensors(sample, t)] for t in tasks}
         for name, mask in sample.get("extra", {}).items():
             maps[name] = maps[name.split(":")[0]][0], resize(torch.from_numpy(mask)[None], size)
-        out.append((frames, {name: (label, valid[0]) for name, (label, valid) in maps.items()}))
+        out.append((frames, {name: (label, valid[0]) for name, (label, valid) in maps.items()}, index))
     return out
 
 
 def test_batches(reader, tasks, batch, workers, limit=None, skipped=None, each=None, rank=0, world=1):
     """Yield the samples that have labels of these tasks, up to `batch` at once that are alike in tasks and frames:
-    [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}), ...], all of the reader's size.
+    [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}, number), ...], all of the
+    reader's size.
 
     "<task>:<mask>" in the place of a task: a second mask for it. What cannot be read is named in the list `skipped`;
     without one it is a ValueError. limit: samples at most; each: labels of each task at most. Of `world` processes the

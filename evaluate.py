@@ -5,14 +5,15 @@
     python evaluate.py --ckpt out/ --data toy         the held-out toy worlds
     python evaluate.py --ckpt out/ --baseline paper|a.json,b.json       Delta_m against single-task results
     python evaluate.py --ckpt out/ --streams off      stage 2 without its streams, or with some (--streams depth,normal)
+    python evaluate.py --predictions <folder> --data <root>             files of any system (docs/predictions.md)
     python evaluate.py --oracle                       labels through encode, VAE, decode: what the codec alone costs
     python evaluate.py --ckpt out/ --decoder <folder>       either of them with a small decoder in the VAE's place
 
 Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val, of
 other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json, results_val.json,
 results_<name of the root or decoder>.json). Those of the toy model and of a hub id go to the current folder
-(results_toy_model.json, results_<org>_<name>.json). A test set that is there already, from the same settings, weights,
-samples and code, is not computed again: so an interrupted run goes on.
+(results_toy_model.json, results_<org>_<name>.json), those of predictions to theirs. A test set that is there already,
+from the same settings, weights, samples and code, is not computed again: so an interrupted run goes on.
 """
 import argparse
 import json
@@ -46,6 +47,7 @@ from infer import network_maps
 from loading import checkpoint_folder
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import from_base
+from predictions import Predictions
 from readers import READERS
 from tasks import MOTION, PALETTES, TASKS, parse_tasks, registry
 
@@ -85,7 +87,7 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
             psnr[t] += values
         skipped += bad
     if not scores:
-        raise ValueError(f"{reader.name}: not one sample can be read, {skipped[0]}")
+        raise ValueError(f"{reader.name}: not one sample can be read, {[*skipped, 'or there is no prediction'][0]}")
     results = {who: {} for who in ("model", *GUESSES)}
     for (who, name), counted in scores.items():
         if who in results:
@@ -105,19 +107,24 @@ def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, ora
     Returns ({("model", one of GUESSES, "confidence" or "pixels"; task): Accumulator}, {task: PSNRs}, names of skipped
     samples).
     """
-    device, skipped, wanted = next(model.parameters()).device, [], labelled(reader, model.tasks)
-    scores, psnr = {}, defaultdict(list)
+    scores, psnr, skipped, wanted = {}, defaultdict(list), [], labelled(reader, model.tasks)
+    files = isinstance(model, Predictions)
+    device = torch.device("cpu") if files else next(model.parameters()).device
     for group in test_batches(reader, wanted, batch, workers, limit, skipped if skip_bad else None, None, rank, world):
+        pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, *_ in group), strict=True)]
         if oracle:
-            predicted = round_trip(model, [maps for _, maps in group], psnr)
+            predicted = round_trip(model, [maps for _, maps, _ in group], psnr)
+        elif files:
+            predicted = model.maps(reader, group, skipped if skip_bad else None)
         else:
-            pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, _ in group), strict=True)]
             known = [t for t in group[0][1] if t in TASKS]
             predicted = network_maps(model, *pair, tasks=known, rows=rows)
             mirror = mirror_maps(model, *pair, tasks=known, rows=rows) if confidence else {}
-        for n, (_, maps) in enumerate(group):
+        for n, (_, maps, _) in enumerate(group):
             for name, (label, valid) in maps.items():
                 task = name.split(":")[0]
+                if predicted[task][n] is None:      # a missing file: what stands beside is scored on the same samples
+                    continue
                 guess = dict(zip(GUESSES, (guesses or {}).get(name, ()), strict=False))
                 for who, pred in {"model": predicted[task][n], **guess}.items():
                     new = METRICS[TASKS[task].metric][0](clip=reader.depth_range)
@@ -188,7 +195,7 @@ class TrainingLabels:
         for group in test_batches(source, tasks, 16, self.workers, None, skipped if self.skip_bad else None, self.limit,
                                   rank, world):
             known = [t for t in group[0][1] if t in TASKS]
-            pairs = {t: [labels[t] for _, labels in group] for t in known}
+            pairs = {t: [labels[t] for _, labels, _ in group] for t in known}
             sums.append({t: code_sums(TASKS[t], [(resize(x, size), resize(m[None], size)[0]) for x, m in pairs[t]])
                          for t in known})
         return sums, skipped
@@ -270,15 +277,22 @@ METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: valu
 REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str}}
 
 
+OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "oracle", "palette", "confidence", "decoder",
+              "device")
+
+
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
     flag("--ckpt", help="folder written by train.py, or a hub id (default: out, else the trained toy model; with "
          "--oracle the toy base)")
+    flag("--predictions", metavar="FOLDER", help="score <dataset>/<task>/<sample>.npy (.png, .flo, .exr) in it instead "
+         "of a checkpoint's predictions")
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
     flag("--streams", help="comma-separated tasks: stage 2 attends to these streams only; off = to none, which leaves "
          "the attention over tasks out (default: all)")
-    flag("--data", help="root folder of the test sets, or `toy` (default: what the checkpoint was trained on)")
+    flag("--data", help="root folder of the test sets, or `toy` (default: what the checkpoint was trained on, or "
+         "sample.py --testset has predicted)")
     flag("--split", default="test", choices=("val", "test"), help="which held-out part (default: %(default)s)")
     flag("--limit", type=whole(1), help="samples per test set at most (default: 64 of a toy world, all of real data)")
     flag("--batch", type=whole(1, 4096), help="images at once (default: 16 on the toy worlds, 1 on real data)")
@@ -303,6 +317,9 @@ def parse(argv):
     flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
     flag("--json", type=writable, help="where to write the results (default: see above)")
     args = parser.parse_args(argv)
+    idle = [f"--{name}" for name in OF_A_MODEL if vars(args)[name] != parser.get_default(name)]
+    if args.predictions and idle:
+        raise ValueError(f"{' and '.join(idle)} would do nothing here: --predictions are scored as they are")
     if args.palette and not args.oracle:
         raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
     if args.oracle and (args.confidence or args.pixels):
@@ -326,6 +343,26 @@ def attended(streams, model):
 def place(data):
     """A --data, now or in training, in one word: "toy" for the toy worlds, or the absolute path of a root."""
     return "toy" if data in (None, "", "toy") else str(Path(str(data)).resolve())
+
+
+def choose(data, home, size, whose):
+    """--data in one word and (H, W), None for that of the images: by default the data and the size it was trained on
+    (home, size). FileNotFoundError if they are not here; whose: how to call it."""
+    if not data and home != "toy" and not Path(home).is_dir():
+        raise FileNotFoundError(f"{whose} was trained on {home}, which is not here: say where it is now (--data "
+                                "<root>), or take the toy worlds (--data toy)")
+    data = place(data or home)
+    size = size if data in ("toy", home) else None
+    return data, tuple(size or (32, 48)) if size or data == "toy" else None
+
+
+def test_sets(data, size, split, tasks, whose, kitti_baseline="calibration"):
+    """The readers of the test sets in `data`, as `choose` gives it, that label any of these tasks."""
+    readers = test_readers(data if data != "toy" else "", size, split=split, kitti_baseline=kitti_baseline)
+    readers = [r for r in readers if labelled(r, tasks)]
+    if not readers:
+        raise ValueError(f"no test set of {data} is labelled for what {whose} predicts, {', '.join(tasks)}")
+    return readers
 
 
 def results_file(args, folder, stage, home):
@@ -381,7 +418,7 @@ def settings(args, folder, size):
     files += [path for pattern in ("*.py", "readers/*.py", "baselines/*.py") for path in code.glob(pattern)]
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
-    idle = "ckpt", "workers", "processes", "baseline", "overwrite", "json"
+    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
     flags = {k: v for k, v in vars(args).items() if k not in idle}
     return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
 
@@ -408,10 +445,8 @@ def with_the_vae(args, folder, stage, home, size, readers, train):
     return {name: report["results"][name] for name in current(report, keys)}
 
 
-def main(argv=None):
-    # ---- what is evaluated, and on what ----
-    args, start = parse(argv), time.time()
-    args.device = str(parse_device(args.device))
+def subject(args):
+    """(model that the flags name, its folder, how to call it)."""
     if args.oracle and not args.ckpt:
         folder, whose = toy.BASE, "toy base"
         model = from_base(str(toy.BASE), tuple(TASKS)).to(args.device).eval()
@@ -421,24 +456,31 @@ def main(argv=None):
         model = load(folder, args.stage, args.device)
     if args.decoder:
         model.use_decoder(args.decoder)
-    steady(model)
     if args.streams is not None:
         model.attends = attended(args.streams, model)
         args.streams = ",".join(model.attends) or "off"
     if args.palette:
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
-    config, stage = read_config(folder), 2 if model.multi else 1
-    home = place((config["train"] or {}).get("data"))
-    if not args.data and home != "toy" and not Path(home).is_dir():
-        raise FileNotFoundError(f"{whose} was trained on {home}, which is not here: say where it is now (--data "
-                                "<root>), or take the toy worlds (--data toy)")
-    args.data = place(args.data or home)
+    return steady(model), folder, whose
+
+
+def main(argv=None):
+    # ---- what is evaluated, and on what ----
+    args, start = parse(argv), time.time()
+    args.device = "cpu" if args.predictions else str(parse_device(args.device))
+    if args.predictions:
+        model = Predictions(args.predictions)
+        folder, whose, config, stage = model.folder, f"predictions in {args.predictions}", model.config, None
+        home = place(model.home(args.data, args.split))
+    else:
+        model, folder, whose = subject(args)
+        config, stage = read_config(folder), 2 if model.multi else 1
+        home = place((config["train"] or {}).get("data"))
+    args.data, size = choose(args.data, home, config["size"], whose)
     root = args.data if args.data != "toy" else ""
-    size = tuple(config["size"] or (32, 48)) if args.data in ("toy", home) else None    # None: that of the images
-    readers = test_readers(root, size, split=args.split, kitti_baseline=args.kitti_baseline)
-    readers = [r for r in readers if labelled(r, model.tasks)]
-    if not readers:
-        raise ValueError(f"no test set of {root} is labelled for what {whose} predicts, {', '.join(model.tasks)}")
+    readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline)
+    if args.predictions:
+        readers = model.covered(readers)
     train = []
     if args.trivial and not args.oracle:
         with suppress(FileNotFoundError):   # test sets alone: there are no training labels to be trivial with
@@ -454,9 +496,12 @@ def main(argv=None):
               "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"], "results": results,
               "stage1": config["stage1"], "trivial": trivials, "skipped": skipped, "made_from": made_from}
     keys = fingerprints(settings(args, folder, size), readers, train)
+    if args.predictions:
+        keys = {r.name: keys[r.name] + model.state(r) for r in readers}
+        report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
     kept = {name for name in current(old, keys) if name in old["trivial"] and not args.overwrite}
     before = with_the_vae(args, folder, stage, home, size, readers, train) if args.decoder else {}
-    world = cli.shares(model, args.processes)
+    world = 1 if args.predictions else cli.shares(model, args.processes)
     workers = args.workers if world == 1 else 0
     labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world)
     try:
@@ -495,7 +540,11 @@ def main(argv=None):
     if root:
         absent = [r.name for r in READERS.values() if "test" in r.use and r.name not in {*results, "folder"}]
         print(f"\nnot under {root}: {', '.join(absent) or 'nothing is missing'}")
-    print(f"\nstage {stage} of {report['checkpoint']}, {args.split} split of {root or 'the toy worlds'}, "
+    if missing := report.get("missing"):
+        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        print(f"\n{len(missing)} predictions are missing, and their samples not scored: {names}")
+    whose = f"stage {stage} of {whose}" if stage else whose
+    print(f"\n{whose}, {args.split} split of {root or 'the toy worlds'}, "
           f"{len(skipped)} samples skipped, {time.time() - start:.0f} s on {args.device}"
           + (f"; written to {where}" if where else ""))
     return 0

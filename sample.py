@@ -6,17 +6,18 @@
     python sample.py --ckpt out/ folder/                 numbered images (x_07.png, x_08.png) are frames of a sequence
     python sample.py --ckpt out/ clip.mp4 --stride 2     a video or an animated GIF: its frames are a sequence
     python sample.py --toy real:3                        a test sample of a toy world, labels beside predictions
+    python sample.py --testset toy|<root>                whole test sets, as files for evaluate.py --predictions
 
 Each frame of a sequence is paired with the next one; the last has none, so its motion is skipped. --single: nothing is
 a sequence. Each input gets a folder <output>/<file name without ending>/ (a video: one per frame,
 <output>/<name>/<frame number>/) with <task>.png, <task>.npy, panel.png, which shows them all, and made_from.json. What
 is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; another
-input of the same name gets <name>-2.
+input of the same name gets <name>-2. Arrays come in other --format, too (docs/predictions.md): <task>.flo, <task>.exr,
+<task>.values.png, each with a .json that says what its numbers are.
 """
 import argparse
 import io
 import json
-import os
 import re
 import sys
 import zlib
@@ -37,12 +38,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import infer
+import predictions
 from baselines import load as load_model
-from checkpoint import read_json
+from checkpoint import put, read_config, read_json
 from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
+from evaluate import choose, place, test_sets
 from infer import as_array, check_pair, restore
 from loading import checkpoint_folder
 from metrics import aligned
+from readers.exports import FORMATS, fits, parse_formats, save
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld
 from tasks import CLASSES, TASKS, parse_tasks
@@ -202,30 +206,37 @@ def finished(folder, key, files):
     return before == key and all(f in there and (folder / f).is_file() for f in files)
 
 
-def put(path, save, *args):
-    """save(file, *args), in one piece or not at all; OSError says which file and why."""
-    temporary, buffer = path.with_name(f"{path.name}.tmp"), io.BytesIO()
+def put_made(path, save, *args):
+    """What save(file, *args) writes."""
+    buffer = io.BytesIO()
     save(buffer, *args)
-    try:
-        temporary.write_bytes(buffer.getbuffer())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}): make room; what is finished is kept") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    put(path, buffer.getvalue())
 
 
 def put_json(path, value):
-    put(path, io.BytesIO.write, json.dumps(value, indent=1).encode())
+    put(path, json.dumps(value, indent=1).encode())
 
 
-def write(folder, item, key, frames, maps, table=None):
-    """The maps {task: (1,C,h,w)} of an Input with its frames, 1 or 2 of (H,W,3) uint8, and table: attention.
+def array_name(task, form):
+    """The file of a map in one of exports.FORMATS: <task>.png is its picture already."""
+    return f"{task}.values.png" if FORMATS[form] == ".png" else f"{task}{FORMATS[form]}"
+
+
+def array_files(tasks, forms):
+    """Names of the arrays of these tasks, where a form fits."""
+    return [array_name(t, form) for t in tasks for form in forms if fits(TASKS[t], form)]
+
+
+def write(folder, item, key, frames, maps, table=None, forms=("npy",)):
+    """The maps {task: (1,C,h,w)} of an Input with its frames, 1 or 2 of (H,W,3) uint8, and table: attention. forms: of
+    the arrays, of exports.FORMATS.
 
     Without made_from.json, which comes last, an input is not finished. Maps of another input or checkpoint do not stay.
     """
     (_, before, there), size = made_from(folder), frames[0].shape[:2]
-    ours = {"panel.png", "attention.png", "attention.json", *(f"{t}.{end}" for t in TASKS for end in ("png", "npy"))}
+    arrays = array_files(TASKS, FORMATS)
+    ours = {"panel.png", "attention.png", "attention.json", *(f"{t}.png" for t in TASKS), *arrays,
+            *(f"{name}.json" for name in arrays)}
     files = ours & there if before == key else set()
     folder.mkdir(parents=True, exist_ok=True)
     for name in {"made_from.json"} | ours - files:
@@ -236,8 +247,9 @@ def write(folder, item, key, frames, maps, table=None):
     for t, x in maps.items():
         task, x = TASKS[t], restore(x, TASKS[t], size)[0]
         picture = task.colour(x, torch.ones(size, dtype=torch.bool))
-        put(folder / f"{t}.png", Image.fromarray(picture).save, "PNG")
-        put(folder / f"{t}.npy", np.save, as_array(x, task))
+        put_made(folder / f"{t}.png", Image.fromarray(picture).save, "PNG")
+        for form in (form for form in forms if fits(task, form)):
+            save(folder / array_name(t, form), as_array(x, task), task, form)
         if item.truth:
             label = torch.from_numpy(item.truth["labels"][t]).permute(2, 0, 1)
             valid = torch.from_numpy(item.truth["valid"][t])
@@ -246,9 +258,9 @@ def write(folder, item, key, frames, maps, table=None):
             cells.append((t, cell(picture)))
     if table:
         put_json(folder / "attention.json", table)
-        put(folder / "attention.png", draw_attention(table).savefig)
+        put_made(folder / "attention.png", draw_attention(table).savefig)
     panel = draw_panel(cells, 4 if item.truth else 3, [TASKS[t] for t in maps], COMPARED if item.truth else "")
-    put(folder / "panel.png", panel.save, "PNG")
+    put_made(folder / "panel.png", panel.save, "PNG")
     files = sorted(files | {name for name in ours if (folder / name).is_file()})
     put_json(folder / "made_from.json", {"input": item.source, "key": key, "files": files})
 
@@ -268,14 +280,19 @@ def parse(argv):
     flag("paths", nargs="*", metavar="path", help="images, folders, videos, animations")
     flag("--toy", metavar="WORLD:N", help=f"sample N of the test split of a toy world: {', '.join(WORLDS)}")
     flag("--ckpt", help="folder written by train.py, or a hub id (default: out, else the trained toy model)")
-    flag("--output", "--out", type=partial(writable, folder=True), default="samples", help="folder of the results "
-         "(default: %(default)s)")
+    flag("--testset", metavar="ROOT", help="predict the test sets under a root, or `toy`, as evaluate.py does, into "
+         "<output>/<dataset>/<task>/<sample>.npy: no pictures; evaluate.py --predictions scores them")
+    flag("--split", choices=("val", "test"), help="which held-out part of --testset (default: test)")
+    flag("--output", "--out", type=partial(writable, folder=True), help="folder of the results (default: samples, of "
+         "--testset: predictions)")
+    flag("--format", default="npy", help=f"of the arrays, comma-separated: {', '.join(FORMATS)}, each for the "
+         "tasks that it fits (default: %(default)s; docs/predictions.md)")
     flag("--overwrite", action="store_true", help="compute finished inputs again")
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
     flag("--tasks", default="all", help="comma-separated (default: all that the checkpoint knows)")
     flag("--single", action="store_true", help="the images or frames are unrelated: no second frames")
     flag("--stride", type=whole(1), default=1, help="use every STRIDE-th frame of a sequence (default: 1)")
-    flag("--limit", type=whole(1), help="at most this many inputs")
+    flag("--limit", type=whole(1), help="at most this many inputs, or samples of each test set")
     flag("--size", type=whole(0, 16384), help="longer side in pixels that the network sees; 0 = the input's own "
          "(default: the shorter side as in training); smaller is faster and needs less memory")
     flag("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory")
@@ -309,6 +326,39 @@ def load(args):
     return model, tasks
 
 
+def predict_testset(args):
+    """What --testset asks for, written; returns 130 if stopped, else 0."""
+    idle = {"paths": [], "--toy": None, "--single": False, "--stride": 1, "--size": None, "--attention": False}
+    if wrong := [name for name, default in idle.items() if vars(args)[name.strip("-")] != default]:
+        raise ValueError(f"{' and '.join(wrong)} would do nothing here: --testset takes images, order and size from "
+                         "the test sets")
+    model, asked = load(args)
+    forms, split = parse_formats(args.format, [TASKS[t] for t in asked]), args.split or "test"
+    config, whose, output = read_config(args.ckpt), str(args.ckpt), Path(args.output or "predictions")
+    home = place((config["train"] or {}).get("data"))
+    data, size = choose(args.testset, home, config["size"], whose)
+    readers = test_sets(data, size, split, asked, whose)
+    key = f"{zlib.crc32(json.dumps(settings(args, model)).encode()):08x}"
+    predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
+                               "stage": 2 if model.multi else 1, "key": key}, args.overwrite)
+    tally, skipped = Counter(), []
+    try:
+        for reader in readers:
+            done, bad = predictions.write(model, reader, asked, output, forms, 16 if data == "toy" else 1, args.rows,
+                                          args.limit, args.skip_bad)
+            tally += done
+            skipped += bad
+    except KeyboardInterrupt:
+        print(f"\nstopped: what is finished is in {output}; the same command does the rest", file=sys.stderr)
+        return 130
+    for sentence in skipped:
+        print(f"skipped: {sentence}", file=sys.stderr)
+    print(f"{tally['done']} samples of {', '.join(r.name for r in readers)} predicted, {tally['kept']} kept, "
+          f"{len(skipped)} skipped; in {output}, score them with: python evaluate.py --predictions {output}"
+          + f" --split {split}" * (split != "test"))
+    return 0
+
+
 def settings(args, model):
     """What maps follow from beside their frames, as json; weights by size and time, since checksums would take long."""
     def stated(folder, *patterns):
@@ -322,12 +372,18 @@ def settings(args, model):
 def main(argv=None):
     """Predict what the command line names. Returns 130 if stopped, else 0; ValueError, OSError: a user's mistake."""
     args = parse(argv)
+    if args.testset:
+        return predict_testset(args)
+    if args.split:
+        raise ValueError(f"--split {args.split} chooses among test sets: it goes with --testset only")
     if bool(args.paths) == bool(args.toy):
-        raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3")
+        raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3, "
+                         "or --testset toy")
     inputs = [toy(args.toy)] if args.toy else find(args.paths, args.single, args.stride)
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
     model, asked = load(args)
-    output, taken, tally, common = Path(args.output), {}, Counter(), settings(args, model)
+    forms = parse_formats(args.format, [TASKS[t] for t in asked])
+    output, taken, tally, common = Path(args.output or "samples"), {}, Counter(), settings(args, model)
     bar = tqdm(inputs, unit="input", disable=None)
     try:
         for item in bar:
@@ -345,11 +401,11 @@ def main(argv=None):
                 continue
             tally["motionless"] += len(tasks) < len(asked)
             key = fingerprint(frames, common)
-            files = ["panel.png", *(f"{t}.npy" for t in tasks), *["attention.json"] * args.attention]
+            files = ["panel.png", *array_files(tasks, forms), *["attention.json"] * args.attention]
             if not args.overwrite and finished(folder, key, files):
                 tally["kept"] += 1
                 continue
-            write(folder, item, key, frames, *predict(model, frames, tasks, args))
+            write(folder, item, key, frames, *predict(model, frames, tasks, args), forms)
             tally["done"] += 1
     except KeyboardInterrupt:
         done = tally["done"] + tally["kept"]

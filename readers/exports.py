@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import read_json
+from checkpoint import put, read_json
 from readers.formats import (
     encoded,
+    exr_codec,
     flo_bytes,
     known_values,
     read_classes,
@@ -55,11 +56,14 @@ def endings(task):
 
 
 def parse_formats(text, tasks):
-    """"npy,exr" -> ("npy", "exr"). ValueError: an unknown one, or one that fits none of these tasks (tasks.Task)."""
+    """"npy,exr" -> ("npy", "exr"). ValueError: an unknown one, one that fits none of these tasks (tasks.Task), or
+    EXR where there is no codec for it."""
     forms = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     unknown = [form for form in forms if form not in FORMATS]
     if unknown or not forms:
         raise ValueError(f"unknown format {', '.join(unknown) or repr(text)}: choose from {', '.join(FORMATS)}")
+    if "exr" in forms:
+        exr_codec("--format exr")
     for form in forms:
         if not any(fits(task, form) for task in tasks):
             able = {task.name: [f for f in FORMATS if fits(task, f)] for task in tasks}
@@ -76,20 +80,29 @@ def note_of(path):
 # ---- writing ----
 
 def encode(x, task, form):
-    """(H,W,C) map of a task, unknown pixels NaN (classes: ids, 255) -> [(ending, bytes of a file), ...]: the map, and
-    but for npy its note. ValueError: unknown pixels in a PNG whose numbers all mean something."""
-    ending, scale, offset = FORMATS[form], 1.0, 0.0
+    """Map of a task, (H,W,C) or of one channel (H,W), unknown pixels NaN (classes: ids, 255) -> [bytes of the file,
+    but for npy those of its note]. ValueError: unknown pixels in a PNG without a mark for them."""
+    scale, offset = 1.0, 0.0
+    x = x.reshape(*x.shape[:2], -1)
     if task.categorical:
         x = x.astype(np.uint8)
     elif form == "png16":
         x, scale, offset = quantised(x, task)
     if form == "npy":
         buffer = io.BytesIO()
-        np.save(buffer, x[..., 0] if task.categorical else x)
-        return [(ending, buffer.getvalue())]
-    data = flo_bytes(x) if form == "flo" else encoded(x, ending)
+        np.save(buffer, x[..., 0] if task.channels == 1 else x)
+        return [buffer.getvalue()]
+    data = flo_bytes(x) if form == "flo" else encoded(x, FORMATS[form])
     note = {"task": task.name, "unit": task.unit, "value": "stored x scale + offset", "scale": scale, "offset": offset}
-    return [(ending, data), (f"{ending}.json", json.dumps(note, indent=1).encode())]
+    return [data, json.dumps(note, indent=1).encode()]
+
+
+def save(path, x, task, form):
+    """encode(x, task, form) as path and, before it, its note."""
+    data, *note = encode(x, task, form)
+    if note:
+        put(note_of(path), *note)
+    put(path, data)
 
 
 def quantised(x, task):

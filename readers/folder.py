@@ -52,10 +52,10 @@ def split_by_name(stems):
     return {"train": sorted(ordered[:val]), "val": sorted(ordered[val:test]), "test": sorted(ordered[test:])}
 
 
-def same_aspect(a, b):
+def same_aspect(a, b, most=SAME_ASPECT):
     """Whether images of sizes a and b, (H,W) each, have about the same ratio of width and height."""
     ratio = a[1] * b[0] / (a[0] * b[1])
-    return max(ratio, 1 / ratio) <= SAME_ASPECT
+    return max(ratio, 1 / ratio) <= most
 
 
 def reduced(h, w):

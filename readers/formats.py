@@ -203,17 +203,17 @@ def read_exr(path, channels=3):
     return image[..., :channels]
 
 
-def exr_codec(path):
-    """cv2, if it is built with OpenEXR; else a ValueError that says for which file it is needed, and the remedy."""
+def exr_codec(what):
+    """cv2, if it is built with OpenEXR; else a ValueError that says what needs it, and the remedy."""
     cv2 = opencv()
     if re.search(r"OpenEXR:\s+NO", cv2.getBuildInformation()):
-        raise ValueError(f"{path} needs OpenEXR, which OpenCV {cv2.__version__} is built without: "
+        raise ValueError(f"{what} needs OpenEXR, which OpenCV {cv2.__version__} is built without: "
                          "pip install 'opencv-python-headless<5'")
     return cv2
 
 
 def encoded(x, ending):
     """Numbers (H,W,1) or (H,W,3), RGB, as the bytes of a file: ".png" uint8 or uint16, ".exr" float32."""
-    cv2 = exr_codec("writing .exr") if ending == ".exr" else opencv()
+    cv2 = exr_codec("writing EXR") if ending == ".exr" else opencv()
     x = np.ascontiguousarray(x[..., ::-1])  # cv2's order is BGR
     return cv2.imencode(ending, x.astype(np.float32) if ending == ".exr" else x)[1].tobytes()

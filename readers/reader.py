@@ -133,9 +133,13 @@ class Reader:
         """Where to look when the label of a sample is wrong: its file, where it has one, else the sample's name."""
         return f"the {task} label of {self.title(i)}"
 
+    def stem(self, i):
+        """The name of a sample in its dataset, for files about it: the same in every split and for every subset."""
+        return "/".join(self.samples[i])
+
     def title(self, i):
         """The name of a sample."""
-        return "/".join((self.name, self.split, *self.samples[i]))
+        return f"{self.name}/{self.split}/{self.stem(i)}"
 
     def load(self, i, tasks, with_next=False):
         """Sample i -> {"name": str, "image": (H,W,3) uint8 RGB, "labels": {task: (H,W,C) float32, semantic uint8},

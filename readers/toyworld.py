@@ -325,6 +325,7 @@ class ToyWorld:
     all_labels: every task of every world, for evaluation. ValueError: an unknown world, split or task.
     """
 
+    crop = None
     train_crop, jitter, mix, vflip = {}, {}, {}, False  # as data.py reads them: flips only, evenly mixed
     depth_range = (0.1, 80.0)                           # metres, to which aligned depth is clipped in evaluation
     # Of the scenes: a latent cache made from others is refused. Change it with them (tests/test_toyworld.py tells).
@@ -341,6 +342,10 @@ class ToyWorld:
 
     def __len__(self):
         return self.n
+
+    def stem(self, i):
+        """The name of a sample, for files about it."""
+        return str(i)
 
     def indices(self, task):
         """Numbers of the samples that carry the task's label. Indoors no class is defined: no semantic label there."""

@@ -18,7 +18,7 @@ import sample
 import train
 from model import StableMTL
 from readers.folder import Folder
-from readers.formats import read_npy
+from readers.formats import read_exr, read_npy
 from readers.toyworld import ToyWorld
 from tasks import TASKS, Task, registry
 
@@ -100,10 +100,12 @@ def test_an_eighth_task_trains_evaluates_and_samples(registered, data, tiny_base
     assert a["trivial"]["folder"]["constant"]["inverse_depth"]["images"] == 2
     assert b["delta_m"] == 0 and "| folder | inverse_depth | MAE ↓ |" in capsys.readouterr().out
 
-    argv = [str(data / "images/0.png"), "--ckpt", str(out), "--output", str(tmp_path / "maps"), "--attention"]
+    argv = [str(data / "images/0.png"), "--ckpt", str(out), "--output", str(tmp_path / "maps"), "--attention",
+            "--format", "npy,exr"]
     assert sample.main(argv) == 0
     array = np.load(tmp_path / "maps/0/inverse_depth.npy")
     assert array.shape == (16, 24) and 0 <= array.min() <= array.max() <= 1
+    assert (read_exr(tmp_path / "maps/0/inverse_depth.exr", 1)[..., 0] == array).all()
     assert Image.open(tmp_path / "maps/0/inverse_depth.png").size == (24, 16)
     attention = json.loads((tmp_path / "maps/0/attention.json").read_text())["mean"]
     assert set(attention["inverse_depth"]) == {"depth", "optical_flow"} and "inverse_depth" in attention["depth"]

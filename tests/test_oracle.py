@@ -69,7 +69,7 @@ def test_what_the_streams_are_told(tmp_path):
     for t in ALL[1:]:
         expected = m.encode(torch.stack([item["labels"][t] for item in flips]))
         assert (told[t] - expected).abs().max() < 2e-3 * expected.abs().max()       # float16
-    _, maps = next(data.test_batches(rooms, ALL, 1, 0))[0]
+    _, maps, _ = next(data.test_batches(rooms, ALL, 1, 0))[0]
     again = oracle.encoded(m, [maps])
     assert not again["semantic"].any()
     assert all((again[t] - told[t][:1]).abs().max() < 2e-3 * told[t].abs().max() for t in ALL[1:])

@@ -135,8 +135,8 @@ def measure(model, reader, limit, batch=16):
     """evaluate.py's metrics of a test set, with the truth of the other tasks in the streams -> {task: metrics}."""
     scores, wanted, device = {}, labelled(reader, model.tasks), next(model.parameters()).device
     for group in test_batches(with_truth(reader), model.tasks, batch, 0, limit):
-        labels = [maps for _, maps in group]
-        frames = [torch.stack(f).to(device) for f in zip(*(f for f, _ in group), strict=True)]
+        labels = [maps for _, maps, _ in group]
+        frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
         model.truth = encoded(model, labels)
         tasks = [t for t in labels[0] if t in wanted]
         predicted = network_maps(model, *frames, tasks=tasks)
