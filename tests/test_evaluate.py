@@ -117,11 +117,11 @@ def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, caps
 def test_results_of_other_weights_are_not_reused(tiny_ckpt_1, tmp_path):
     """A test set's fingerprint changes with any weight, the size and the samples, and with nothing else there."""
     copy = shutil.copytree(tiny_ckpt_1, tmp_path / "copy")
-    args = type("Args", (), {"ckpt": str(copy), "limit": 1, "json": ""})()
+    args = type("Args", (), {"ckpt": str(copy), "limit": 1, "json": "", "decoder": None})()
     world = ToyWorld("rooms", "test", 2)
 
     def key(size=(32, 48), reader=world):
-        return evaluate.fingerprint(evaluate.settings(args, copy, size), [reader])
+        return evaluate.fingerprints(evaluate.settings(args, copy, size), [reader], [])[reader.name]
     first = key()
     (copy / "results.json").write_text("{}")
     args.json = "elsewhere"
