@@ -190,7 +190,7 @@ def main(argv=None):
     auxiliary = StableMTL.load(args.ckpt, 1, device)
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]
     everything = [with_truth(r) for r in readers]
-    with locked(out), (out / "log.jsonl").open("w") as log:
+    with locked(out), (out / "log.jsonl").open("w", buffering=1) as log:
         # ---- the truth of all training scenes; kept until all is done, for a run that was stopped ----
         cache = LatentCache(out / "cache", everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
         cache.create(everything, auxiliary)

@@ -75,7 +75,7 @@ def perform(job, args):
     continue from."""
     measured, flags = job.out / "evaluation.json", VARIANTS[job.variant].flags.split()
     test = ["--trivial", "0", "--limit", str(args.limit), "--device", str(parse_device(args.settings["device"])),
-            "--json", str(measured)]
+            "--json", str(measured), *args.alone[:2]]
     argv = command(job, args) if job.program == "train.py" else []
     job.out.mkdir(parents=True, exist_ok=True)
     with (job.out / "output.txt").open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
@@ -219,7 +219,7 @@ def parse(argv):
     args.steps2 = args.steps2 or PRESETS[first.preset]["steps"][2]
     args.single_steps = args.single_steps or max(1, round(args.steps / len(args.tasks)))
     args.settings = {k: v for k, v in dataclasses.asdict(first).items() if k not in FREE}
-    args.alone = ["--processes", "1", "--threads", "1"] if args.jobs > 1 else []
+    args.alone = ["--processes", "1", "--threads", "1"] if args.jobs > 1 else []     # evaluate.py takes the first
     # no held-out samples: the last checkpoint is the one that is measured
     args.train = ["--cache", str(Path(args.out) / "cache"), "--val-samples", "0", *args.alone, *flags]
     return args
