@@ -47,6 +47,7 @@ from checkpoint import locked, write_json
 from data import Mixture, labelled, loader, parse_drop, test_batches, test_readers, train_readers, whole_cells
 from evaluate import table
 from infer import network_maps
+from losses import LatentObjective
 from metrics import METRICS
 from model import StableMTL
 from readers.toyworld import ToyWorld
@@ -110,12 +111,13 @@ def fit(model, mixture, streams, cfg, log):
     """Train what is trained of the model for cfg.steps, as train.py does. FloatingPointError if it diverges."""
     device, start = next(model.parameters()).device, time.time()
     optimizer = train.make_optimizer(cfg, train.trainable(model))
+    objective = LatentObjective(model, {"latent": 1.0}, encode=False, streams=streams)
     autocast, scaler = train.precision(cfg, device)
     train.set_mode(model, True)
     with tqdm(total=cfg.steps, desc=("auxiliary UNet", "stage 2")[cfg.stage - 1], mininterval=2) as bar:
         for step, fetched in enumerate(loader(mixture, 0, cfg.steps, 0)):
             batches = fetched["batches"]
-            done = train.optimizer_step(cfg, step, model, batches, False, optimizer, autocast, scaler, streams)
+            done = train.optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler)
             if not done.finite and not scaler:
                 raise FloatingPointError(f"step {step} of stage {cfg.stage}: loss {done.losses}: lower --lr")
             loss = sum(done.losses.values())
@@ -172,8 +174,8 @@ def parse(argv):
     cfg = settings.parse_args(["--stage", "2", "--out", args.ckpt, "--seed", str(args.seed), *steps, *flags])
     if cfg.data:
         raise ValueError(f"{args.ckpt} was trained on {cfg.data}: every task's truth is known in the toy worlds only")
-    if cfg.attention != "n-to-1" or settings.parse_loss(cfg.loss).keys() != {"latent"}:
-        raise ValueError("the truth reaches frozen streams, as latents: leave out --attention n-to-n and --loss")
+    if (cfg.attention, cfg.loss, cfg.frozen) != ("n-to-1", "latent", "fp32"):
+        raise ValueError("the truth reaches frozen streams, as latents: leave out --attention, --loss and --frozen")
     if (Path(args.out) / "results.json").is_file():
         raise ValueError(f"{args.out} already holds a result: name another --out, or delete that folder")
     return args, cfg
@@ -186,7 +188,7 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads or 1)
     train.keep_memory()
     size, cfg.overwrite = parse_size(cfg.size), True        # whatever stage 2 is there: nothing is written to --ckpt
-    model = train.build_model(cfg, parse_tasks(cfg.tasks)).to(device)
+    model = train.build_model(cfg, parse_tasks(cfg.tasks), train.finished_stages(cfg)).to(device)
     auxiliary = StableMTL.load(args.ckpt, 1, device)
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]
     everything = [with_truth(r) for r in readers]
