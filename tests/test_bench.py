@@ -3,6 +3,7 @@ import json
 from functools import partial
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import run
 from tasks import TASKS
-from tools import bench, bench_memory
+from tools import bench, bench_memory, gpu_report
 
 ALL = tuple(TASKS)
 
@@ -196,3 +197,69 @@ def test_mistakes_end_in_a_sentence_before_the_work(flags, sentence, monkeypatch
     assert run(lambda: bench.main(flags.split())) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+# ---- the report of a GPU ----
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_the_plain_program_predicts_the_same(multi):
+    """What the report compares with encodes 2 x 7 + 7 x 7 = 63 frames (single stream: 9) where predict encodes 2, and
+    gives the same maps."""
+    model, encodes = tiny.model(multi=multi), []
+    image, following = (torch.rand(1, 3, 16, 24) * 2 - 1 for _ in range(2))
+    expected = model.predict(image, following)
+    encode = model.encode
+    model.encode = lambda x: encodes.append(1) or encode(x)
+    found = gpu_report.plain(model, image, following)
+    assert len(encodes) == (63 if multi else 9) and found.keys() == expected.keys()
+    for t, x in expected.items():
+        agrees = torch.isclose(found[t].float(), x.float(), atol=1e-4)
+        assert agrees.float().mean() > (0.99 if TASKS[t].categorical else 0.9999), t
+
+
+@pytest.fixture
+def short_report(small_toy, monkeypatch):
+    """Two steps of training, and graphs captured as ever but run without generating code."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile(self, backend="eager", **options))
+    monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setattr(gpu_report, "TOY_RUN", "--stage 1 --steps 2 --scenes 2 --size 16x24 --batch 2 --micro 2 "
+                        "--val-samples 0 --picture-every 0 --processes 1 --cache none --tasks depth,normal")
+
+
+REPORT = ["--base", "toy", "--device", "cpu", "--size", "16x16", "--tasks", "2", "--micro", "1"]
+
+
+def test_report(short_report, tmp_path, capsys):
+    """Every section, on the CPU at a small size: compiled equals eager, bf16 follows, the toy run agrees with itself;
+    rows of both streams, of training with each switch, and the table has them."""
+    assert run(lambda: gpu_report.main([*REPORT, "--json", str(tmp_path / "out.json")])) == 0
+    text, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    apart = {(r["stream"], r["how"]): r["difference"] for r in result["agreement"]}
+    assert all(apart[kind, "fp32"] == 0 and apart[kind, "fp32, compiled"] < 1e-5 for kind in bench.KINDS)
+    assert all(0 < apart[kind, how] < 0.1 for kind in bench.KINDS for how in ("bf16", "bf16, compiled"))
+    seen = {(r["stream"], r["how"], r["tasks"]) for r in result["prediction"]}
+    assert {("single", "bf16", 1), ("single", "bf16, plain", 2), ("multi", "bf16", 2), ("multi", "fp32, plain", 2),
+            ("multi", "bf16, small decoder", 2), ("multi", "bf16, compiled", 2)} <= seen
+    assert {(r["training"], r["how"]) for r in result["training"]} == {
+        (f"stage {stage}, {source}", how) for stage in (1, 2) for source in ("cached latents", "images")
+        for how, _ in gpu_report.SPEEDS}
+    assert [r["run"] for r in result["toy"]] == ["cpu, fp32", "cpu, fp32", "cpu, bf16"]
+    assert result["toy"][1]["mean of all"] == 0 and result["toy"][2]["mean of all"] < 0.05
+    assert result["left out"] == []
+    assert "| multi | bf16, plain | ms |" in text and "| stage 2, images | channels-last, compiled |" in text
+
+
+def test_a_report_without_time(short_report, capsys):
+    """Nothing starts after the minutes given, and the table names what is missing."""
+    assert run(lambda: gpu_report.main([*REPORT, "--minutes", "0"])) == 0
+    assert "did not suffice for all of: agreement, prediction, training, toy." in capsys.readouterr().out
+
+
+def test_a_lack_of_memory_is_a_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def much():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert gpu_report.attempt(much) == {"failed": "out of memory"}
+    assert gpu_report.number({"failed": "out of memory"}, "seconds") == "out of memory"

@@ -188,9 +188,9 @@ def adapt(module, args):
         compile_blocks(module)
 
 
-def measured(f, images, device, graph=False):
+def measured(f, images, device, graph=False, repeats=None):
     """{"seconds" (median after a burn-in), "images_per_s", "gigabytes" (peak on a GPU, else None)} of f(), which
-    handles `images` images."""
+    handles `images` images; repeats: how often it is timed, by default 20 times on a GPU, else 3."""
     cuda = device.type == "cuda"
     synchronise = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, list)
     gc.collect()        # earlier models are cycles: their taps refer to them
@@ -205,7 +205,7 @@ def measured(f, images, device, graph=False):
         f = recorded.replay
     synchronise()
     times = []
-    for _ in range(20 if cuda else 3):
+    for _ in range(repeats or (20 if cuda else 3)):
         start = time.perf_counter()
         f()
         synchronise()
@@ -240,7 +240,7 @@ def training(args, tasks):
     return out
 
 
-def training_of(args, tasks, stage):
+def training_of(args, tasks, stage, repeats=None):
     """`training` of one stage, whose model is gone before that of the next is made."""
     model = assemble(networks(args.base, args.device, main=stage == 2), tasks, multi=stage == 2)
     adapt(model, args)
@@ -251,7 +251,7 @@ def training_of(args, tasks, stage):
     for source in ("cached latents", "images"):
         given = batches(model, args, tasks[-1], source)
         row = measured(partial(one_step, model, params, optimizer, given, source, args), len(given) * args.micro,
-                       args.device)
+                       args.device, repeats=repeats)
         out[f"stage {stage}, {source}"] = row | {"hours": STEPS[stage] * BATCH / row["images_per_s"] / 3600}
     return out
 
