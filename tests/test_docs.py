@@ -23,17 +23,18 @@ import settings
 import train
 from readers.folder import Folder
 from tasks import TASKS
-from tools import bench, convert, distil, oracle, study
+from tools import bench, convert, distil, gpu_report, oracle, study
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "sample.py": sample.main, "data.py": data.main,
          "tools.bench": bench.main, "tools.study": study.main, "tools.convert": convert.main,
-         "tools.distil": distil.main, "tools.oracle": oracle.main, "tests/kill.py": kill.main}
+         "tools.distil": distil.main, "tools.gpu_report": gpu_report.main, "tools.oracle": oracle.main,
+         "tests/kill.py": kill.main}
 # what these make of a command line before they act; of the other commands the flags alone are read
 PARSERS = {"train.py": settings.parse_args, "evaluate.py": evaluate.parse, "sample.py": sample.parse,
            "tools.bench": bench.parse, "tools.study": study.parse, "tools.distil": distil.parse,
-           "tools.oracle": oracle.parse}
+           "tools.gpu_report": gpu_report.parse, "tools.oracle": oracle.parse}
 FOREIGN = {"--nproc_per_node"}      # a flag of torchrun
 EXAMPLES = {"readers/mine.py"}      # files that a reader of the pages would write
 
