@@ -26,6 +26,8 @@ class LatentCache:
     palette, size or state of a dataset is refused (ValueError).
     """
 
+    flag = "--cache"
+
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays = Path(folder), {}
         self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers}}
@@ -43,7 +45,7 @@ class LatentCache:
             was = old["datasets"].get(name, facts)
             differs += [f"{k} of {name} {was.get(k)}, now {facts[k]}" for k in facts if facts[k] != was.get(k)]
         if differs:
-            raise ValueError(f"--cache {folder} was made for something else ({'; '.join(differs)}): "
+            raise ValueError(f"{self.flag} {folder} was made for something else ({'; '.join(differs)}): "
                              "name another folder or delete this one")
         self.about["datasets"] = {**old["datasets"], **new}
 
@@ -80,8 +82,8 @@ class LatentCache:
                                  f"delete {self.folder / reader.name}, it is built again") from error
         return self.arrays[key]
 
-    def get(self, reader, index, tasks, flip):
-        """The cached counterpart of `prepare`, as float32 latents."""
+    def get(self, reader, index, tasks, flip, seed=None):
+        """The cached counterpart of `prepare`, as float32 latents. seed: not needed, nothing is drawn."""
         def take(name):
             return torch.from_numpy(np.array(self.array(reader, name)[index, int(flip)]))
         before = prefix(reader, tasks)

@@ -225,7 +225,7 @@ class Mixture(Dataset):
 
     def one(self, tasks, reader, index, flips, seed):
         if self.cache is not None:
-            return self.cache.get(reader, index, tasks, flips[0])
+            return self.cache.get(reader, index, tasks, flips[0], seed)
         return prepare(reader, index, tasks, self.codecs, flips, np.random.default_rng(seed), self.with_next)
 
     def __getitem__(self, step):

@@ -259,7 +259,7 @@ def compared(task, result, before):
     return {"VAE's decoder": f"{was:.4g}", "change": f"{100 * (now / was - 1):+.2f}%" if was else ""}
 
 
-TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "isolation", "loss",
+TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "pseudo", "isolation", "loss",
         "heads", "shared_qkv", "main_init", "attention", "rho", "mask")
 TOLD_OTHERS = "system", "options", "tasks", "drop"      # of the other systems
 

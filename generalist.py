@@ -102,7 +102,8 @@ class Generalist(StableMTL):
         if (unet.config.in_channels, unet.config.out_channels) != (taken, given):
             raise ValueError(f"its unet goes from {unet.config.in_channels} to {unet.config.out_channels} channels; "
                              f"{space} space and {condition} frames need {taken} to {given}")
-        self.coding = f", {space} labels, {'latent' if condition == 'latent' else 'raw'} frames"
+        seen = "latent" if condition == "latent" else "raw"
+        self.coding = "" if space == seen == "latent" else f", {space} labels, {seen} frames"
         self.seeds = None       # of the noise that DDIM starts from, one per image of the batch
 
     @classmethod

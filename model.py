@@ -48,7 +48,8 @@ class StableMTL(nn.Module):
         for t in self.tasks:
             self.register_buffer(f"token_{t}", tokens[t].float(), persistent=False)
         self.codecs = {t: registry(palette)[t] for t in self.tasks}
-        self.palette, self.second_frame, self.coding = palette, second_frame, ""
+        self.palette, self.second_frame = palette, second_frame
+        self.coding = ""                        # of frames and labels, where it is not the VAE's: what a cache goes by
         self.main, self.attention, self.multi = None, None, None
         self.decoder = None                     # a small AutoencoderTiny that decodes in the VAE's place
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode

@@ -15,6 +15,7 @@ import cli
 import toy
 from attention import ATTENTIONS, MASKS, QUERY_INITS
 from checkpoint import read_config
+from discovery import MASKS as PSEUDO_MASKS
 from generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
 from loading import read_model_json
 from memory import OPTIMIZERS
@@ -52,6 +53,11 @@ class Config:
     tasks: str = setting("all", "comma-separated; one task alone is the single-task baseline; all = all with labels")
     drop: str = setting("", "labels left out, dataset:task,... (paper Table 3)")
     palette: str = setting("cityscapes", "colours that code the classes", tuple(PALETTES))
+    pseudo: str = setting("", "folder of python -m tools.discover: a teacher's labels where a dataset has none")
+    pseudo_mask: str = setting("half", "which of them count: the half that the teacher is surest of, all (none), or "
+                               "each latent cell the less often the less sure (weighted)", PSEUDO_MASKS)
+    pseudo_weight: float = setting(0.5, "how often such a dataset is drawn, a labelled one having weight 1 or less",
+                                   kind=cli.number(0, ends=False))
     # model
     widths: str = setting(None, "comma-separated widths of a fresh toy UNet instead of the base's; empty = the base's")
     second_frame: str = setting("concat", "how the second frame enters", SECOND_FRAMES)
@@ -140,7 +146,8 @@ INHERITED = ("preset", "data", "base", "cache", "scenes", "size", "skip_bad", "t
 AXES = ("space", "objective", "condition", "input_scale", "ddim_steps")      # of the Generalist
 SETTLED = ("base", "tasks", "palette", "second_frame", *AXES)      # of these, what the model cannot change afterwards
 # settings that mean nothing to the other systems
-OURS = ("base", "palette", "widths", "second_frame", *AXES, "init", "isolation", "loss", "compile", "checkpointing")
+OURS = ("base", "palette", "widths", "second_frame", *AXES, "pseudo", "pseudo_mask", "pseudo_weight", "init",
+        "isolation", "loss", "compile", "checkpointing")
 ANYTIME = ("resume", "out", "processes", "threads", "workers", "steps", "track")     # what --resume may set anew
 
 
@@ -231,7 +238,8 @@ def idle_flags(cfg):
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
           "rho_after", "main_lr", "freeze_main", "clip_apart", "lora", "frozen"),
          cfg.stage == 1 and "it belongs to --stage 2"),
-        (AXES, cfg.stage == 2 and "it belongs to --stage 1"),
+        ((*AXES, "pseudo", "pseudo_mask", "pseudo_weight"), cfg.stage == 2 and "it belongs to --stage 1"),
+        (("pseudo_mask", "pseudo_weight"), not cfg.pseudo and "it is about --pseudo"),
         (("input_scale", "ddim_steps"), cfg.objective == "regress" and "it goes with --objective diffuse"),
         (("loss",), axes(cfg) and "with --space, --objective or --condition the loss is that of what the UNet gives"),
         (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),

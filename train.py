@@ -12,7 +12,6 @@ On the CPU it is one process of one thread per core (--processes), which changes
 model (StableMTL.save), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
 """
 import contextlib
-import ctypes
 import dataclasses
 import json
 import math
@@ -42,6 +41,7 @@ from attention import WATCHED, watched
 from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
 from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers
+from discovery import read_pseudo
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from generalist import Generalist
 from loading import read_model_json
@@ -248,14 +248,6 @@ def compile_blocks(model):
     return model
 
 
-def keep_memory():
-    """Let glibc keep freed memory: returning every activation to the system costs a third of a step on the CPU."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-3, 1 << 30), (-1, 2**31 - 1), (-2, 1 << 28)):   # mmap and trim threshold, top pad
-            libc.mallopt(option, value)
-
-
 def commit():
     """The code's git commit, or None outside a checkout."""
     git = ["git", "rev-parse", "HEAD"]
@@ -301,7 +293,7 @@ def number_of_processes(cfg):
 
 def ranked(rank, world, cfg, saved, tensors, meeting="env://"):
     """`train` as one of `world` processes, which meet at the address `meeting`."""
-    keep_memory()
+    cli.keep_memory()
     device = cli.parse_device(cfg.device)
     if device.type == "cpu" and (cfg.threads or world > 1 or not cfg.base):
         torch.set_num_threads(cfg.threads or 1)
@@ -334,6 +326,7 @@ def train(rank, world, device, cfg, saved, tensors):
     if world > 1:
         dist.barrier()    # nobody writes to --out before everybody has read it
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
+    everything = readers
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
     if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
@@ -348,13 +341,17 @@ def train(rank, world, device, cfg, saved, tensors):
     # ---- one task per optimizer step; some samples held out; what is computed once ----
     place = {"auto": "" if cfg.data or decoded else str(out / "cache"), "none": ""}
     place = place.get(cfg.cache, cfg.cache)
+    if cfg.pseudo and not place:
+        raise ValueError(f"--pseudo {cfg.pseudo} are latents, and go with a latent cache: add --cache <folder>")
     if place and decoded:
         raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
     drop = parse_drop(cfg.drop, [r.name for r in readers])
     joint = system.joint or cfg.stage == 2 and cfg.attention == "n-to-n"
     options = {"skip_bad": cfg.skip_bad, "with_next": joint or cfg.stage == 2, "rank": rank, "world": world}
-    mixture = Mixture(readers, model.tasks, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, drop,
-                      cfg.isolation, joint, **options)
+    coding = fingerprint(model.vae.state_dict()) + model.coding
+    pseudo = read_pseudo(cfg, everything, coding, model.tasks, drop) if cfg.pseudo else None
+    mixture = Mixture(readers + (pseudo.cells if pseudo else []), model.tasks, codecs, cfg.batch, cfg.micro,
+                      cfg.seed + 1000 * cfg.stage, drop, cfg.isolation, joint, **options)
     held_out, shown = None, readers
     if cfg.val_samples:
         try:
@@ -366,7 +363,6 @@ def train(rank, world, device, cfg, saved, tensors):
     with locked(out) if chief else contextlib.nullcontext():
         skipped, streams = [], None
         if place:
-            coding = fingerprint(model.vae.state_dict()) + model.coding
             mixture.cache = LatentCache(place, readers, coding, cfg.palette)
             if chief:
                 mixture.cache.create(readers, model)
@@ -376,6 +372,8 @@ def train(rank, world, device, cfg, saved, tensors):
             skipped += mixture.cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world)
             if world > 1:
                 dist.barrier()
+        if pseudo:
+            mixture.cache = pseudo.beside(mixture.cache, model)
         if cfg.frozen == "bf16":        # now: a cache is the same with and without it
             freeze_in_bf16(model)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:

@@ -10,8 +10,8 @@ FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if p.parent
 # what made them knows nearly everything.
 FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "memory", "track", "toy", "stock"),
           ("readers", "infer", "model", "generalist", "metrics", "confidence", "photometric"), ("data",),
-          ("cache", "losses", "predictions"), ("toy.make", "baselines"), ("sample", "evaluate", "settings"), ("train",),
-          ("tools",)]
+          ("cache", "losses", "predictions", "discovery"), ("toy.make", "baselines"),
+          ("sample", "evaluate", "settings"), ("train",), ("tools",)]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from losses import step_gradients, sync_gradients
 from settings import PRESETS
-from train import keep_memory, trainable
+from train import trainable
 
 ROWS = [(1, "cached latents"), (2, "cached latents and streams"), (2, "cached latents")]
 LOADS = {"busy": "while True: pass",
@@ -56,7 +56,7 @@ class Known:
 
 def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch, steps, meeting):
     """Median time of train.py's optimizer step of `batch` samples of one task, shared by `world` processes."""
-    keep_memory()
+    cli.keep_memory()
     torch.set_num_threads(threads)
     if world > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)

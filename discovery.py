@@ -1,0 +1,205 @@
+"""Label discovery: a trained model's predictions as labels where a training set has none. HiTTs' idea on StableMTL, our
+adaptation.
+
+    cell      a training set and a task of one frame, not of classes, that it has no label of
+    label     the latent that a teacher predicts for the image as it is; it enters StableMTL's one loss as it stands
+    doubt     how far the teacher disagrees with itself on the mirrored image, in [0,1], one number per latent cell
+
+A student starts from the base as its teacher did, sees the images of these cells with their colours changed, and takes
+the labels that a mask leaves. What is labelled keeps its labels.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cache import LatentCache
+from checkpoint import read_json
+from confidence import agreement, turned
+from data import labelled, mirror, prepare, whole_cells
+from tasks import TASKS
+
+MASKS = ("half", "none", "weighted")
+JITTER = (0.2, 0.2, 0.2, 0.0)       # of a student's images; no hue: the labels of albedo follow it
+ABOUT = {"vae": str, "datasets": {str: dict}, "cells": {str: [str]}, "teacher": str}
+
+
+def unlabelled(readers, tasks, drop):
+    """{dataset: the tasks that it has a cell of}: of one frame, not of classes, without any label left by `drop`."""
+    def known(reader):
+        return set(labelled(reader, tasks)) - drop.get(reader.name, set())
+    can = [t for t in tasks if TASKS[t].frames == 1 and not TASKS[t].categorical]
+    cells = {r.name: [t for t in can if t not in known(r)] for r in readers}
+    return {name: found for name, found in cells.items() if found}
+
+
+class Cell:
+    """A training set and one task of it, for data.Mixture: a reader of the images, with a weight of its own.
+
+    weight: of the draw of a dataset, where the labelled ones have theirs (reader.mix).
+    """
+
+    vflip, train_crop = False, {}
+    jitter = {None: JITTER}         # of samples that are loaded without a label
+
+    def __init__(self, reader, task, weight):
+        self.reader, self.tasks, self.size, self.mix = reader, (task,), reader.size, {task: weight}
+        self.name, self.load = f"{reader.name} (pseudo)", reader.load
+
+    def __len__(self):
+        return len(self.reader)
+
+    def indices(self, task):
+        return range(len(self))
+
+
+class PseudoLabels(LatentCache):
+    """The labels of cells in a folder, as a LatentCache keeps latents:
+
+        <folder>/<dataset>/<task>.npy   (samples, 2 flips, 4, h, w) float16, done.npy
+        <folder>/<dataset>/<task>_doubt.npy   (samples, 2, 1, h, w) float16; infinite where there is no label
+
+    cells: {dataset: tasks}; teacher: what made them. ValueError if the folder is of something else.
+    """
+
+    flag = "--pseudo"
+
+    def __init__(self, folder, readers, vae_hash, cells, teacher):
+        super().__init__(folder, [r for r in readers if r.name in cells], vae_hash, "any")
+        old = read_json(self.folder / "cache.json", "", ABOUT) if (self.folder / "cache.json").is_file() else {}
+        for key, now in (("cells", cells), ("teacher", teacher)):
+            if old.get(key, now) != now:
+                raise ValueError(f"{folder} holds pseudo labels of other {key} ({old[key]}, now {now}): name another "
+                                 "folder or delete this one")
+        self.about |= {"cells": cells, "teacher": teacher}
+        self.readers = [r for r in readers if r.name in cells]
+
+    def layout(self, reader, model):
+        h, w = (s // model.factor for s in reader.size)
+        out = {"done": ((len(reader),), bool)}
+        for t in self.about["cells"][reader.name]:
+            out[t] = (len(reader), 2, model.out_channels, h, w), np.float16
+            out[f"{t}_doubt"] = (len(reader), 2, 1, h, w), np.float16
+        return out
+
+    # -- the teacher --
+
+    def discover(self, model, batch, truth=None):
+        """Fill in what is not there yet: the model's predictions, or the labels of `truth`, {dataset: reader}."""
+        self.create(self.readers, model)
+        for reader in self.readers:
+            arrays = {name: self.array(reader, name, "r+") for name in self.layout(reader, model)}
+            todo, tasks = np.flatnonzero(~arrays["done"]), tuple(self.about["cells"][reader.name])
+            for i in tqdm(range(0, len(todo), batch), f"labels of {reader.name}", disable=not len(todo), leave=False):
+                part = todo[i:i + batch]
+                found = _true(model, truth[reader.name], part, tasks) if truth else _told(model, reader, part, tasks)
+                for t, (latents, doubt) in found.items():
+                    arrays[t][part], arrays[f"{t}_doubt"][part] = (x.cpu().half().numpy() for x in (latents, doubt))
+                for array in arrays.values():
+                    array.flush()
+                arrays["done"][part] = True
+        self.arrays.clear()
+
+    # -- the student --
+
+    def begin(self, cells, mask):
+        """Those of `cells`, each a Cell, of which `mask` leaves a part."""
+        self.cells, self.mask, self.middle = cells, mask, {}
+        for t in {c.tasks[0] for c in cells}:
+            doubts = [self.doubt(c)[:, 0].ravel() for c in cells if c.tasks == (t,)]
+            self.middle[t] = float(np.median(np.concatenate([d[np.isfinite(d)] for d in doubts]).astype(np.float32)))
+        return self
+
+    def doubt(self, cell):
+        return self.array(cell.reader, f"{cell.tasks[0]}_doubt")
+
+    def beside(self, cache, model):
+        """With the latent cache of the labelled datasets: what the mixture reads from."""
+        self.cache, self.model = cache, model
+        return self
+
+    def get(self, reader, index, tasks, flip, seed):
+        """A sample of a cell, its colours and weighted mask drawn from the seed; of other readers the cache's."""
+        if not isinstance(reader, Cell):
+            return self.cache.get(reader, index, tasks, flip, seed)
+        (task,), rng = tasks, np.random.default_rng(seed)
+        frame = prepare(reader, index, (), {}, (flip, False), rng, with_next=False)["frames"][0]
+        with torch.no_grad():
+            seen = self.model.see(frame[None].to(next(self.model.parameters()).device))[0].float().cpu()
+        doubt = torch.from_numpy(np.array(self.doubt(reader)[index, int(flip)])).float()
+        label = torch.from_numpy(np.array(self.array(reader.reader, task)[index, int(flip)])).float()
+        kept = doubt.isfinite() & keep(self.mask, doubt, self.middle[task], rng)
+        return {"frames": [seen, seen], "labels": {task: label}, "valid": {task: kept}}
+
+
+def read_pseudo(cfg, readers, vae_hash, tasks, drop):
+    """The PseudoLabels of these tasks that --pseudo names: .cells are further datasets, and `get` gives their samples.
+
+    cfg: settings.Config; readers: of all training sets. FileNotFoundError: there are none; ValueError: they are
+    unfinished, or of something else, or one would replace a label.
+    """
+    about = read_json(f"{cfg.pseudo}/cache.json", f"no pseudo labels in {cfg.pseudo}: make them from a trained model "
+                      f"by python -m tools.discover --ckpt <folder> --to {cfg.pseudo}", ABOUT)
+    labels, cells = PseudoLabels(cfg.pseudo, readers, vae_hash, about["cells"], about["teacher"]), []
+    if absent := about["cells"].keys() - {r.name for r in readers}:
+        raise ValueError(f"--pseudo {cfg.pseudo} is about {', '.join(sorted(absent))}, which is not trained on here")
+    for reader in labels.readers:
+        if not labels.array(reader, "done").all():
+            raise ValueError(f"--pseudo {cfg.pseudo} is unfinished: run the same python -m tools.discover again")
+        for t in (t for t in about["cells"][reader.name] if t in tasks):
+            if t in labelled(reader, [t]) and t not in drop.get(reader.name, ()):
+                raise ValueError(f"--pseudo {cfg.pseudo} was made without the {t} labels of {reader.name}, which are "
+                                 f"here: --drop {reader.name}:{t}, or make pseudo labels anew")
+            cells.append(Cell(reader, t, cfg.pseudo_weight))
+    if not cells:
+        raise ValueError(f"--pseudo {cfg.pseudo} has no label of {', '.join(tasks)}")
+    return labels.begin(cells, cfg.pseudo_mask)
+
+
+def keep(mask, doubt, middle, rng):
+    """Which cells count, of doubts with this median. half: those up to it; none: all; weighted: each with probability
+    exp(-doubt / median), which in the mean over the steps is a loss with these weights."""
+    if mask == "half":
+        return doubt <= middle
+    if mask == "none":
+        return torch.ones_like(doubt, dtype=torch.bool)
+    return torch.from_numpy(rng.random(doubt.shape)) < torch.exp(-doubt / max(middle, 1e-6))
+
+
+def _flipped(x):
+    return torch.stack([x, x.flip(-1)], 1)
+
+
+@torch.no_grad()
+def _told(model, reader, indices, tasks):
+    """{task: (latents (B,2,4,h,w), doubts (B,2,1,h,w))} as the model tells it of images as they are."""
+    frames = [torch.stack(x) for x in zip(*(prepare(reader, int(i), (), {})["frames"] for i in indices), strict=True)]
+    device, out = next(model.parameters()).device, {}
+    upright, mirrored = (model(*(model.see(_turn(f, flip).to(device)) for f in frames), tasks) for flip in (0, 1))
+    one, other = model.codes(upright), model.codes(mirrored)
+    for t in tasks:
+        codec = model.codecs[t]
+        maps, mirror_maps = codec.decode(one[t]), turned(codec, codec.decode(other[t]))
+        doubt = 1 - torch.stack([agreement(codec, a, b) for a, b in zip(maps, mirror_maps, strict=True)])[:, None]
+        doubt = F.avg_pool2d(doubt.float(), model.factor)
+        out[t] = torch.stack([upright[t], mirrored[t]], 1), _flipped(doubt)
+    return out
+
+
+def _turn(x, flip):
+    return x.flip(-1) if flip else x
+
+
+@torch.no_grad()
+def _true(model, reader, indices, tasks):
+    """The same of true labels: no doubt where a whole latent cell is valid, infinite doubt elsewhere."""
+    device, out = next(model.parameters()).device, {t: ([], []) for t in tasks}
+    for i in indices:
+        upright = prepare(reader, int(i), tasks, model.codecs)
+        both = upright, mirror(upright, model.codecs, -1)
+        for t in tasks:
+            codes = torch.stack([item["labels"][t] for item in both]).to(device)
+            cells = whole_cells(torch.stack([item["valid"][t] for item in both]), model.factor)
+            out[t][0].append(model.latents({t: codes})[t])
+            out[t][1].append(torch.where(cells, 0.0, torch.inf))
+    return {t: tuple(torch.stack(x) for x in pair) for t, pair in out.items()}

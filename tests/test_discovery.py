@@ -1,0 +1,294 @@
+"""Label discovery: what a teacher says becomes a label where there is none, and nowhere else."""
+import json
+import math
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from kill import compare
+from made import Made
+from runs import TINY, saved, stop_at
+
+import discovery
+import evaluate
+import losses
+import train
+from cache import LatentCache, fingerprint
+from cli import run
+from confidence import agreement, turned
+from data import Mixture, prepare, train_readers
+from discovery import Cell, keep, read_pseudo, unlabelled
+from model import StableMTL
+from readers.toyworld import ToyWorld
+from tasks import TASKS
+from tools import discover
+
+pytestmark = pytest.mark.usefixtures("quick")
+TASKS_HERE = ("normal", "depth", "shading")
+SIZE, SCENES = (16, 24), 2
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_base, tmp_path_factory):
+    """Folder of a finished stage 1 of TASKS_HERE. Do not write there."""
+    out = tmp_path_factory.mktemp("teacher") / "out"
+    assert train.main(f"--base {tiny_base} --out {out} {TINY} --tasks {','.join(TASKS_HERE)}".split()) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pseudo(teacher, tmp_path_factory):
+    """Folder of what it says. Do not write there."""
+    to = tmp_path_factory.mktemp("pseudo") / "labels"
+    assert discover.main(f"--ckpt {teacher} --to {to} --samples 0".split()) == 0
+    return to
+
+
+def readers():
+    return train_readers("", SIZE, SCENES)
+
+
+def labels(folder, model, mask="half", tasks=TASKS_HERE, drop=None):
+    cfg = train.Config(pseudo=str(folder), pseudo_mask=mask)
+    return read_pseudo(cfg, readers(), fingerprint(model.vae.state_dict()), tasks, drop or {})
+
+
+# ---- which cells ----
+
+def test_cells_are_what_the_toy_worlds_lack():
+    """The six of the toy worlds, as of the real datasets they stand for; dropped labels count as missing; flows and
+    classes are never discovered."""
+    six = {"streets": ["shading", "albedo"], "things": ["normal", "depth", "shading", "albedo"]}
+    assert unlabelled(readers(), tuple(TASKS), {}) == six
+    assert unlabelled(readers(), ("semantic", "optical_flow", "depth"), {}) == {"things": ["depth"]}
+    dropped = unlabelled(readers(), tuple(TASKS), {"rooms": {"depth", "semantic"}})
+    assert dropped == {"rooms": ["depth"], **six}
+    some = Made("some", tasks=("normal", "depth"), labelled={"depth": [1], "normal": []})
+    assert unlabelled([some], ("normal", "depth"), {}) == {"some": ["normal"]}, "one label is enough to be labelled"
+
+
+# ---- what is stored ----
+
+def test_a_label_is_what_the_teacher_predicts(teacher, pseudo):
+    """Decoded, it is predict's map of the image as it is; the second flip that of the mirrored image."""
+    model, reader = StableMTL.load(teacher), ToyWorld("things", "train", SCENES, SIZE)
+    kept = labels(pseudo, model)
+    for t in TASKS_HERE:
+        for flip in (0, 1):
+            frame = prepare(reader, 1, (), {}, (bool(flip), False))["frames"][0][None]
+            z = torch.from_numpy(np.array(kept.array(reader, t)[1, flip]))[None].float()
+            found, told = TASKS[t].decode(model.codes({t: z})[t]), model.predict(frame, frame, [t])[t]
+            assert (found - told).abs().max() < 0.02 and told.std() > 0.01
+
+
+def test_doubt_is_the_disagreement_with_the_mirror(teacher, pseudo):
+    """One number per latent cell, the mean over its pixels; of the mirrored image it is the mirror image."""
+    model, reader = StableMTL.load(teacher), ToyWorld("things", "train", SCENES, SIZE)
+    image = prepare(reader, 0, (), {})["frames"][0][None]
+    for t in TASKS_HERE:
+        doubt = labels(pseudo, model).array(reader, f"{t}_doubt")[0].astype(np.float32)
+        upright, mirrored = (model.predict(x, x, [t])[t] for x in (image, image.flip(-1)))
+        sure = agreement(TASKS[t], upright[0], turned(TASKS[t], mirrored)[0])
+        mean = (1 - sure).unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2))
+        assert np.abs(doubt[0, 0] - mean.numpy()).max() < 5e-3 and doubt.max() > 0.01
+        assert (doubt[1] == doubt[0, ..., ::-1]).all() and 0 <= doubt.min() <= doubt.max() <= 1
+
+
+def test_truth_is_the_latent_of_the_true_label(teacher, tmp_path, capsys):
+    """--truth: the latents that a cache of the labels would hold; where a cell is not all valid there is no label."""
+    assert discover.main(f"--ckpt {teacher} --to {tmp_path / 'truth'} --truth --samples 2".split()) == 0
+    table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| things")]
+    assert {row[1].strip() for row in table} == set(TASKS_HERE)
+    model = StableMTL.load(teacher)
+    kept, world = labels(tmp_path / "truth", model, "none"), ToyWorld("things", "train", SCENES, SIZE, all_labels=True)
+    cell = next(c for c in kept.cells if (c.reader.name, c.tasks) == ("things", ("depth",)))
+    cache = LatentCache(tmp_path / "cache", [world], "", "cityscapes")
+    cache.create([world], model)
+    cache.build([world], model, TASKS)
+    kept.beside(cache, model)
+    for flip in (False, True):
+        want, got = cache.get(world, 1, ("depth",), flip), kept.get(cell, 1, ("depth",), flip, 0)
+        assert torch.equal(want["labels"]["depth"], got["labels"]["depth"])
+        assert torch.equal(want["valid"]["depth"], got["valid"]["depth"]) and got["valid"]["depth"].any()
+
+
+# ---- what training sees ----
+
+def test_masks():
+    """half: up to the median; none: all; weighted: in the mean over draws exp(-d / median)."""
+    doubt, rng = torch.tensor([[0.0, 0.1], [0.2, 0.4]]), np.random.default_rng(0)
+    assert keep("half", doubt, 0.15, rng).tolist() == [[True, True], [False, False]]
+    assert keep("none", doubt, 0.15, rng).all()
+    share = torch.stack([keep("weighted", doubt, 0.2, rng) for _ in range(4000)]).float().mean(0)
+    assert torch.allclose(share, torch.exp(-doubt / 0.2), atol=0.03)
+
+
+def test_half_of_the_cells_of_a_task_are_kept(teacher, pseudo):
+    """The threshold is the task's, over all datasets together."""
+    kept = labels(pseudo, StableMTL.load(teacher))
+    kept.beside(None, StableMTL.load(teacher))
+    for t in TASKS_HERE:
+        masks = [kept.get(c, i, (t,), False, 0)["valid"][t] for c in kept.cells if c.tasks == (t,) for i in range(2)]
+        share = torch.stack(masks).float().mean().item()
+        assert share == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_mixture_draws_them_with_their_weight(teacher, pseudo):
+    """shading: rooms has labels, streets and things have none: 1 to 0.5 to 0.5. depth: 1, 1, 0.5."""
+    kept = labels(pseudo, StableMTL.load(teacher))
+    assert {(c.name, c.tasks[0]) for c in kept.cells} == {
+        ("streets (pseudo)", "shading"), *(("things (pseudo)", t) for t in TASKS_HERE)}
+    mixture = Mixture(readers()[:2] + kept.cells, TASKS_HERE, TASKS, batch=50)
+    drawn = {t: Counter() for t in TASKS_HERE}
+    for step in range(120):
+        for (t,), reader, *_ in mixture.plan(step):
+            drawn[t][reader.name] += 1
+    for t, weights in (("shading", {"rooms": 2, "streets (pseudo)": 1, "things (pseudo)": 1}),
+                       ("depth", {"rooms": 2, "streets": 2, "things (pseudo)": 1})):
+        total, parts = sum(drawn[t].values()), sum(weights.values())
+        assert drawn[t].keys() == weights.keys()
+        for name, weight in weights.items():
+            assert drawn[t][name] / total == pytest.approx(weight / parts, abs=0.05)
+
+
+def test_samples_of_a_cell(teacher, pseudo):
+    """The label of that flip; the colours of the image drawn from the seed; a labelled dataset's are the cache's."""
+    model = StableMTL.load(teacher)
+
+    class Cache:
+        def get(self, *args):
+            return args
+    kept = labels(pseudo, model, "none").beside(Cache(), model)
+    cell, plain = kept.cells[-1], readers()[0]
+    t = cell.tasks[0]
+    assert kept.get(plain, 1, (t,), True, 7) == (plain, 1, (t,), True, 7)
+    one, again, other = (kept.get(cell, 1, (t,), True, seed) for seed in (7, 7, 8))
+    assert torch.equal(one["frames"][0], again["frames"][0]) and not torch.equal(one["frames"][0], other["frames"][0])
+    assert torch.equal(one["labels"][t], other["labels"][t])
+    assert torch.equal(one["labels"][t], torch.from_numpy(np.array(kept.array(cell.reader, t)[1, 1])).float())
+    clean = model.see(prepare(cell.reader, 1, (), {}, (True, False))["frames"][0][None])[0]
+    assert 0 < (one["frames"][0] - clean).abs().mean() < 0.5 * clean.abs().mean()
+
+
+def test_masked_cells_have_no_influence(teacher, pseudo, tmp_path):
+    """Labels where the mask is off, NaN too, change neither loss nor gradient."""
+    model, found = StableMTL.load(teacher), []
+    for damage in (0.0, math.nan):
+        kept = labels(shutil.copytree(pseudo, tmp_path / str(damage)), model).beside(None, model)
+        cell = next(c for c in kept.cells if c.tasks == ("depth",))
+        array, off = kept.array(cell.reader, "depth", "r+"), kept.doubt(cell) > kept.middle["depth"]
+        array[np.broadcast_to(off, array.shape)] += damage
+        array.flush()
+        mixture = Mixture([cell], ("depth",), TASKS, batch=4, cache=kept)
+        batches = mixture[0]["batches"]
+        plain = train.precision(train.Config(precision="fp32"), torch.device("cpu"))
+        loss = losses.step_gradients(model, batches, {"latent": 1.0}, False, torch.device("cpu"), *plain)
+        grads = [p.grad.clone() for p in model.unet.parameters() if p.grad is not None]
+        model.zero_grad()
+        found.append((loss["latent"], grads))
+    assert found[0][0] == found[1][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_labelled_cell_never_gets_a_pseudo_label(go, pseudo, tmp_path):
+    """Cells are those without labels; labels made while some were dropped are refused where these are back."""
+    stored = json.loads((pseudo / "cache.json").read_text())["cells"]
+    assert all(t not in r.tasks for r in readers() for t in stored.get(r.name, ()))
+    out, few = tmp_path / "few", f"--tasks {','.join(TASKS_HERE)}"
+    assert go(f"{few} --drop rooms:depth --out {out}")[0] == 0
+    assert discover.main(f"--ckpt {out} --to {tmp_path / 'labels'} --samples 0".split()) == 0
+    code, _, error = go(f"{few} --pseudo {tmp_path / 'labels'} --cache auto")
+    assert code == 2 and "was made without the depth labels of rooms" in error and "--drop rooms:depth" in error
+    assert go(f"{few} --pseudo {tmp_path / 'labels'} --drop rooms:depth --cache auto")[0] == 0
+
+
+# ---- commands ----
+
+def student(folder, flags=""):
+    return f"--tasks {','.join(TASKS_HERE)} --steps 4 --cache auto --pseudo {folder} {flags}"
+
+
+def test_resume_equals_uninterrupted(go, pseudo, tmp_path, monkeypatch, capsys):
+    """Also where colours and masks are drawn; evaluate.py says what the labels were."""
+    flags = student(pseudo, "--pseudo-mask weighted --pseudo-weight 4")
+    assert go(f"{flags} --out {tmp_path / 'whole'}")[0] == 0
+    stop_at(monkeypatch, "between", 2)
+    assert go(flags)[0] == 130
+    assert go("--resume")[0] == 0
+    assert compare(tmp_path / "whole", tmp_path / "out") == []
+    assert saved(tmp_path / "out")["train"]["pseudo_weight"] == 4
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert any("(pseudo)" in name for line in lines for name in line["dataset"])
+    assert evaluate.main(f"--ckpt {tmp_path / 'out'} --limit 1 --trivial 0 --workers 0".split()) == 0
+    assert f"pseudo {pseudo}" in capsys.readouterr().out
+
+
+def test_two_processes_and_one(go, pseudo, tmp_path):
+    """Every process takes its part of the same draws."""
+    runs = []
+    for n in (1, 2):
+        assert go(f"{student(pseudo)} --processes {n} --out {tmp_path / str(n)}")[0] == 0
+        lines = (tmp_path / str(n) / "log.jsonl").read_text().splitlines()
+        runs.append([json.loads(line)["loss"] for line in lines])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_an_interrupted_discovery_goes_on(teacher, pseudo, tmp_path, monkeypatch, capsys):
+    """Unfinished labels are refused; the same command does the rest, and what was there stays."""
+    calls, told = [], discovery._told
+
+    def stopped(model, reader, indices, tasks):
+        calls.append(indices)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return told(model, reader, indices, tasks)
+    monkeypatch.setattr(discovery, "_told", stopped)
+    flags = f"--ckpt {teacher} --to {tmp_path / 'labels'} --samples 0 --batch 1".split()
+    assert discover.main(flags) == 130 and "does the rest" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unfinished"):
+        labels(tmp_path / "labels", StableMTL.load(teacher))
+    assert discover.main(flags) == 0 and len(calls) == 2 + 3
+    for path in pseudo.rglob("*.npy"):
+        other = np.load(tmp_path / "labels" / path.relative_to(pseudo))
+        assert np.allclose(np.load(path).astype(np.float32), other.astype(np.float32), atol=2e-3)
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ("--stage 2 --pseudo x", "belongs to --stage 1"),
+    ("--pseudo-mask none", "it is about --pseudo"),
+    ("--pseudo-weight 2", "it is about --pseudo"),
+    ("--pseudo {pseudo} --pseudo-weight 0 --cache auto", "--pseudo-weight"),
+    ("--pseudo {pseudo} --pseudo-mask some --cache auto", "invalid choice"),
+    ("--pseudo {tmp} --cache auto", "make them from a trained model by python -m tools.discover"),
+    ("--pseudo {pseudo}", "go with a latent cache"),
+    ("--pseudo {pseudo} --cache auto --tasks semantic", "has no label of semantic"),
+    ("--pseudo {pseudo} --cache auto --scenes 1", "--pseudo {pseudo} was made for something else (samples of"),
+    ("--pseudo {pseudo} --cache auto --space pixel", "was made for something else (vae"),
+])
+def test_bad_flags(go, pseudo, tmp_path, flags, says):
+    code, _, error = go(flags.format(pseudo=pseudo, tmp=tmp_path))
+    assert code == 2 and says.format(pseudo=pseudo) in error and "Traceback" not in error
+    assert not (tmp_path / "out" / "state").exists()
+
+
+def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):
+    """A folder of another teacher, a teacher that has nothing to say, or none."""
+    def told(text):
+        return run(lambda: discover.main(text.split())), capsys.readouterr().err
+    code, error = told(f"--ckpt {another} --to {pseudo}")
+    assert code == 2 and "pseudo labels of other cells" in error
+    assert go("--tasks semantic --out " + str(tmp_path / "classes"))[0] == 0
+    code, error = told(f"--ckpt {tmp_path / 'classes'} --to {tmp_path / 'x'}")
+    assert code == 2 and "lack no label of semantic" in error
+    assert go("--tasks depth --space pixel --out " + str(tmp_path / "pixel"))[0] == 0
+    code, error = told(f"--ckpt {tmp_path / 'pixel'} --to {tmp_path / 'x'}")
+    assert code == 2 and "cannot teach" in error
+    code, error = told(f"--ckpt {tmp_path / 'none'} --to {tmp_path / 'x'}")
+    assert code == 2 and "no checkpoint in" in error and not (tmp_path / "x").exists()
+
+
+def test_a_cell_looks_like_a_reader():
+    cell = Cell(Made("made"), "shading", 0.5)
+    assert len(cell) == 4 and list(cell.indices("shading")) == [0, 1, 2, 3] and cell.mix == {"shading": 0.5}

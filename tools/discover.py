@@ -1,0 +1,104 @@
+"""Label a training set's missing tasks by a trained model (discovery.py): the data of `python train.py --pseudo`.
+
+    python -m tools.discover --ckpt out/ --to pseudo/          what the teacher in out/ says of its own training images
+    python train.py --stage 1 --pseudo pseudo/ --out student/  a student that learns from these labels as well
+    python -m tools.discover --ckpt out/ --to truth/ --truth   true labels in their place: the most one can hope for
+
+Data, sizes, tasks and dropped labels are those of the teacher's stage 1. On the toy worlds, where the truth is known,
+it prints how good the labels are, all of them and those the teacher is surest of. Stopped, the same command does the
+rest.
+"""
+import argparse
+import sys
+
+from cli import Parser, markdown, parse_device, run, whole  # before torch, for Ctrl-C meanwhile
+
+# isort: split
+import numpy as np
+import torch
+
+from cache import fingerprint
+from data import label_tensors, parse_drop, resize, train_readers
+from discovery import PseudoLabels, unlabelled
+from metrics import METRICS
+from model import StableMTL
+from readers.toyworld import ToyWorld
+from settings import stage1_settings
+from tasks import TASKS
+
+
+@torch.no_grad()
+def errors(labels, model, truth, count):
+    """How good the labels are, on up to `count` samples of every cell -> rows of a table."""
+    rows = []
+    for reader in labels.readers:
+        true = truth[reader.name]
+        for t in labels.about["cells"][reader.name]:
+            latents, doubts = (labels.array(reader, name) for name in (t, f"{t}_doubt"))
+            middle = np.median(doubts[:, 0].astype(np.float32))
+            kind, metric, lower = METRICS[TASKS[t].metric]
+            scores = {"all": kind(clip=reader.depth_range), "surest half": kind(clip=reader.depth_range)}
+            for i in range(min(count, len(reader))):
+                z = torch.from_numpy(np.array(latents[i, :1])).float().to(next(model.parameters()).device)
+                map = model.codecs[t].decode(model.codes({t: z})[t])[0].cpu()
+                label, valid = (resize(x, reader.size) for x in label_tensors(true.load(i, (t,)), t))
+                sure = torch.from_numpy(np.array(doubts[i, 0])).float() <= middle
+                scores["all"].add(map, label, valid[0])
+                scores["surest half"].add(map, label, valid[0] & resize(sure, reader.size)[0])
+            rows.append({"dataset": reader.name, "task": t, "metric": f"{metric} {'↓' if lower else '↑'}",
+                         **{who: f"{s.result()[metric]:.4g}" for who, s in scores.items()}})
+    return rows
+
+
+def parse(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--ckpt", required=True, help="the teacher: a folder written by train.py, of stage 1 or 2")
+    flag("--stage", type=int, choices=(1, 2), help="which stage of it (default: 2 where it exists)")
+    flag("--to", required=True, help="folder of the labels")
+    flag("--truth", action="store_true", help="true labels instead of the teacher's (toy worlds only)")
+    flag("--samples", type=whole(0), default=32, help="samples per cell to measure on (default: %(default)s)")
+    flag("--batch", type=whole(1, 4096), default=8, help="images at once (default: %(default)s)")
+    flag("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    model = StableMTL.load(args.ckpt, args.stage, parse_device(args.device))
+    known = stage1_settings(args.ckpt)
+    if model.coding:
+        raise ValueError(f"{args.ckpt} is not of StableMTL's latents: it cannot teach with them")
+    if not known:
+        raise ValueError(f"{args.ckpt} does not say what it was trained on: train a stage 1, or take another teacher")
+    if args.truth and known["data"]:
+        raise ValueError(f"--truth: only the toy worlds have labels of every task, and {args.ckpt} was trained on "
+                         f"{known['data']}")
+    size = tuple(int(s) for s in known["size"].split("x")) if known["size"] else None
+    readers = train_readers(known["data"], size, known["scenes"])
+    cells = unlabelled(readers, model.tasks, parse_drop(known["drop"], [r.name for r in readers]))
+    if not cells:
+        raise ValueError(f"{known['data'] or 'the toy worlds'} lack no label of {', '.join(model.tasks)} that could be "
+                         "discovered: tasks of one frame that are not about classes")
+    everything = model.state_dict() | {t: model.get_buffer(f"token_{t}") for t in model.tasks}
+    labels = PseudoLabels(args.to, readers, fingerprint(model.vae.state_dict()), cells,
+                          "truth" if args.truth else fingerprint(everything))
+    truth = {}
+    if not known["data"]:
+        truth = {r.name: ToyWorld(r.name, "train", known["scenes"], size, all_labels=True) for r in readers}
+    try:
+        labels.discover(model, args.batch, truth if args.truth else None)
+    except KeyboardInterrupt:
+        print(f"\nstopped: what is done is in {args.to}; the same command does the rest", file=sys.stderr)
+        return 130
+    told = ", ".join(f"{name} {'+'.join(tasks)}" for name, tasks in cells.items())
+    print(f"labels of {told} in {args.to}")
+    if truth and args.samples:
+        rows = errors(labels, model, truth, args.samples)
+        print("\n".join(["", *markdown(rows, ["dataset", "task", "metric", "all", "surest half"])]))
+    print(f"\nnext: python train.py --stage 1 --pseudo {args.to} --out <another folder>")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
