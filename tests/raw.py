@@ -1,5 +1,7 @@
 """Raw datasets made for tests: small files in the public formats, with numbers that a test knows."""
 import struct
+import sys
+from pathlib import Path
 
 import cv2
 import h5py
@@ -148,3 +150,14 @@ def own_folder(root, n=2, h=6, w=8):
         for task, x in values.items():
             write(root / f"{task}/p{i}.{'flo' if task == 'optical_flow' else 'npy'}", x)
     return values
+
+
+def main(root):
+    """Small trees of three datasets for tools/fullsize.py."""
+    hypersim(root)
+    virtual_kitti(root, variations=("clone",))
+    kitti_2015(root)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,138 @@
+"""Every path at Stable Diffusion 2's true size, on a CPU: whether it works, its seconds, and its peak memory.
+
+    python -m tests.raw data                            small files in the formats of three datasets
+    python -m tools.fullsize --data data --out big      a random base of Stable Diffusion 2's shape, then every command
+
+It takes hours, 40 GB of disk and up to 14 GB of memory, for Adam's moments are in bfloat16 (in float32 they take 3.5 GB
+more); a command that needs more than is free is left out and said to be. Weights are random: what comes out is noise.
+--only stage-1,resume runs some of them, on what is in --out already.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cli import ROOT, Parser, run, writable  # before torch, for Ctrl-C meanwhile
+
+# isort: split
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+
+from tools.bench import SD2_UNET, SD2_VAE
+from toy.make import new_text
+
+TEXT = dict(vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+            max_position_embeddings=77, hidden_act="gelu", projection_dim=512)
+TRAIN = "train.py --data {data} --batch 1 --micro 1 --val-samples 0 --picture-every 0 --workers 0"
+SAMPLE = "sample.py {out}/photo.png --ckpt {out}/run --output {out}/maps --overwrite --rows 1 --vae-tiling"
+COMMANDS = {        # name: (command, gigabytes of memory that it takes, as measured)
+    "stage-1": (f"{TRAIN} --stage 1 --base {{base}} --out {{out}}/run --steps 3 --optimizer adam-bf16", 14),
+    "resume": ("train.py --resume --out {out}/run --steps 4", 14),
+    "cache": (f"{TRAIN} --stage 1 --base {{base}} --out {{out}}/cached --steps 3 --cache {{out}}/cache --checkpointing "
+              "--optimizer adam-bf16", 14),
+    "stage-2": (f"{TRAIN} --stage 2 --out {{out}}/run --steps 1 --frozen bf16 --lora 16", 14),
+    "resume-2": ("train.py --resume --out {out}/run --steps 2", 14),
+    "sample-1": (f"{SAMPLE} --stage 1 --tasks depth --size 0", 10),
+    "sample-2": (SAMPLE, 12),
+    "evaluate": ("evaluate.py --ckpt {out}/run --data {data} --limit 1 --trivial 0 --rows 1", 12),
+    "export": ("-m tools.convert --export {out}/released --ckpt {out}/run", 14),
+    "import": ("-m tools.convert --base {base} --single {out}/released/single.pth --multi {out}/released/multi.pth "
+               "--out {out}/imported", 14),
+}
+
+
+# ---- what the commands are given ----
+
+@torch.no_grad()
+def random_weights(module):
+    """Weights of a size that keeps signals alive, drawn faster than by the layers themselves; float16."""
+    module.to_empty(device="cpu").half()
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            p.normal_(std=p[0].numel() ** -0.5)
+        else:
+            p.fill_(1.0 if name.endswith("weight") else 0.0)
+    for name, x in module.named_buffers():
+        if name.endswith("position_ids"):
+            x.copy_(torch.arange(x.shape[-1]))
+    return module
+
+
+def make_base(folder):
+    """Write a diffusers folder of Stable Diffusion 2's classes and shapes, fp16 files: 866 million parameters in the
+    UNet, 84 in the VAE, 340 in the text encoder. The tokenizer is the toy base's."""
+    made = {"unet": (UNet2DConditionModel, SD2_UNET), "vae": (AutoencoderKL, SD2_VAE)}
+    for part, (kind, config) in made.items():
+        with torch.device("meta"):
+            empty = kind.from_config(config)
+        random_weights(empty).save_pretrained(folder / part, variant="fp16")
+    tokenizer, small = new_text()
+    special = {k: getattr(small.config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    with torch.device("meta"):
+        empty = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **special))
+    random_weights(empty).save_pretrained(folder / "text_encoder", variant="fp16")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def make_photo(path):
+    """A picture of 1024x768: a few coloured waves."""
+    y, x = torch.meshgrid(torch.linspace(0, 9, 768), torch.linspace(0, 12, 1024), indexing="ij")
+    waves = torch.stack([torch.sin(x + k * y) for k in (0.3, 1, 2.2)], -1)
+    Image.fromarray((127.5 * (waves + 1)).byte().numpy()).save(path)
+
+
+# ---- one command ----
+
+def launch(argv):
+    """Run Python with these arguments in the project's folder -> (exit code, seconds, peak gigabytes)."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def free_memory():
+    """Gigabytes that programs could have; infinite where the system does not say."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+    return found[0] * 1024 / 1e9 if found else float("inf")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data", required=True, help="root of datasets, as python -m tests.raw makes one")
+    parser.add_argument("--out", default="fullsize", help="folder for all that is written (default: %(default)s)")
+    parser.add_argument("--base", help="diffusers folder to take (default: a random one, made in --out/base)")
+    parser.add_argument("--only", default=",".join(COMMANDS), help="comma-separated commands (default: all)")
+    args = parser.parse_args(argv)
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in COMMANDS]:
+        raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(COMMANDS)}")
+    out = Path(writable(args.out, folder=True)).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    base = Path(args.base or out / "base").absolute()
+    if not base.is_dir():
+        print(f"making a random base in {base}", file=sys.stderr)
+        make_base(base)
+    make_photo(out / "photo.png")
+    failed = []
+    for name in names:
+        command, need = COMMANDS[name]
+        if not args.base and free_memory() < need:
+            print(f"{name:12} left out: it takes {need} GB, and {free_memory():.1f} GB are free", flush=True)
+            failed.append(name)
+            continue
+        filled = [word.format(data=Path(args.data).absolute(), out=out, base=base) for word in command.split()]
+        code, seconds, peak = launch(filled)
+        print(f"{name:12}{'done' if code == 0 else f'failed ({code})':12}{seconds:9.1f} s{peak:8.2f} GB", flush=True)
+        failed += [name] * (code != 0)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
