@@ -50,16 +50,16 @@ def latents(batch=2, size=(8, 8), seed=1):
     return torch.randn(batch, 4, *size, generator=g), torch.randn(batch, 4, *size, generator=g)
 
 
-def base(folder):
+def base(folder, width=32, **options):
     """Write a base like the toy base, untrained and as small as a UNet can be: f = 2, two levels, 4 transformer blocks,
-    widths 8."""
+    widths 8. width: of its text; options: of its UNet."""
     torch.manual_seed(0)
-    tokenizer, text_encoder = toybase.new_text()
+    tokenizer, text_encoder = toybase.new_text(width)
+    shape = dict(in_channels=12, attention_head_dim=(1, 1), use_linear_projection=True) | options
     small = UNet2DConditionModel(
-        in_channels=12, out_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        out_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=8,
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-        cross_attention_dim=text_encoder.config.hidden_size, attention_head_dim=(1, 1), use_linear_projection=True,
-        sample_size=8)
+        cross_attention_dim=width, **shape)
     parts = {"vae": toybase.new_vae((8, 8)), "unet": small, "tokenizer": tokenizer, "text_encoder": text_encoder}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
