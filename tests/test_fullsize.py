@@ -1,0 +1,70 @@
+"""tools/fullsize.py: its commands, on a base of a few thousand weights in place of a billion."""
+import pytest
+import raw
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+
+import evaluate
+import sample
+import train
+from cli import run
+from loading import load_part, read_base
+from model import StableMTL
+from tools import convert, fullsize
+
+MAINS = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main, "tools.convert": convert.main}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """The commands without a new interpreter each, on a small picture. -> the list of what was run"""
+    started = []
+
+    def launch(argv):
+        name, *rest = argv[1:] if argv[0] == "-m" else argv
+        started.append(name)
+        return run(lambda: MAINS[name](rest)), 1.0, 2.0
+    monkeypatch.setattr(fullsize, "launch", launch)
+    monkeypatch.setattr(fullsize, "make_photo", lambda path: Image.new("RGB", (48, 32), (90, 60, 30)).save(path))
+    return started
+
+
+def test_every_command_runs(in_process, tiny_base, tmp_path, capsys):
+    """All of them in turn, on a folder of one's own; what was exported is what comes in again."""
+    raw.own_folder(tmp_path / "data", h=16, w=24)
+    argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--base", str(tiny_base)]
+    assert run(lambda: fullsize.main(argv)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" 2.00 GB")]
+    assert [line.split()[:2] for line in lines] == [[name, "done"] for name in fullsize.COMMANDS]
+    assert len(in_process) == len(fullsize.COMMANDS)
+    ours, theirs = (StableMTL.load(tmp_path / "out" / name).state_dict() for name in ("run", "imported"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_failures_and_a_lack_of_memory_are_told(in_process, monkeypatch, tmp_path, capsys):
+    """A command that fails, or needs more than is free, is named, the others run, and the exit code says so."""
+    monkeypatch.setattr(fullsize, "free_memory", lambda: 13.0)
+    (tmp_path / "base").mkdir()
+    argv = ["--data", "nowhere", "--out", str(tmp_path), "--only", "stage-1,evaluate"]
+    assert run(lambda: fullsize.main(argv)) == 1
+    out = capsys.readouterr().out
+    assert "stage-1      left out: it takes 14 GB, and 13.0 GB are free" in out and "evaluate    failed (2)" in out
+    assert run(lambda: fullsize.main([*argv, "--only", "all"])) == 2
+    assert "--only all: choose from stage-1, resume" in capsys.readouterr().err
+
+
+def test_the_base_is_a_base(monkeypatch, tmp_path):
+    """Random parts in fp16 files, whole, finite, and of a UNet whose output has about the size of its input."""
+    small = dict(block_out_channels=(32, 64, 64, 64), norm_num_groups=8)
+    monkeypatch.setattr(fullsize, "SD2_UNET", fullsize.SD2_UNET | small | dict(attention_head_dim=(2, 2, 2, 2)))
+    monkeypatch.setattr(fullsize, "SD2_VAE", fullsize.SD2_VAE | small)
+    monkeypatch.setattr(fullsize, "TEXT", fullsize.TEXT | dict(num_hidden_layers=1, intermediate_size=64))
+    fullsize.make_base(tmp_path)
+    assert len(list(tmp_path.glob("*/*.fp16.safetensors"))) == 3
+    vae, unet, _, _ = read_base(str(tmp_path))
+    assert isinstance(vae, AutoencoderKL) and unet.config.cross_attention_dim == 1024
+    assert load_part(UNet2DConditionModel, tmp_path, "unet").dtype == torch.float32
+    with torch.no_grad():
+        out = unet.eval()(torch.randn(1, 4, 16, 16), 999, torch.randn(1, 3, 1024)).sample
+    assert 0.05 < out.std() < 20
