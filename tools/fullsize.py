@@ -9,6 +9,7 @@ more); a command that needs more than is free is left out and said to be. Weight
 """
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,10 +19,9 @@ from cli import ROOT, Parser, run, writable  # before torch, for Ctrl-C meanwhil
 
 # isort: split
 import torch
-import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
+import stock
 from tools.bench import SD2_UNET, SD2_VAE
 from toy.make import new_text
 
@@ -65,7 +65,7 @@ def random_weights(module):
 def make_base(folder):
     """Write a diffusers folder of Stable Diffusion 2's classes and shapes, fp16 files: 866 million parameters in the
     UNet, 84 in the VAE, 340 in the text encoder. The tokenizer is the toy base's."""
-    made = {"unet": (UNet2DConditionModel, SD2_UNET), "vae": (AutoencoderKL, SD2_VAE)}
+    made = {"unet": (stock.UNet2DConditionModel, SD2_UNET), "vae": (stock.AutoencoderKL, SD2_VAE)}
     for part, (kind, config) in made.items():
         with torch.device("meta"):
             empty = kind.from_config(config)
@@ -73,7 +73,7 @@ def make_base(folder):
     tokenizer, small = new_text()
     special = {k: getattr(small.config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.device("meta"):
-        empty = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **special))
+        empty = stock.CLIPTextModel(stock.CLIPTextConfig(**TEXT, **special))
     random_weights(empty).save_pretrained(folder / "text_encoder", variant="fp16")
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -118,7 +118,9 @@ def main(argv=None):
     base = Path(args.base or out / "base").absolute()
     if not base.is_dir():
         print(f"making a random base in {base}", file=sys.stderr)
-        make_base(base)
+        shutil.rmtree(out / "base.tmp", ignore_errors=True)
+        make_base(out / "base.tmp")
+        os.replace(out / "base.tmp", base)
     make_photo(out / "photo.png")
     failed = []
     for name in names:
