@@ -206,11 +206,11 @@ class StreamCache:
 
     A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
     or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
-    records of its first samples; the streams of the others are computed anew each time.
+    records of its first samples. Micro-batches of others are left to the model, which computes what it needs, at once.
     """
 
     def __init__(self, folder, readers, model, limit):
-        self.model, self.shapes, self.records = model, {}, {}
+        self.model, self.shapes, self.records, self.kept = model, {}, {}, {}
         tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
         folder = Path(folder) / f"streams-{fingerprint(model.unet.state_dict() | tokens)}"
         weight, known = next(model.unet.parameters()), {}
@@ -222,10 +222,13 @@ class StreamCache:
             numbers = len(model.tasks) * sum(shape.numel() for shape in self.shapes[reader.name].values())
             kept = min(len(reader), int(limit / len(readers) / (4 * numbers)))      # two flips of two bytes
             self.records[reader.name] = Records(folder / f"{reader.name}.f16", 2 * kept, numbers)
+            self.kept[reader.name] = kept
 
     def fetch(self, keys, z_i, z_j):
         """keys [(dataset, index, flip)] of a micro-batch of one size, z_i, z_j: (B,4,h,w) its latents
-        -> {block: {task: (B,N,C)}} as StableMTL.streams, in float32."""
+        -> {block: {task: (B,N,C)}} as StableMTL.streams, in float32; None if no record of them is kept."""
+        if all(index >= self.kept[name] for name, index, _ in keys):
+            return None
         rows = [self.one(*key, z_i[k:k + 1], z_j[k:k + 1]) for k, key in enumerate(keys)]
         shapes, tasks = self.shapes[keys[0][0]], self.model.tasks
         parts = torch.stack(rows).float().split([len(tasks) * shape.numel() for shape in shapes.values()], 1)

@@ -12,6 +12,7 @@ On the CPU it is one process of one thread per core (--processes), which changes
 model (StableMTL.save), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
 """
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -175,8 +176,7 @@ def build_model(cfg, tasks, stages):
                                 f"run python train.py --stage 1 --out {cfg.out} first")
     model = StableMTL.load(cfg.out, stage=1)
     if cfg.main_init == "stage1":
-        main = stock.UNet2DConditionModel.from_config(model.unet.config)
-        main.load_state_dict(model.unet.state_dict())
+        main = copy.deepcopy(model.unet)
     elif cfg.widths:
         main = new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
     else:

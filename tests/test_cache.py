@@ -279,7 +279,9 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
     assert same(fetch(again), first)
     assert computed == [1]
 
-    fetch(StreamCache(tmp_path / "none", toys, multi, 0))
+    nothing = StreamCache(tmp_path / "none", toys, multi, 0)
+    computed.clear()
+    assert fetch(nothing) is None and computed == []        # the model computes them, and those it needs alone
     assert not list((tmp_path / "none").rglob("*.f16"))
     with torch.no_grad():
         multi.unet.conv_in.bias += 1

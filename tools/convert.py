@@ -19,9 +19,11 @@ value must be finite. What comes out is a checkpoint as train.py writes them: ev
     python train.py --stage 1 --init conv           the single stream trained further
 """
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
+from zipfile import is_zipfile
 
 from cli import Parser, run, writable  # before torch, for Ctrl-C meanwhile
 
@@ -29,7 +31,6 @@ from cli import Parser, run, writable  # before torch, for Ctrl-C meanwhile
 import torch
 from safetensors.torch import load_file
 
-import stock
 from checkpoint import RELEASED_SIZE, save_model, write_json
 from loading import grouped, mismatch, not_finite, reason
 from model import StableMTL, from_base
@@ -53,7 +54,7 @@ def read_state(path):
         if Path(path).suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))     # or an old file
     except Exception as error:      # decoders of damaged files raise anything
         raise ValueError(f"{path} is not a plain state dict ({reason(error)}): it is damaged, or holds more than "
                          "tensors") from error
@@ -102,7 +103,7 @@ def import_released(base, single, multi=None):
     check(state, model.unet.state_dict(), single)
     model.unet.load_state_dict(state)
     if multi:
-        model.add_main_stream(stock.UNet2DConditionModel.from_config(model.unet.config), HEADS)
+        model.add_main_stream(copy.deepcopy(model.unet), HEADS)
         check(main_state, multi_state(model), multi)
         own = model.main.state_dict().keys()
         model.main.load_state_dict({k: v for k, v in main_state.items() if k in own})
@@ -126,7 +127,7 @@ def export(ckpt, folder):
     for name, state in states.items():
         temporary = folder / f"{name}.tmp"
         try:
-            torch.save({k: v.detach().cpu().clone() for k, v in state.items()}, temporary)
+            torch.save({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
             os.replace(temporary, folder / name)
         except (OSError, RuntimeError) as error:    # torch.save says either
             temporary.unlink(missing_ok=True)
