@@ -11,14 +11,18 @@ from tools import regions
 
 
 def test_classes_per_region_by_hand():
-    """Two regions of class 1 (the left one holds two predicted classes), one of class 2; a third is too small."""
+    """Two regions of class 1, the left one holding two predicted classes, one of class 2, one pixel of class 0. At a
+    margin of 1 what touches another region does not count, and a region without an inside is none; the edge of the
+    image is no other region."""
     label = torch.tensor([[1, 1, 2, 2, 1, 1], [1, 1, 2, 2, 1, 1], [1, 1, 2, 2, 1, 1], [1, 1, 2, 0, 1, 1]])
-    predicted = torch.where(label == 0, 1, label)
-    predicted[0, 0] = 5
-    valid = torch.ones_like(label, dtype=torch.bool)
-    assert regions.classes_per_region(predicted, label, valid, least=2) == [2, 1, 1]
-    valid[0, 0] = False
-    assert regions.classes_per_region(predicted, label, valid, least=1) == [1, 1, 1, 1]
+    predicted, valid = torch.where(label == 0, 1, label), torch.ones_like(label, dtype=torch.bool)
+    predicted[0, 1] = 5
+    assert regions.classes_per_region(predicted, label, valid, 0) == [1, 2, 1, 1]
+    assert regions.classes_per_region(predicted, label, valid, 1) == [1, 1]
+    predicted[2, 0] = 5
+    assert regions.classes_per_region(predicted, label, valid, 1) == [2, 1]
+    valid[0, 1] = valid[2, 0] = False
+    assert regions.classes_per_region(predicted, label, valid, 0) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("palette", PALETTES)

@@ -2,7 +2,8 @@
 
     python -m tools.regions --ckpt latent/ pixel/       test scenes of the toy worlds, a row per checkpoint and world
 
-    classes per region   predicted classes inside a connected region of one true class, on average; 1 is clean
+    classes per region   predicted classes inside a connected region of one true class, away from its edges, on average;
+                         1 is clean
     off-colour           share of pixels whose decoded colour is further than half the least distance between two class
                          colours from all of them: no class is clearly meant
 
@@ -18,6 +19,7 @@ from cli import Parser, markdown, parse_device, run, whole  # before torch, for 
 
 # isort: split
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,19 +29,19 @@ from model import StableMTL
 from tasks import PALETTES, TASKS
 
 
-def classes_per_region(predicted, label, valid, least=8):
+def classes_per_region(predicted, label, valid, margin):
     """[number of predicted classes in each connected region of one class]; maps (H,W) of ids, mask (H,W) bool.
 
-    Regions below `least` pixels are left out: at their edges a neighbour's class is no surprise.
+    Pixels up to `margin` from another region do not count: with cells of several pixels it may well be seen there.
     """
-    out = []
+    out, window = [], np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)
     for k in label[valid].unique():
         mask = (valid & (label == k)).cpu().numpy()
-        count, regions = cv2.connectedComponents(mask.astype("uint8"), connectivity=4)
+        count, regions = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
         for n in range(1, count):
-            inside = predicted[torch.from_numpy(regions == n)]
-            if len(inside) >= least:
-                out.append(len(inside.unique()))
+            inner = cv2.erode((regions == n).astype(np.uint8), window)
+            if inner.any():
+                out.append(len(predicted[torch.from_numpy(inner > 0)].unique()))
     return out
 
 
@@ -66,7 +68,7 @@ def read_out(model, reader, task, limit, batch=8):
                  "codec": back[..., :code.shape[-2], :code.shape[-1]]}
         for who, x in codes.items():
             for ids, one, true, mask in zip(codec.decode(x).cpu(), x, label.cpu(), valid.cpu(), strict=True):
-                counts[who] += classes_per_region(ids[0], true[0], mask)
+                counts[who] += classes_per_region(ids[0], true[0], mask, model.factor - 1)
                 shares[who].append(off_colour(one, model.palette)[mask].float().mean().item())
     model.codecs[task] = codec
     return {who: (fmean(counts[who]), fmean(shares[who])) for who in counts}
