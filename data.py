@@ -152,7 +152,7 @@ def mirror(item, codecs, axis):
     """What `prepare` returns, flipped along an axis (-1 horizontally, -2 vertically): that component changes sign."""
     signs = {t: torch.tensor(codecs[t].hflip if axis == -1 else codecs[t].vflip).view(3, 1, 1) for t in item["labels"]}
     return {"frames": [f.flip(axis) for f in item["frames"]],
-            "labels": {t: x.flip(axis) * signs[t] for t, x in item["labels"].items()},
+            "labels": {t: x.flip(axis) * signs[t].to(x.device) for t, x in item["labels"].items()},
             "valid": {t: m.flip(axis) for t, m in item["valid"].items()}}
 
 
@@ -177,23 +177,27 @@ class Mixture(Dataset):
     task, so that leaving out tasks never shifts them. The draws depend neither on `micro` nor on the number of ranks
     (rank r takes every world-th).
 
+    beside: {dataset: tasks} whose labels come along in a joint step, and no image is drawn for.
+
     Micro-batch: "tasks"; "keys" [(dataset, index, horizontal flip)]; "frames" [i, j]; "labels" and "valid"
     {task: tensor}; as images in [-1,1] with pixel masks, or with a `cache` as latents with masks of latent cells.
     """
 
     def __init__(self, readers, tasks, codecs, batch=16, micro=16, seed=0, drop=None, isolation=True, joint=False,
-                 cache=None, skip_bad=False, with_next=True, rank=0, world=1):
-        drop = drop or {}
+                 cache=None, skip_bad=False, with_next=True, rank=0, world=1, beside=None):
+        drop, beside = drop or {}, beside or {}
         self.readers, self.codecs, self.cache, self.skip_bad = readers, codecs, cache, skip_bad
         self.batch, self.micro, self.seed, self.isolation, self.joint = batch, micro, seed, isolation, joint
         self.with_next, self.rank, self.world = with_next, rank, world
         self.sources = {t: [] for t in tasks}
         for t in tasks:
             for reader in readers:
-                labelled = list(reader.indices(t)) if t in reader.tasks and t not in drop.get(reader.name, ()) else []
+                left_out = {*drop.get(reader.name, ()), *beside.get(reader.name, ())}
+                labelled = list(reader.indices(t)) if t in reader.tasks and t not in left_out else []
                 if labelled:
                     self.sources[t].append((reader, labelled))
         self.labelled = {(r.name, t): set(i) for t, sources in self.sources.items() for r, i in sources}
+        self.beside = {(r.name, t): set(r.indices(t)) for r in readers for t in tasks if t in beside.get(r.name, ())}
         self.tasks = [t for t in tasks if self.sources[t]]
         missing = [t for t in tasks if not self.sources[t]]
         if missing:
@@ -221,7 +225,8 @@ class Mixture(Dataset):
     def together(self, task, reader, index):
         """N-to-N: every available label of the image at once; a task with a crop of its own sees another image."""
         view = next(v for v in views(reader) if task in v)
-        return tuple(t for t in self.tasks if t in view and index in self.labelled.get((reader.name, t), ()))
+        there = self.labelled | self.beside
+        return tuple(t for t in self.tasks if t in view and index in there.get((reader.name, t), ()))
 
     def one(self, tasks, reader, index, flips, seed):
         if self.cache is not None:

@@ -261,7 +261,7 @@ def compared(task, result, before):
 
 TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "pseudo", "isolation", "loss",
         "heads", "shared_qkv", "main_init", "attention", "rho", "mask")
-TOLD_OTHERS = "system", "options", "tasks", "drop"      # of the other systems
+TOLD_OTHERS = "system", "options", "teacher", "discover", "tasks", "drop"      # of the other systems
 
 
 def trained(settings):

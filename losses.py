@@ -79,6 +79,11 @@ class LatentObjective:
     def __init__(self, model, kinds, encode, streams=None):
         self.model, self.weights, self.encode, self.streams = model, kinds, encode, streams
 
+    @property
+    def unseen(self):
+        """The objective on held-out samples, which come as images: the latent loss."""
+        return LatentObjective(self.model, {"latent": 1.0}, True)
+
     def ready(self, b):
         """The micro-batch with "cells", the valid latent cells of each task."""
         cells = {t: whole_cells(m, self.model.factor) if self.encode else m for t, m in b["valid"].items()}

@@ -33,6 +33,11 @@ class Config:
     stage: int = setting(1, "0 makes the toy base, 1 trains the single stream, 2 the multi stream", (0, 1, 2))
     system: str = setting("stablemtl", "what is trained: StableMTL, or with --stage 1 another system of the papers "
                           "(docs/systems.md)", ("stablemtl", *baselines.SYSTEMS))
+    teacher: str = setting("", "a finished checkpoint of the same system: a new one learns what it predicts where an "
+                           "image has no label")
+    discover: str = setting("", "what it learns there: the teacher's labels, features or both, or true labels, which "
+                            "the toy worlds have (default, with --teacher: all that the system can)",
+                            ("labels", "features", "both", "true"))
     options: str = setting("", "of that other system, key=value,...: " + baselines.options_help())
     out: str = setting("out", "folder of the checkpoint")
     preset: str = setting("auto", "defaults: toy, toy-gpu (larger images, wider UNet, longer) or paper; "
@@ -232,7 +237,8 @@ def idle_flags(cfg):
     fresh = cfg.stage == 1 and not cfg.init
     return [
         (OURS, cfg.system != "stablemtl" and f"it belongs to StableMTL, and this is --system {cfg.system}"),
-        (("options",), cfg.system == "stablemtl" and "it belongs to the other systems: name one with --system"),
+        (("options", "teacher", "discover"),
+         cfg.system == "stablemtl" and "it belongs to the other systems: name one with --system"),
         ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
@@ -274,13 +280,27 @@ def check(cfg, given=()):
             raise ValueError(f"{', '.join(idle)} would do nothing here: {why}")
     if cfg.system != "stablemtl":       # every label of an image at once, losses of their own
         baselines.parse_options(cfg.system, cfg.options)
-        cfg.isolation, cfg.loss = False, ""
+        cfg.isolation, cfg.loss, cfg.discover = False, "", baselines.parse_discover(cfg)
     else:
         parse_loss(cfg.loss)
     cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
     cli.parse_device(cfg.device)
     return cfg
+
+
+def stages_in(cfg):
+    """How many stages --out holds. ValueError: more than this run may replace, or another system's."""
+    if not (Path(cfg.out) / "model.json").is_file():
+        return 0
+    there = read_model_json(cfg.out)
+    if there["kind"] != cfg.system:
+        raise ValueError(f"{cfg.out} holds a model of the system {there['kind']}, not {cfg.system}: name another --out")
+    stages = 2 if there["multi"] else 1
+    if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
+        raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, "
+                         "or replace it with --overwrite")
+    return stages
 
 
 def axes(cfg):

@@ -39,18 +39,18 @@ import baselines
 import stock
 import toy
 from attention import WATCHED, watched
+from baselines.teacher import with_true_labels
 from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
 from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers
 from discovery import read_pseudo
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from generalist import Generalist
-from loading import read_model_json
 from losses import LatentObjective, accumulate, sync_gradients
 from memory import AdamBf16, add_lora, freeze_in_bf16
 from metrics import aligned
 from model import StableMTL, from_base, load_base
-from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings
+from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings, stages_in
 from tasks import TASKS, parse_tasks, registry
 from toy.make import make, new_unet
 from track import find_tracker, tracking
@@ -63,7 +63,7 @@ def held_out_loss(model, objective, held_out, workers, device, autocast):
     losses, skipped = [], []
     set_mode(model, False)
     for fetched in loader(held_out, 0, len(held_out.tasks), workers):      # the mixture's first cycle: every task once
-        loss = accumulate(objective, fetched["batches"], device, autocast)
+        loss = accumulate(objective.unseen, fetched["batches"], device, autocast)
         losses += (sync_gradients([], loss, device)[0] if dist.is_initialized() else loss).values()
         skipped += fetched["skipped"]
     set_mode(model, True)
@@ -142,20 +142,6 @@ def clip_gradients(cfg, optimizer, step):
 
 # ---- the model of a stage ----
 
-def finished_stages(cfg):
-    """How many stages --out holds. ValueError: more than this run may replace, or another system's."""
-    if not (Path(cfg.out) / "model.json").is_file():
-        return 0
-    there = read_model_json(cfg.out)
-    if there["kind"] != cfg.system:
-        raise ValueError(f"{cfg.out} holds a model of the system {there['kind']}, not {cfg.system}: name another --out")
-    stages = 2 if there["multi"] else 1
-    if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
-        raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, "
-                         "or replace it with --overwrite")
-    return stages
-
-
 def build_model(cfg, tasks, stages):
     """Stage 1: from the base, of `tasks`. Stage 2: from the stage 1 in --out, of `stages` there, with a main stream
     added.
@@ -208,15 +194,15 @@ def set_mode(model, training):
         frozen.eval()
 
 
-def latent_objective(model, cfg, encode, streams=None):
-    return LatentObjective(model, parse_loss(cfg.loss), encode, streams)
+def latent_objective(model, cfg, mixture, streams):
+    return LatentObjective(model, parse_loss(cfg.loss), mixture.cache is None, streams)
 
 
 class System(NamedTuple):
     """What the loop needs to know of a system."""
     build: Callable         # (settings, tasks, how many stages --out holds) -> the model at its start
     parts: Callable         # model -> {part: {name: parameter}}, what is trained
-    objective: Callable     # (model, settings, whether batches hold images, streams) -> what `accumulate` minimises
+    objective: Callable     # (model, settings, mixture, streams) -> what `accumulate` minimises
     joint: bool             # whether a step takes every label that an image has
 
 
@@ -321,8 +307,10 @@ def train(rank, world, device, cfg, saved, tensors):
     workers = workers if cfg.workers is None else cfg.workers
 
     # ---- data and model: frozen VAE and tokens, trainable UNet ----
-    readers = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes)
-    model = system.build(cfg, labelled_tasks(cfg, readers), finished_stages(cfg))
+    readers, beside = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes), {}
+    if cfg.discover == "true":
+        readers, beside = with_true_labels(readers)
+    model = system.build(cfg, labelled_tasks(cfg, readers), stages_in(cfg))
     if world > 1:
         dist.barrier()    # nobody writes to --out before everybody has read it
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
@@ -351,7 +339,7 @@ def train(rank, world, device, cfg, saved, tensors):
     coding = fingerprint(model.vae.state_dict()) + model.coding
     pseudo = read_pseudo(cfg, everything, coding, model.tasks, drop) if cfg.pseudo else None
     mixture = Mixture(readers + (pseudo.cells if pseudo else []), model.tasks, codecs, cfg.batch, cfg.micro,
-                      cfg.seed + 1000 * cfg.stage, drop, cfg.isolation, joint, **options)
+                      cfg.seed + 1000 * cfg.stage, drop, cfg.isolation, joint, beside=beside, **options)
     held_out, shown = None, readers
     if cfg.val_samples:
         try:
@@ -378,8 +366,7 @@ def train(rank, world, device, cfg, saved, tensors):
             freeze_in_bf16(model)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9)
-        objective = system.objective(model, cfg, not place, streams)
-        unseen = system.objective(model, dataclasses.replace(cfg, loss="latent"), True)     # of the held-out samples
+        objective = system.objective(model, cfg, mixture, streams)
 
         # ---- optimizer, schedule, resume ----
         optimizer = make_optimizer(cfg, parts)
@@ -397,7 +384,7 @@ def train(rank, world, device, cfg, saved, tensors):
                 save_state(out, about, step, parts, optimizer)      # first: from here --resume can do the rest
                 save_model(model, out, settled)
             if held_out and (step % cfg.save_every == 0 or step == cfg.steps):      # not where Ctrl-C happened to fall
-                loss, bad = held_out_loss(model, unseen, held_out, workers, device, autocast)
+                loss, bad = held_out_loss(model, objective, held_out, workers, device, autocast)
                 skipped.extend(bad)
                 about["held_out"][str(step)] = loss if math.isfinite(loss) else None
                 if chief and str(step) == best_step(about):

@@ -1,6 +1,10 @@
 """The other systems of the papers, for one table with StableMTL (docs/systems.md). Each reads top to bottom:
 
-    trunk.py        what they share, and single-task and multi-task learning: stl, mtl
+    trunk.py            what they share, and single-task and multi-task learning: stl, mtl
+    teacher.py        labels and features from a teacher, where an image has none
+    hitts.py            hierarchical task tokens
+    jtr.py              joint-task regularisation
+    diffusionmtl.py     multi-task denoising diffusion
 
 All are trained, evaluated and sampled by the same three commands, from checkpoints that say in model.json, "kind", what
 they hold. A further system is a subclass of trunk.System and a name in SYSTEMS.
@@ -9,11 +13,15 @@ import dataclasses
 
 import torch
 
+from baselines.diffusionmtl import DiffusionMTL
+from baselines.hitts import HiTTs
+from baselines.jtr import JTR
+from baselines.teacher import Discovery
 from baselines.trunk import MTL, STL
 from loading import read_model_json
 from model import StableMTL
 
-SYSTEMS = {system.kind: system for system in (STL, MTL)}
+SYSTEMS = {system.kind: system for system in (STL, MTL, JTR, DiffusionMTL, HiTTs)}
 LEARNING_RATE = 1e-3        # of networks from scratch, unless --lr says otherwise
 
 
@@ -30,9 +38,52 @@ def parts(model):
     return {"model": dict(model.named_parameters())}
 
 
-def objective(model, cfg, encode, streams=None):
-    """It knows itself what it minimises."""
+def objective(model, cfg, mixture, streams):
+    """It knows itself what it minimises, once it is told what to discover. ValueError: not with this teacher."""
+    model.fit(mixture)
+    if cfg.discover:
+        model.learn_from(discovery(model, cfg, mixture))
     return model
+
+
+# ---- --teacher, --discover ----
+
+def parse_discover(cfg):
+    """What a run discovers, "" for nothing. ValueError if --teacher and --discover do not go together, or with the
+    system or the data."""
+    can, wanted = SYSTEMS[cfg.system].discovers, cfg.discover
+    if not can and (cfg.teacher or wanted):
+        raise ValueError(f"--teacher, --discover: {cfg.system} discovers nothing; it is for "
+                         f"{', '.join(name for name, s in SYSTEMS.items() if s.discovers)}")
+    if cfg.teacher and not wanted:
+        wanted = "both" if "both" in can else "labels"
+    if not wanted:
+        return ""
+    if wanted not in can:
+        raise ValueError(f"--discover {wanted}: {cfg.system} can only take {', '.join(can)}")
+    if wanted != "true" and not cfg.teacher:
+        raise ValueError(f"--discover {wanted} needs a --teacher: a finished checkpoint of {cfg.system}")
+    if wanted == "true" and cfg.teacher and "features" not in can:
+        raise ValueError(f"--teacher would do nothing here: with --discover true {cfg.system} learns nothing from it")
+    if wanted == "true" and cfg.data:
+        raise ValueError("--discover true is for the toy worlds, which know every label: leave out --data")
+    if cfg.data and cfg.cache in ("auto", "none"):
+        raise ValueError("--teacher looks at images without crops and jitter: give their cache a --cache <folder>")
+    return wanted
+
+
+def discovery(model, cfg, mixture):
+    """The Discovery of a run's settings."""
+    teacher = None
+    if cfg.teacher:
+        spec = read_model_json(cfg.teacher)
+        if (spec["kind"], tuple(spec["tasks"])) != (model.kind, model.tasks):
+            raise ValueError(f"--teacher {cfg.teacher} is a {spec['kind']} of {', '.join(spec['tasks'])}: expected a "
+                             f"finished {model.kind} of {', '.join(model.tasks)}")
+        teacher = load(cfg.teacher, device=next(model.parameters()).device)
+    labels = {"features": None, "true": "true"}.get(cfg.discover, "teacher")
+    features = teacher is not None and cfg.discover != "labels" and "features" in model.discovers
+    return Discovery(mixture, model.tasks, teacher, labels, features)
 
 
 # ---- --options ----

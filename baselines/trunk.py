@@ -22,6 +22,8 @@ from torch import nn
 import infer
 import loading
 from checkpoint import read_config, write_json
+from data import mirror, prepare, unreadable
+from generalist import draw
 from model import asked, check_finite
 from tasks import CLASSES, registry
 
@@ -100,6 +102,32 @@ def task_errors(codec, x, code):
     return (x - y).abs().mean(1, keepdim=True)
 
 
+# ---- what is drawn, and what is looked at before the first step ----
+
+def noise(facts, what, shape, device):
+    """Normal numbers (B,*shape): of each sample those that follow from its fact and from what they are for; not from
+    its batch, the number of processes, or what was drawn before."""
+    return torch.stack([draw(f"{what} {fact}", shape, device)[0] for fact in facts])
+
+
+def of_step(keys):
+    """A fact for each sample of a training step: its key, and the seed of the step."""
+    return [f"{torch.initial_seed()} {key}" for key in keys]
+
+
+def first_images(mixture, reader, indices, tasks, codecs):
+    """Yield (index, what data.prepare makes of that sample), upright and without jitter. ValueError if one cannot be
+    read and is not to be skipped."""
+    for index in indices:
+        try:
+            item = prepare(reader, index, tasks, codecs)
+        except (OSError, ValueError) as error:
+            if not mixture.skip_bad:
+                raise unreadable(reader, index, error) from error
+            continue
+        yield index, item
+
+
 # ---- what every system is ----
 
 class Images(nn.Module):
@@ -120,9 +148,10 @@ class System(nn.Module):
     """What train.py, evaluate.py and sample.py expect of a system. A subclass says what its network is, `maps`, and, if
     it learns from more than its maps' errors, `forward`, `counts` and `errors` (losses.accumulate).
 
-    kind: its name; Options: the dataclass of its --options. ValueError for a palette or task there is not.
+    kind: its name; Options: the dataclass of its --options; discovers: what --discover may be (teacher.py).
+    ValueError for a palette or task there is not.
     """
-    kind, Options = "", NoOptions
+    kind, Options, discovers = "", NoOptions, ("labels", "true")
     main, multi, decoder, second_frame = None, None, None, "concat"     # as StableMTL has them
     factor, out_channels, coding = 1, 3, "images"                   # of its latents, which are images here
 
@@ -131,6 +160,7 @@ class System(nn.Module):
         self.tasks, self.palette, self.options = tuple(tasks), palette, self.Options(**options)
         self.codecs = {t: registry(palette)[t] for t in tasks}
         self.vae, self.weights = Images(), {t: 1 / len(tasks) for t in tasks}
+        self.discovery = None       # what it learns from beside labels: teacher.Discovery
         self.size = None            # (H, W) of its training images, where known: what `infer` goes by
 
     def maps(self, image, next_image, tasks):
@@ -157,19 +187,52 @@ class System(nn.Module):
 
     # -- training: what losses.accumulate minimises --
 
+    @property
+    def unseen(self):
+        """The objective on held-out samples: in eval mode it is the labels' loss."""
+        return self
+
+    def fit(self, mixture):
+        """Settle what follows from the training labels, before the first step."""
+
+    def learn_from(self, discovery):
+        """Learn also what is discovered, with the weight of a label."""
+        self.discovery, share = discovery, 1 / len(self.tasks)
+        self.weights |= {f"pseudo {t}": share for t in discovery.tasks if discovery.labels}
+        self.weights |= {f"feature {t}": share for t in self.tasks if discovery.features}
+
     def ready(self, b):
-        return b
+        """The micro-batch with "pseudo" {task: (code, mask)}, labels that are none of the dataset's."""
+        return self.discovery.ready(b) if self.training and self.discovery else b | {"pseudo": {}}
 
     def counts(self, b):
-        return {t: int(m.sum()) for t, m in b["valid"].items()}
+        labels = {t: int(m.sum()) for t, m in b["valid"].items()}
+        return labels | {f"pseudo {t}": int(m.sum()) for t, (_, m) in b["pseudo"].items()}
+
+    def wanted(self, b):
+        """The tasks that a micro-batch has any label of."""
+        return [t for t in self.tasks if t in b["labels"] or t in b["pseudo"]]
 
     def forward(self, b):
-        return self.maps(*b["frames"], b["tasks"])
+        return self.maps(*b["frames"], self.wanted(b))
+
+    def error(self, task, x, code):
+        """The loss of a prediction (B,P,H,W) at every pixel, (B,1,H,W)."""
+        return task_errors(self.codecs[task], x, code)
 
     def errors(self, b, found):
         """found: {task: (B,P,H,W)} -> {task: sum of its loss over valid pixels}."""
-        return {t: task_errors(self.codecs[t], found[t].float(), b["labels"][t])[b["valid"][t]].sum()
-                for t in b["labels"]}
+        out = {t: self.error(t, found[t].float(), b["labels"][t])[b["valid"][t]].sum() for t in b["labels"]}
+        return out | {f"pseudo {t}": self.error(t, found[t].float(), code)[m].sum()
+                      for t, (code, m) in b["pseudo"].items()}
+
+    def guess(self, image, next_image, tasks):
+        """{task: (code (B,3,H,W), how sure it is (B,1,H,W))}: a regression has no probabilities; here it is the surer,
+        the less it differs from what it makes of the mirrored image."""
+        codes, mirrored = ({t: self.code(t, x) for t, x in self.maps(*pair, tasks).items()}
+                           for pair in ((image, next_image), (image.flip(-1), next_image.flip(-1))))
+        back = mirror({"frames": [], "labels": mirrored, "valid": {}}, self.codecs, -1)["labels"]
+        return {t: (code, -(code - back[t]).abs().mean(1, keepdim=True)) for t, code in codes.items()}
 
     # -- inference --
 

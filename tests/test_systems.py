@@ -1,11 +1,12 @@
 """The other systems of the papers through the three commands: trained, resumed, evaluated, sampled, refused."""
 import json
+import re
 
 import numpy as np
 import pytest
 import raw
 import torch
-from kill import compare
+from kill import compare, log_lines
 from PIL import Image
 from runs import stop_at
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 SYSTEMS = tuple(baselines.SYSTEMS)
 TINY = ("--stage 1 --steps 2 --scenes 2 --size 16x24 --batch 3 --micro 2 --save-every 2 --val-samples 1 "
         "--picture-every 0 --workers 0 --warmup 2 --threads 1 --processes 1")
+FEWER = {"stl": "--tasks normal,optical_flow,albedo"}      # a network each
 
 
 @pytest.fixture
@@ -36,13 +38,13 @@ def go(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(quick, tmp_path_factory):
-    """trained(system) -> folder of a finished tiny run of all tasks, made once. Do not write there."""
+    """trained(system) -> folder of a finished tiny run, made once. Do not write there."""
     made = {}
 
     def call(system):
         if system not in made:
             made[system] = tmp_path_factory.mktemp(system) / "out"
-            argv = f"{TINY} --steps 4 --system {system} --out {made[system]}".split()
+            argv = f"{TINY} --steps 4 --system {system} {FEWER.get(system, '')} --out {made[system]}".split()
             assert train.main(argv) == 0
         return made[system]
     return call
@@ -68,13 +70,15 @@ def test_three_commands(trained, photos, tmp_path, system, capsys):
     argv = f"--ckpt {out} --limit 2 --trivial 2 --workers 0 --json {tmp_path / 'a.json'}".split()
     assert evaluate.main(argv) == 0
     report = json.loads((tmp_path / "a.json").read_text())
-    assert report["results"]["real"].keys() == set(TASKS) == report["trivial"]["real"]["constant"].keys()
+    tasks = baselines.load(out).tasks
+    assert report["results"]["real"].keys() == set(tasks) == report["trivial"]["real"]["constant"].keys()
+    assert len(tasks) == 7 or system in FEWER
     assert f"system {system}" in capsys.readouterr().out
     assert evaluate.main([*argv[:-1], str(tmp_path / "b.json"), "--baseline", str(tmp_path / "a.json")]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["delta_m"] == 0
     assert sample.main([*photos, "--ckpt", str(out), "--output", str(tmp_path / "maps")]) == 0
-    for t, task in TASKS.items():
-        shape = (37, 51) if task.channels == 1 else (37, 51, task.channels)
+    for t in tasks:
+        shape = (37, 51) if TASKS[t].channels == 1 else (37, 51, TASKS[t].channels)
         assert np.load(tmp_path / "maps/photo" / f"{t}.npy").shape == shape
 
 
@@ -82,7 +86,7 @@ def test_three_commands(trained, photos, tmp_path, system, capsys):
 def test_resume_equals_uninterrupted(trained, go, tmp_path, monkeypatch, system):
     """Ctrl-C within a step, then --resume: weights, Adam and log are those of four steps."""
     stop_at(monkeypatch, "within", 2)
-    code, _, error = go(f"--steps 4 --system {system}")
+    code, _, error = go(f"--steps 4 --system {system} {FEWER.get(system, '')}")
     assert code == 130 and "--resume" in error
     assert train.main(["--resume", "--out", str(tmp_path / "out")]) == 0
     assert compare(trained(system), tmp_path / "out") == []
@@ -107,20 +111,80 @@ def test_predictions_depend_on_nothing_else(trained, system):
     model = baselines.load(trained(system))
     pair = torch.rand(2, 3, 3, 13, 18) * 2 - 1
     whole = model.predict(*pair)
-    assert {t: x.shape for t, x in whole.items()} == {t: (3, k.channels, 13, 18) for t, k in TASKS.items()}
+    assert {t: x.shape for t, x in whole.items()} == {t: (3, TASKS[t].channels, 13, 18) for t in model.tasks}
     for other, part in ((model.predict(*pair, rows=1), slice(None)), (model.predict(*pair[:, 1:2]), slice(1, 2))):
         assert all(torch.allclose(whole[t][part], x, atol=1e-5) for t, x in other.items())
-    assert model.predict(pair[0]).keys() == {t for t in TASKS if TASKS[t].frames == 1}
-    one = model.predict(*pair, tasks=["depth"])
-    assert one.keys() == {"depth"} and torch.allclose(one["depth"], whole["depth"], atol=1e-5)
+    assert model.predict(pair[0]).keys() == {t for t in model.tasks if TASKS[t].frames == 1}
+    one = model.predict(*pair, tasks=["albedo"])
+    assert one.keys() == {"albedo"} and torch.allclose(one["albedo"], whole["albedo"], atol=1e-5)
 
 
-def test_processes_change_no_loss(trained, go, tmp_path):
-    """Two processes, each with a part of every batch, end where one does."""
+@pytest.mark.parametrize("system", ["mtl", "jtr", "diffusionmtl"])
+def test_processes_change_no_loss(trained, go, tmp_path, system):
+    """Two processes, each with a part of every batch, end where one does, whatever is drawn."""
     argv = TINY.replace("--processes 1", "--processes 2")
-    assert go("--steps 4 --system mtl", argv)[0] == 0
-    one, two = (baselines.load(folder).state_dict() for folder in (trained("mtl"), tmp_path / "out"))
-    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    assert go(f"--steps 4 --system {system}", argv)[0] == 0
+    one, two = (log_lines(folder) for folder in (trained(system), tmp_path / "out"))
+    assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in two], rel=1e-3)
+
+
+@pytest.mark.parametrize("system, options", [("jtr", "distance=0,reconstruction=0"), ("hitts", "inter=no,oe=no"),
+                                             ("diffusionmtl", "steps=1,condition=own,diffuse=predictions,noise=no")])
+def test_options_are_kept(go, tmp_path, system, options):
+    """In the checkpoint, which loads without them."""
+    assert go(f"--system {system} --options {options} --steps 1 --tasks semantic,normal,depth --val-samples 0")[0] == 0
+    model, spec = baselines.load(tmp_path / "out"), json.loads((tmp_path / "out/model.json").read_text())
+    assert vars(model.options) == spec["options"] == vars(model.Options(**baselines.parse_options(system, options)))
+    assert vars(model.Options()) != spec["options"]
+
+
+# ---- teachers ----
+
+@pytest.mark.parametrize("system, wanted", [("stl", "labels"), ("mtl", "labels"), ("mtl", "true"), ("hitts", "labels"),
+                                            ("hitts", "features"), ("hitts", "both"), ("hitts", "true")])
+def test_discovery(trained, go, tmp_path, capsys, system, wanted):
+    """A new network from scratch learns what there is to discover; evaluate.py says so."""
+    teacher = "" if (system, wanted) == ("mtl", "true") else f"--teacher {trained(system)}"
+    discover = "" if wanted == "labels" and system != "hitts" else f"--discover {wanted}"
+    flags = f"--system {system} {FEWER.get(system, '')} {teacher} {discover}"
+    assert go(f"{flags} --batch 6 --steps 1 --val-samples 0")[0] == 0
+    settings = json.loads((tmp_path / "out/config.json").read_text())["train"]
+    assert settings["discover"] == wanted
+    entry = log_lines(tmp_path / "out")[0]
+    terms = {k.removeprefix("loss/").split()[0] for k in entry if k.startswith("loss/")} - set(TASKS)
+    features = {"feature"} if system == "hitts" and wanted != "labels" else set()
+    assert terms == features | ({"pseudo"} if wanted != "features" else set())
+    assert evaluate.main(f"--ckpt {tmp_path / 'out'} --limit 1 --trivial 0 --workers 0".split()) == 0
+    assert f"discover {wanted}" in capsys.readouterr().out
+
+
+def test_discovery_resumes(trained, go, tmp_path, monkeypatch):
+    """Interrupted and continued, it ends as undisturbed: the same thresholds, the same light."""
+    flags = f"--system hitts --teacher {trained('hitts')} --steps 4"
+    assert go(f"{flags} --out {tmp_path / 'whole'}")[0] == 0
+    stop_at(monkeypatch, "within", 2)
+    assert go(flags)[0] == 130
+    assert train.main(["--resume", "--out", str(tmp_path / "out")]) == 0
+    assert compare(tmp_path / "whole", tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("flags, says", {
+    "--system jtr --teacher TEACHER": "jtr discovers nothing; it is for stl, mtl, hitts",
+    "--system mtl --discover labels": "--discover labels needs a --teacher: a finished checkpoint of mtl",
+    "--system mtl --discover both --teacher TEACHER": "--discover both: mtl can only take labels, true",
+    "--system mtl --discover true --teacher TEACHER": "--teacher would do nothing here",
+    "--system mtl --discover true --data x": "--discover true is for the toy worlds",
+    "--system mtl --teacher TEACHER --data x": "give their cache a --cache <folder>",
+    "--system mtl --teacher nowhere": "no checkpoint in nowhere",
+    "--system hitts --teacher TEACHER": "is a mtl of semantic, normal.* expected a finished hitts",
+    "--system mtl --tasks normal,depth --teacher TEACHER": "expected a finished mtl of normal, depth",
+    "--teacher TEACHER": "it belongs to the other systems",
+}.items())
+def test_teachers_that_cannot_teach_are_refused(trained, go, tmp_path, flags, says):
+    tiny = TINY.replace("--scenes 2 --size 16x24", "") if "--data" in flags else TINY
+    code, _, error = go(flags.replace("TEACHER", str(trained("mtl"))), tiny)
+    assert code == 2 and re.search(says, error) and "Traceback" not in error
+    assert not (tmp_path / "out/model.json").exists()
 
 
 # ---- what is refused ----
@@ -131,7 +195,12 @@ def test_processes_change_no_loss(trained, go, tmp_path):
     "--system mtl --base x": "--base would do nothing here: it belongs to StableMTL",
     "--system mtl --no-isolation --loss task": "--isolation, --loss would do nothing here",
     "--system mtl --rho 0.1": "it belongs to --stage 2",
-    "--system mtl --options steps=2": "not an option of mtl",
+    "--system mtl --options steps=2": "not an option of mtl (it has none)",
+    "--system jtr --options w=2": "not an option of jtr (distance, reconstruction)",
+    "--system jtr --options distance=x": "--options distance=x: expected a number from 0",
+    "--system diffusionmtl --options steps=-1": "--options steps=-1: expected a whole number from 0",
+    "--system diffusionmtl --options condition=some": "condition=some: expected one of all, own, none",
+    "--system hitts --options oe=maybe": "oe=maybe: expected one of yes, no",
     "--options steps=2": "it belongs to the other systems",
     "--system mtl --drop rooms:shading": "no training labels for shading",
 }.items())

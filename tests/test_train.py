@@ -348,11 +348,11 @@ def test_held_out_loss_by_its_definition(tiny_base, second, stage):
     rho = "--rho 1" if stage == 2 else ""
     cfg = config(tiny_base, second, f"--stage {stage} --tasks {THREE} {rho} --overwrite")
     model = train.build_model(cfg, tuple(THREE.split(",")), stage - 1)
-    objective = train.latent_objective(model, cfg, True)
     unseen = train_readers(size=SIZE, scenes=3, split="val")
     assert {r.split for r in unseen} == {"val"}
     assert {r.name for r in unseen} == set(data.TOY_TRAIN)
     held_out = Mixture(unseen, model.tasks, TASKS, 3, 2, 0, with_next=True)
+    objective = train.latent_objective(model, cfg, held_out, None)
     train.set_mode(model, True)
     before = torch.get_rng_state()
     given = model, objective, held_out, 0, CPU, nullcontext

@@ -34,7 +34,7 @@ from losses import step_gradients
 from model import StableMTL, widen_input
 from settings import PRESETS
 from tasks import TASKS
-from tools import bench_cpu, bench_memory
+from tools import bench_cpu, bench_memory, bench_systems
 from tools.distil import new_decoder
 from toy.make import new_unet, new_vae
 from train import compile_blocks, trainable
@@ -394,6 +394,9 @@ def main(argv=None):
     if not args.count_only and (args.device.type != "cpu" or args.base == "toy"):
         result |= {"inference": inference(args, tasks), "training": training(args, tasks)}
     print(table(result))
+    if args.base == "toy":
+        result["systems"] = bench_systems.count(operations, args.size, tasks)
+        print("\n".join(bench_systems.lines(result["systems"])))
     if args.base == "toy" and args.device.type == "cpu" and not args.count_only and len(tasks) > 1:
         result["cpu"] = on_the_cpu(args, tasks)
         print("\n".join(bench_cpu.lines(result["cpu"], args.busy, args.load)))

@@ -113,7 +113,6 @@ def fit(model, mixture, streams, cfg, log):
     optimizer = train.make_optimizer(cfg, train.trainable(model))
     objective = LatentObjective(model, {"latent": 1.0}, encode=False, streams=streams)
     autocast, scaler = train.precision(cfg, device)
-    objective = train.latent_objective(model, cfg, False, streams)
     train.set_mode(model, True)
     with tqdm(total=cfg.steps, desc=("auxiliary UNet", "stage 2")[cfg.stage - 1], mininterval=2) as bar:
         for step, fetched in enumerate(loader(mixture, 0, cfg.steps, 0)):
