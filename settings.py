@@ -136,9 +136,9 @@ class Config:
 
 
 KINDS = {f.name: (None, f.type) for f in dataclasses.fields(Config)}    # as checkpoint.misfit reads it
-TOY = dict(scenes=600, size="32x48", widths="", batch=8, micro=8, lr=7e-4, attention_lr=10.0, beta2=0.99,
-           schedule="cosine", clip=1.0, steps={1: 4800, 2: 1600})
-PRESETS = {
+TOY = dict(scenes=600, size="32x48", widths="", batch=8, micro=8, lr={1: 7e-4, 2: 3.5e-4}, attention_lr=10.0,
+           beta2=0.99, schedule="cosine", clip=1.0, steps={1: 4800, 2: 1000})
+PRESETS = {      # {1: ..., 2: ...}: of a stage 1, and of what goes on from it (stage 2, --init)
     "toy": TOY,
     "toy-gpu": dict(scenes=4000, size="64x96", widths="64,128,192,256", batch=32, micro=32, lr=1e-3, attention_lr=1.0,
                     beta2=0.999, schedule="cosine", clip=1.0, steps={1: 20000, 2: 10000}),
@@ -271,9 +271,10 @@ def check(cfg, given=()):
         cfg.lr = cfg.lr or baselines.LEARNING_RATE
     if cfg.preset == "auto":
         cfg.preset = "paper" if cfg.base and cfg.data else "toy"
+    further = 2 if cfg.stage == 2 or cfg.init else 1    # a continued stage 1 is what a stage 2 is compared with
     for name, value in PRESETS[cfg.preset].items():
         if getattr(cfg, name) is None and not (name == "size" and cfg.data):
-            setattr(cfg, name, value[max(cfg.stage, 1)] if isinstance(value, dict) else value)
+            setattr(cfg, name, value[further] if isinstance(value, dict) else value)
     for names, why in idle_flags(cfg):
         idle = [flag_name(n) for n in names if n in given]
         if why and idle:
