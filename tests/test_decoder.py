@@ -1,6 +1,7 @@
 """A small decoder in the VAE's place: what it decodes, where it acts, what is refused, and how one is made."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,9 +15,10 @@ from baselines.trunk import System
 from cli import run
 from model import StableMTL
 from readers.toyworld import ToyWorld
-from tasks import TASKS
+from tasks import PALETTES, TASKS
 from tools import bench, distil
 
+COLOURS = torch.tensor(PALETTES["cityscapes"]) / 127.5 - 1
 FEW = "--images 2 --steps 3 --batch 2 --workers 0"
 
 
@@ -147,9 +149,10 @@ def test_where_there_are_no_latents(folder):
 def test_distil_learns(tiny_ckpt_1, tmp_path):
     """Of labels and predictions, it comes closer to the VAE's decoder; the same seed gives the same weights."""
     model, worlds = StableMTL.load(tiny_ckpt_1), distil.train_readers("", (16, 24), 4)
-    pairs = distil.lessons(model, worlds, 4, 2, 0)
-    (size, (z, images)), = pairs.items()
-    assert size == (4, 6) and len(z) == len(images) and images.shape[1:] == (3, 16, 24)
+    seen, codecs = distil.lessons(model, worlds, 4, 2, 0), [model.codecs[t] for t in model.tasks]
+    (size, (z, images, kinds)), = seen.items()
+    assert size == (4, 6) and len(z) == len(images) == len(kinds) and images.shape[1:] == (3, 16, 24)
+    assert all((kinds == k).sum() >= 4 for k in range(len(TASKS)))
     assert 4 * (len(TASKS) + 2) <= len(z) <= 4 * (len(TASKS) + 5)      # all predictions, and the labels there are
     with torch.no_grad():
         assert torch.allclose(model.decode(z[:3].float()), images[:3].float(), atol=5e-2)
@@ -157,11 +160,31 @@ def test_distil_learns(tiny_ckpt_1, tmp_path):
     for _ in range(2):
         torch.manual_seed(0)
         small = distil.new_decoder(model.vae, 8, (1, 1, 0))
-        before = distil.measure(small, pairs)
-        distil.train(small, pairs, 60, 8, 5e-3)
-        assert distil.measure(small, pairs) < before / 2
+        before = distil.measure(small, seen, codecs)
+        distil.train(small, seen, codecs, 60, 8, 5e-3)
+        assert distil.measure(small, seen, codecs) < before / 2
         made.append(small.decoder.state_dict())
     assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+
+
+def test_classes_count_beside_colours():
+    """The loss by hand: of a map of classes the cross-entropy of what the VAE's decoder shows is added; of one colour,
+    the same error in another map costs its square and a tenth of its size."""
+    codecs = [TASKS[t] for t in ("semantic", "depth")]
+    images = codecs[0].encode(torch.tensor([0, 6]).view(1, 1, 1, 2), torch.ones(1, 1, 1, 2, dtype=torch.bool))
+
+    class Shifted:
+        config = AutoencoderTiny(scaling_factor=1.0).config
+
+        def decode(self, z):
+            return SimpleNamespace(sample=images + z)
+    shift = torch.full_like(images, 0.1)
+    loss = {k: distil.distance(Shifted(), shift, images, torch.tensor([k]), codecs) for k in (0, 1)}
+    assert loss[0][0].item() == loss[1][0].item() == pytest.approx(0.01)
+    assert loss[1][1].item() == pytest.approx(0.01 + 0.1 * 0.1)
+    logits = -8 * ((images + shift)[0, :, 0].T[:, None] - COLOURS).square().sum(-1)      # (pixels, classes)
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 6])).item()
+    assert loss[0][1].item() == pytest.approx(0.02 + 0.2 * expected, rel=1e-4)
 
 
 def test_the_command(tiny_ckpt_1, folder, tmp_path, go):

@@ -30,6 +30,7 @@ import stock
 from checkpoint import read_config, write_json
 from data import Mixture, loader, train_readers
 from loading import checkpoint_folder, factor, not_finite, read_decoder
+from losses import DENSE
 from model import StableMTL
 
 # By the VAE's factor, its pixels per latent cell: width, residual blocks per level, from the latents' to the pixels'.
@@ -57,63 +58,74 @@ def new_decoder(vae, width=None, blocks=None):
 
 @torch.no_grad()
 def lessons(model, readers, images, batch, seed, workers=0):
-    """{size: (latents (N,4,h,w), what the VAE makes of them (N,3,H,W))} of labels and predictions, on the CPU in half
-    precision: of `images` training images, all tasks that the model knows and all labels there are."""
-    pairs, device = {}, next(model.parameters()).device
+    """{size: (latents (N,4,h,w), what the VAE makes of them (N,3,H,W), numbers of their tasks (N))} of labels and
+    predictions, on the CPU in half precision: of `images` training images, all tasks of the model and all labels."""
+    seen, device = {}, next(model.parameters()).device
     mixture = Mixture(readers, model.tasks, model.codecs, batch, batch, seed, isolation=False, joint=True)
     steps = math.ceil(images / batch)
     for step in tqdm(loader(mixture, 0, steps, workers), "what there is to learn", steps, leave=False):
         for b in step["batches"]:
             with half(device):
                 z_i, z_j = (model.see(f.to(device)) for f in b["frames"])
-                latents = [*model(z_i, z_j, model.tasks).values()]
-                latents += [model.encode(x.to(device)) for x in b["labels"].values()]
-                for z in latents:
-                    pairs.setdefault(tuple(z.shape[2:]), []).append((z.half().cpu(), model.decode(z).half().cpu()))
-    return {size: tuple(map(torch.cat, zip(*some, strict=True))) for size, some in pairs.items()}
+                latents = [*model(z_i, z_j, model.tasks).items()]
+                latents += [(t, model.encode(x.to(device))) for t, x in b["labels"].items()]
+                for t, z in latents:
+                    kinds = torch.full((len(z),), model.tasks.index(t))
+                    maps = z.half().cpu(), model.decode(z).half().cpu(), kinds
+                    seen.setdefault(tuple(z.shape[2:]), []).append(maps)
+    return {size: tuple(map(torch.cat, zip(*some, strict=True))) for size, some in seen.items()}
 
 
-def distance(tiny, z, images):
-    """Mean squared error of the small decoder, and that plus a little of the absolute one, for edges."""
-    difference = (tiny.decode(z / tiny.config.scaling_factor).sample - images).float()
-    square = difference.square().mean()
-    return square, square + 0.1 * difference.abs().mean()
+def distance(tiny, z, images, kinds, codecs):
+    """Mean squared error of the small decoder, and the loss: that, a little of the absolute one, for edges, and of maps
+    of classes the cross-entropy of those that the VAE's decoder shows: a small error there can be another class.
+
+    images (B,3,H,W): what the VAE makes of z (B,4,h,w); kinds (B): numbers of their codecs.
+    """
+    y = tiny.decode(z / tiny.config.scaling_factor).sample.float()
+    square = (y - images).square().mean()
+    loss = square + 0.1 * (y - images).abs().mean()
+    for k, codec in enumerate(codecs):
+        if codec.categorical and (mine := kinds == k).any():
+            errors = DENSE[codec.dense_loss](y[mine], images[mine], None, codec)
+            loss = loss + 0.2 * errors.sum() / images[:, 0].numel()
+    return square, loss
 
 
 @torch.no_grad()
-def measure(tiny, pairs, batch=16):
+def measure(tiny, seen, codecs, batch=16):
     """Mean squared difference from the VAE's decoder."""
     device, total, count = tiny.device, 0.0, 0
-    for latents, images in pairs.values():
-        for z, x in zip(latents.split(batch), images.split(batch), strict=True):
-            total += distance(tiny, z.to(device).float(), x.to(device).float())[0].item() * len(z)
+    for tensors in seen.values():
+        for z, x, kinds in zip(*(t.to(device).split(batch) for t in tensors), strict=True):
+            total += distance(tiny, z.float(), x.float(), kinds, codecs)[0].item() * len(z)
             count += len(z)
     return total / count
 
 
 # ---- training ----
 
-def train(tiny, pairs, steps, batch=16, lr=2e-3, noise=0.05, seed=0):
-    """Adam with a short warm-up and cosine decay. pairs: of `lessons`; noise: of the latents, in standard deviations.
-
-    FloatingPointError if it diverges.
+def train(tiny, seen, codecs, steps, batch=8, lr=2e-3, noise=0.05, seed=0):
+    """Adam with a short warm-up and cosine decay. seen: of `lessons`; codecs: of the model's tasks, in order; noise: of
+    the latents, in standard deviations. FloatingPointError if it diverges.
     """
     device, g = tiny.device, torch.Generator().manual_seed(seed)
     params = [p for p in tiny.decoder.parameters()]
     optimizer = torch.optim.Adam(params, lr, betas=(0.9, 0.99))
-    warmup, sizes = min(100, steps // 10 + 1), list(pairs)
-    weights = torch.tensor([len(pairs[s][0]) for s in sizes], dtype=torch.float)
-    spread = torch.cat([pairs[s][0].float().transpose(0, 1).flatten(1) for s in sizes], 1).std(1).view(1, -1, 1, 1)
+    warmup, sizes = min(100, steps // 10 + 1), list(seen)
+    weights = torch.tensor([len(seen[s][0]) for s in sizes], dtype=torch.float)
+    spread = torch.cat([seen[s][0].float().transpose(0, 1).flatten(1) for s in sizes], 1).std(1).view(1, -1, 1, 1)
     bar = tqdm(range(steps), "training the decoder", leave=False, mininterval=2)
     for step in bar:
-        z, images = pairs[sizes[torch.multinomial(weights, 1, generator=g)]]
-        rows = torch.randint(len(z), (batch,), generator=g)
-        z, images = z[rows].float(), images[rows].to(device).float()
-        z = (z + noise * spread * torch.randn(z.shape, generator=g)).to(device)
+        tensors = seen[sizes[torch.multinomial(weights, 1, generator=g)]]
+        rows = torch.randint(len(tensors[0]), (batch,), generator=g)
+        z, images, kinds = (x[rows].to(device) for x in tensors)
+        z, images = z.float(), images.float()
+        z = z + noise * (spread * torch.randn(z.shape, generator=g)).to(device)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with half(device):
-            square, loss = distance(tiny, z, images)
+            square, loss = distance(tiny, z, images, kinds, codecs)
         if not loss.isfinite():
             raise FloatingPointError(f"step {step}: the loss is {loss.item()}: lower --lr")
         optimizer.zero_grad(set_to_none=True)
@@ -160,7 +172,7 @@ def parse(argv):
     flag("--images", type=whole(1), default=600, help="training images, whose maps are kept in memory (default: "
          "%(default)s)")
     flag("--steps", type=whole(1), default=3000, help="(default: %(default)s)")
-    flag("--batch", type=whole(1, 4096), default=16, help="maps per step (default: %(default)s)")
+    flag("--batch", type=whole(1, 4096), default=8, help="maps per step (default: %(default)s)")
     flag("--lr", type=number(0, 1, ends=False), default=2e-3, help="peak learning rate (default: %(default)s)")
     flag("--noise", type=number(0, 10), default=0.05, help="added to the latents, in their standard deviations "
          "(default: %(default)s)")
@@ -194,16 +206,17 @@ def main(argv=None):
     root = args.data if args.data is not None else trained.get("data") or ""
     size = tuple(config["size"] or (32, 48))
     readers = train_readers("" if root == "toy" else root, size, trained.get("scenes", 400))
-    pairs = lessons(model, readers, args.images, 8, args.seed, args.workers)
-    before, number_of = measure(tiny, pairs), sum(len(z) for z, _ in pairs.values())
-    train(tiny, pairs, args.steps, args.batch, args.lr, args.noise, args.seed)
+    codecs = [model.codecs[t] for t in model.tasks]
+    seen = lessons(model, readers, args.images, 8, args.seed, args.workers)
+    before, maps = measure(tiny, seen, codecs), sum(len(z) for z, *_ in seen.values())
+    train(tiny, seen, codecs, args.steps, args.batch, args.lr, args.noise, args.seed)
     if bad := not_finite(tiny.state_dict()):
         raise FloatingPointError(f"{', '.join(bad[:4])} are not finite: lower --lr")
-    after = measure(tiny, pairs)
+    after = measure(tiny, seen, codecs)
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "device")}
-    save(tiny, {**flags, "maps": number_of, "error before": before, "error": after}, args.out)
+    save(tiny, {**flags, "maps": maps, "error before": before, "error": after}, args.out)
     weights = sum(p.numel() for p in tiny.decoder.parameters())
-    print(f"{number_of} maps, {args.steps} steps in {(time.time() - start) / 60:.1f} min on {device}; mean squared "
+    print(f"{maps} maps, {args.steps} steps in {(time.time() - start) / 60:.1f} min on {device}; mean squared "
           f"difference from the VAE's decoder {before:.5f} -> {after:.5f}; {weights} weights in {args.out}")
     return 0
 
