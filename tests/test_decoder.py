@@ -250,9 +250,8 @@ def test_decoder_operations_by_hand():
     assert bench.operations(small.decode, z) == 2 * expected
 
 
-def test_bench_takes_it(tiny_base, folder, tmp_path, go, monkeypatch):
+def test_bench_takes_it(tiny_base, folder, tmp_path, go):
     """By name or of a folder; what does not fit is refused."""
-    monkeypatch.setattr(bench, "memory", lambda *a: {})
     counts = f"--base {tiny_base} --size 16x16 --tasks 1 --device cpu --count-only --json {tmp_path / 'cost.json'}"
     for flags, part in (("", "VAE decode"), (" --decoder new", "small decoder")):
         code, out, _ = go(bench.main, counts + flags)
