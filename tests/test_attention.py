@@ -75,7 +75,7 @@ def test_watching_changes_nothing(checkpointing):
 def test_the_log_of_stage_2_tells_it(go, stage1, tmp_path):
     """Step 0 adds nothing, later steps something; micro-batches of another size and held-out samples in between change
     no number; stage 1 has none."""
-    flags = "--stage 2 --rho 0 --steps 4 --lr 0.01 --batch 4"
+    flags = "--stage 2 --rho 0 --steps 4 --lr 0.01 --attention-lr 1 --batch 4"
     for name, more in ("a", "--micro 4"), ("b", "--micro 1 --val-samples 2"):
         out = shutil.copytree(stage1, tmp_path / name)
         assert go(f"{flags} {more} --out {out}")[0] == 0
@@ -174,7 +174,7 @@ def test_queries_that_start_with_unit_gain(second, tiny_base):
     spread, states, z = {}, {}, tiny.latents(1)
     for how in settings.QUERY_INITS:
         cfg = settings.parse_args(f"--stage 2 --base {tiny_base} --out {second} --query-init {how}".split())
-        m = train.build_model(cfg, THREE.split(","), train.finished_stages(cfg)).eval()
+        m = train.build_model(cfg, THREE.split(","), settings.stages_in(cfg)).eval()
         query = Query(256, 640)
         if how == "unit":
             query.unit_gain()

@@ -188,7 +188,7 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads or 1)
     keep_memory()
     size, cfg.overwrite = parse_size(cfg.size), True        # whatever stage 2 is there: nothing is written to --ckpt
-    model = train.build_model(cfg, parse_tasks(cfg.tasks), train.finished_stages(cfg)).to(device)
+    model = train.build_model(cfg, parse_tasks(cfg.tasks), settings.stages_in(cfg)).to(device)
     auxiliary = StableMTL.load(args.ckpt, 1, device)
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]
     everything = [with_truth(r) for r in readers]
