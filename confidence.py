@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from cli import markdown
-from infer import network_maps
 from metrics import METRICS, Accumulator, aligned
 from tasks import IGNORE, TASKS
 
@@ -23,12 +22,6 @@ def turned(task, x):
     """A native map (B,C,H,W) of what a mirror shows: flipped, with the signs of tasks.Task.hflip. Twice is once not."""
     signs = torch.tensor(task.hflip[:task.channels], device=x.device).view(-1, 1, 1)
     return x.flip(-1) * signs.to(x.dtype)
-
-
-def mirror_maps(model, image, next_image=None, tasks=None, rows=None):
-    """As infer.network_maps, but the network sees the frames in a mirror, and its maps are turned back."""
-    frames = [None if frame is None else frame.flip(-1) for frame in (image, next_image)]
-    return {t: turned(TASKS[t], x) for t, x in network_maps(model, *frames, tasks=tasks, rows=rows).items()}
 
 
 def difference(task, a, b):

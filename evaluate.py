@@ -41,9 +41,9 @@ import photometric
 import toy
 from baselines import load
 from checkpoint import crc, read_config, read_json, write_json
-from confidence import Sparsification, agreement, mirror_maps, sparsification_table
+from confidence import Sparsification, agreement, sparsification_table
 from data import labelled, resize, test_batches, test_readers, train_readers
-from infer import network_maps
+from infer import mirror_maps, network_maps
 from loading import checkpoint_folder
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import from_base

@@ -3,7 +3,9 @@
     read_frame      a path, Pillow image or array -> (H,W,3) uint8
     to_network      frames of one size -> (B,3,h,w) in [-1,1], at the size that `network_size` picks
     network_maps    these -> {task: (B,C,h,w)}; what is to happen at the network's size happens here
+    mirror_maps     the same of the mirrored frames, turned back: what confidence.py compares
     restore         -> (B,C,H,W), at the frames' own size
+    in_pixels       flow in the units that the frames themselves tell (photometric.py)
     as_array        (C,H,W) -> the numpy array that people get, and sample.py writes
 
 `predict` is the middle, from frames of one size to maps at the network's size; `infer` is all of it, for anything.
@@ -17,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cli import half
+from confidence import agreement, turned
+from photometric import Camera, find_scales
 from readers.media import read_image, to_rgb
 from tasks import TASKS, parse_tasks
 
@@ -80,6 +84,12 @@ def network_maps(model, image, next_image=None, tasks=None, rows=None):
         raise ValueError(f"out of memory at {what}: use --rows 1, or a smaller --size or batch") from error
 
 
+def mirror_maps(model, image, next_image=None, tasks=None, rows=None):
+    """As network_maps, but the network sees the frames in a mirror, and its maps are turned back."""
+    frames = [None if frame is None else frame.flip(-1) for frame in (image, next_image)]
+    return {t: turned(TASKS[t], x) for t, x in network_maps(model, *frames, tasks=tasks, rows=rows).items()}
+
+
 def restore(x, task, size):
     """Predictions (B,C,h,w) at the network's size -> (B,C,*size) on the CPU. Flows keep their values (in any scale)."""
     x = x.float().cpu()
@@ -89,6 +99,19 @@ def restore(x, task, size):
     return F.normalize(x, dim=1, eps=1e-6) if task.dense_loss == "cosine" else x     # directions stay unit vectors
 
 
+def restore_confidence(x, size):
+    """(B,h,w) at the network's size -> (B,*size) on the CPU."""
+    return F.interpolate(x[:, None].float().cpu(), size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+
+
+def in_pixels(maps, frames, camera=None):
+    """One pair's maps {task: (C,H,W)} and its frames, (H,W,3) uint8 -> (the maps, motion in pixels and, by a
+    photometric.Camera, in metres where its scales are found, {task of motion: photometric.Fit})."""
+    seen = [torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1) / 255 for frame in frames]
+    fits = find_scales(maps, *seen, camera=camera)
+    return {t: fits[t].apply(x) if t in fits else x for t, x in maps.items()}, fits
+
+
 def as_array(x, task):
     """(C,H,W) -> (H,W) uint8 class ids, (H,W) float32 of one channel, or (H,W,C) float32."""
     array = np.ascontiguousarray(x.permute(1, 2, 0).numpy())
@@ -96,18 +119,22 @@ def as_array(x, task):
     return array[..., 0] if task.channels == 1 else array
 
 
-def predict(model, frames, next_frames=None, tasks=None, size=None, rows=None):
-    """B frames, and the B after them, all of one size, (H,W,3) uint8 -> {task: (B,C,h,w)} at the network's size.
+def predict(model, frames, next_frames=None, tasks=None, size=None, rows=None, confidence=False):
+    """B frames, and the B after them, all of one size, (H,W,3) uint8 -> ({task: (B,C,h,w)} at the network's size,
+    {task: (B,h,w)} confidence in [0,1], empty unless asked for).
 
     size: as in `network_size`; tasks, rows and errors: as in `network_maps`.
     """
     seen = network_size(*frames[0].shape[:2], size, model.size, model.factor)
     device = next(model.parameters()).device
     pair = [to_network(f, seen, device) for f in (frames, next_frames) if f is not None]
-    return network_maps(model, *pair, tasks=tasks, rows=rows)
+    maps = network_maps(model, *pair, tasks=tasks, rows=rows)
+    mirror = mirror_maps(model, *pair, tasks=tasks, rows=rows) if confidence else {}
+    return maps, {t: torch.stack([agreement(TASKS[t], *both) for both in zip(maps[t], x, strict=True)])
+                  for t, x in mirror.items()}
 
 
-def infer(model, image, next_image=None, tasks=None, size=None, rows=None):
+def infer(model, image, next_image=None, tasks=None, size=None, rows=None, confidence=False, pixels=False, camera=None):
     """StableMTL.infer says what this takes and gives."""
     many = isinstance(image, (list, tuple))
     images, after = (list(image), next_image) if many else ([image], [next_image])
@@ -119,6 +146,9 @@ def infer(model, image, next_image=None, tasks=None, size=None, rows=None):
         tasks = None if tasks == "all" else parse_tasks(tasks)
     if size is not None and size < 0:
         raise ValueError(f"size {size}: expected the longer side in pixels, 0 for the image's own, or None")
+    if camera is not None and not pixels:
+        raise ValueError("a camera is what metres of motion take: it goes with pixels=True")
+    camera = None if camera is None else Camera(*camera)
     groups, out = defaultdict(list), [{} for _ in images]
     for i, pair in enumerate(zip(images, after, strict=True)):
         frames = [read_frame(source) for source in pair if source is not None]
@@ -126,10 +156,17 @@ def infer(model, image, next_image=None, tasks=None, size=None, rows=None):
         groups[frames[0].shape, len(frames)].append((i, frames))
     for (shape, _), group in groups.items():
         numbers, frames = zip(*group, strict=True)
-        maps = predict(model, *zip(*frames, strict=True), tasks=tasks, size=size, rows=rows)
-        for t, x in maps.items():
-            for i, restored in zip(numbers, restore(x, TASKS[t], shape[:2]), strict=True):
-                out[i][t] = as_array(restored, TASKS[t])
+        maps, certain = predict(model, *zip(*frames, strict=True), tasks=tasks, size=size, rows=rows,
+                                confidence=confidence)
+        maps = {t: restore(x, TASKS[t], shape[:2]) for t, x in maps.items()}
+        certain = {t: restore_confidence(x, shape[:2]).numpy() for t, x in certain.items()}
+        for k, (i, seen) in enumerate(zip(numbers, frames, strict=True)):
+            own, fits = {t: x[k] for t, x in maps.items()}, {}
+            if pixels and len(seen) == 2:
+                own, fits = in_pixels(own, seen, camera)
+            out[i] = {t: as_array(x, TASKS[t]) for t, x in own.items()}
+            out[i] |= {f"confidence_{t}": x[k] for t, x in certain.items()}
+            out[i] |= {f"scale_{t}": found.scales for t, found in fits.items()}
     return out if many else out[0]
 
 

@@ -269,7 +269,7 @@ class StableMTL(nn.Module):
         check_finite(sums)
         return out
 
-    def infer(self, image, next=None, tasks=None, size=None, rows=None):
+    def infer(self, image, next=None, tasks=None, size=None, rows=None, confidence=False, pixels=False, camera=None):
         """Maps of photos as numpy arrays of the photos' own size, {task: array}; of a list of them, a list.
 
         image: a path, a Pillow image or an (H,W,3) uint8 array; a list of these, of any sizes, passes as one batch per
@@ -278,11 +278,16 @@ class StableMTL(nn.Module):
         knows. size: the longer side in pixels that the network sees, 0 = the photo's own, default: the shorter side as
         in training. rows: images x tasks that pass the UNet at once; 1 needs least memory.
 
+        confidence: also "confidence_<task>", (H,W) float32 in [0,1], from a second prediction, of the mirror image
+        (confidence.py). pixels: flow in pixels, by the scales that the two frames tell (photometric.py), and
+        "scale_optical_flow", these scales, or None where the frames do not tell and flow stays up to scale. camera:
+        (focal length, cx, cy, near, far), the last two the metres of depth 0 and 1: then scene flow in metres alike.
+
         Arrays are (H,W) uint8 of classes, (H,W) float32 of one channel, or (H,W,C) float32: the .npy files of
         sample.py, whose --help lists their units. FileNotFoundError, ValueError: there is no such file, it cannot be
         read, or this model cannot do that; FloatingPointError: a prediction is not finite.
         """
-        return infer.infer(self, image, next, tasks, size, rows)
+        return infer.infer(self, image, next, tasks, size, rows, confidence, pixels, camera)
 
     # -- files --
 

@@ -30,9 +30,11 @@ LIKELY = 1.0        # and a channel's scale than others
 
 @dataclass(frozen=True)
 class Fit:
-    """scales: one per channel, or None where the frames do not tell, and `why` says what is missing."""
+    """scales: one per channel, which make the map one of `unit`; or None where the frames do not tell, and `why` says
+    what is missing."""
     scales: tuple | None
     why: str = ""
+    unit: str = ""
 
     def apply(self, x):
         """The map (C,H,W) in real units, or as it is."""
@@ -75,14 +77,14 @@ def find_scales(maps, image, next_image, camera=None):
 
 # ---- what a motion does to an image ----
 
-def warp(image, flow):
+def warp(image, flow, mode="bilinear"):
     """image (K or 1,C,H,W), flow (K,2,H,W) in pixels (u right, v down) -> (what is seen at x + flow (K,C,H,W), whether
-    that lies inside the image (K,H,W) bool). Bilinear; outside, the border is repeated."""
+    that lies inside the image (K,H,W) bool). mode: or "nearest"; outside, the border is repeated."""
     height, width = image.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x, y = x.to(flow) + flow[:, 0], y.to(flow) + flow[:, 1]                                         # (K,H,W)
     grid = torch.stack([x / max(width - 1, 1), y / max(height - 1, 1)], -1) * 2 - 1
-    seen = F.grid_sample(image.expand(len(flow), -1, -1, -1), grid, padding_mode="border", align_corners=True)
+    seen = F.grid_sample(image.expand(len(flow), -1, -1, -1), grid, mode, "border", align_corners=True)
     return seen, (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
 
 
@@ -95,7 +97,7 @@ class Flow:
     """Optical flow (2,H,W) up to scale as a motion: displaced(scales (K,2), size) -> (K,2,*size) pixels of H x W."""
 
     def __init__(self, flow):
-        self.maps, self.channels = flow, 2
+        self.maps, self.channels, self.unit = flow, 2, "pixels (u, v)"
 
     def displaced(self, scales, size):
         return scales[:, :, None, None] * _reduced(self.maps, size)
@@ -108,7 +110,7 @@ class SceneFlow:
     """
 
     def __init__(self, flow, depth, intrinsics):
-        self.channels = 3
+        self.channels, self.unit = 3, "metres (x, y, z), OpenCV axes"
         self.maps, (self.focal, *self.centre) = torch.cat([flow, depth]), intrinsics
 
     def displaced(self, scales, size):
@@ -171,7 +173,7 @@ def fit(image, next_image, motion):
         octaves = _pattern_search(level, octaves, 0.5, 0.5 if k else 0.02)
     pixels = 2 ** octaves
     why = _unsure(level, pixels)
-    return Fit(None, why) if why else Fit(tuple((pixels / per_scale).tolist()))
+    return Fit(None, why) if why else Fit(tuple((pixels / per_scale).tolist()), unit=motion.unit)
 
 
 def _pixels_per_scale(motion, size):

@@ -5,6 +5,7 @@
     python sample.py --ckpt out/ a.png b.png c.png       three or more: the frames of one sequence, in this order
     python sample.py --ckpt out/ folder/                 numbered images (x_07.png, x_08.png) are frames of a sequence
     python sample.py --ckpt out/ clip.mp4 --stride 2     a video or an animated GIF: its frames are a sequence
+    python sample.py --ckpt out/ clip.mp4 --video        also a film of each task, in colours that hold throughout
     python sample.py --toy real:3                        a test sample of a toy world, labels beside predictions
     python sample.py --testset toy|<root>                whole test sets, as files for evaluate.py --predictions
 
@@ -13,43 +14,41 @@ a sequence. Each input gets a folder <output>/<file name without ending>/ (a vid
 <output>/<name>/<frame number>/) with <task>.png, <task>.npy, panel.png, which shows them all, and made_from.json. What
 is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; another
 input of the same name gets <name>-2. Arrays come in other --format, too (docs/predictions.md): <task>.flo, <task>.exr,
-<task>.values.png, each with a .json that says what its numbers are.
+<task>.values.png, each with a .json that says what its numbers are. Films come to <output>/<name of the video>/ or
+<output>/<first>_to_<last image>/.
 """
 import argparse
-import io
 import json
 import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain, count, islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-from cli import Parser, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
+from cli import Parser, number, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
-import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
 
 import infer
 import predictions
 from baselines import load as load_model
-from checkpoint import put, read_config, read_json
-from draw import COMPARED, attention_table, cell, compare, draw_attention, draw_panel
+from checkpoint import read_config
+from draw import attention_table
 from evaluate import choose, place, test_sets
-from infer import as_array, check_pair, restore
+from infer import check_pair, in_pixels, restore, restore_confidence
 from loading import checkpoint_folder
-from metrics import aligned
-from readers.exports import FORMATS, fits, parse_formats, save
+from photometric import Camera
+from readers.exports import FORMATS, parse_formats
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld
+from results import Result, array_files, fingerprint, finished, own_folder, write
 from tasks import CLASSES, TASKS, parse_tasks
+from video import Place, write_clips
 
 # ---- what there is to predict ----
 
@@ -165,104 +164,16 @@ def read_frames(item):
 
 
 def predict(model, frames, tasks, args):
-    """({task: (1,C,h,w) at the network's size}, attention table or None); errors: infer.predict."""
+    """The Result of one or two frames; errors: infer.predict."""
     model.attention_log = [] if args.attention else None
-    maps = infer.predict(model, *([f] for f in frames), tasks=tasks, size=args.size, rows=args.rows)
-    return maps, attention_table(model.attention_log, model.tasks) if args.attention else None
-
-
-# ---- what is written ----
-
-MADE_FROM = {"input": str, "key": (None, str), "files": (None, [str])}
-
-
-def made_from(folder):
-    """What `write` noted in a folder: (input, key, names of the files); None, None and none if nothing is legible."""
-    note = {}
-    with suppress(OSError, ValueError):
-        note = read_json(folder / "made_from.json", "", MADE_FROM)
-    return note.get("input"), note.get("key"), set(note.get("files") or ())
-
-
-def own_folder(output, item, taken):
-    """The folder of an Input: <output>/<name>, or <name>-2, ... where that is another's; taken: {folder: source}."""
-    for n in count(1):
-        top = output / (item.name if n == 1 else f"{item.name}-{n}")
-        if top not in taken:
-            taken[top] = made_from(top)[0] or item.source
-        if taken[top] == item.source:
-            return top / item.frame
-
-
-def fingerprint(frames, settings):
-    """Eight hexadecimal digits for what maps follow from."""
-    facts = [settings, [(f.shape, zlib.crc32(np.ascontiguousarray(f))) for f in frames]]
-    return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
-
-
-def finished(folder, key, files):
-    """Are these files there, made with this fingerprint?"""
-    _, before, there = made_from(folder)
-    return before == key and all(f in there and (folder / f).is_file() for f in files)
-
-
-def put_made(path, save, *args):
-    """What save(file, *args) writes."""
-    buffer = io.BytesIO()
-    save(buffer, *args)
-    put(path, buffer.getvalue())
-
-
-def put_json(path, value):
-    put(path, json.dumps(value, indent=1).encode())
-
-
-def array_name(task, form):
-    """The file of a map in one of exports.FORMATS: <task>.png is its picture already."""
-    return f"{task}.values.png" if FORMATS[form] == ".png" else f"{task}{FORMATS[form]}"
-
-
-def array_files(tasks, forms):
-    """Names of the arrays of these tasks, where a form fits."""
-    return [array_name(t, form) for t in tasks for form in forms if fits(TASKS[t], form)]
-
-
-def write(folder, item, key, frames, maps, table=None, forms=("npy",)):
-    """The maps {task: (1,C,h,w)} of an Input with its frames, 1 or 2 of (H,W,3) uint8, and table: attention. forms: of
-    the arrays, of exports.FORMATS.
-
-    Without made_from.json, which comes last, an input is not finished. Maps of another input or checkpoint do not stay.
-    """
-    (_, before, there), size = made_from(folder), frames[0].shape[:2]
-    arrays = array_files(TASKS, FORMATS)
-    ours = {"panel.png", "attention.png", "attention.json", *(f"{t}.png" for t in TASKS), *arrays,
-            *(f"{name}.json" for name in arrays)}
-    files = ours & there if before == key else set()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in {"made_from.json"} | ours - files:
-        (folder / name).unlink(missing_ok=True)
-    if item.frame:      # the frames' common folder belongs to this video, too
-        put_json(folder.parent / "made_from.json", {"input": item.source})
-    cells = [(name, cell(f)) for name, f in zip(("image", "second frame"), frames, strict=False)]
-    for t, x in maps.items():
-        task, x = TASKS[t], restore(x, TASKS[t], size)[0]
-        picture = task.colour(x, torch.ones(size, dtype=torch.bool))
-        put_made(folder / f"{t}.png", Image.fromarray(picture).save, "PNG")
-        for form in (form for form in forms if fits(task, form)):
-            save(folder / array_name(t, form), as_array(x, task), task, form)
-        if item.truth:
-            label = torch.from_numpy(item.truth["labels"][t]).permute(2, 0, 1)
-            valid = torch.from_numpy(item.truth["valid"][t])
-            cells += compare(task, label, valid, aligned(task, x, label, valid))
-        else:
-            cells.append((t, cell(picture)))
-    if table:
-        put_json(folder / "attention.json", table)
-        put_made(folder / "attention.png", draw_attention(table).savefig)
-    panel = draw_panel(cells, 4 if item.truth else 3, [TASKS[t] for t in maps], COMPARED if item.truth else "")
-    put_made(folder / "panel.png", panel.save, "PNG")
-    files = sorted(files | {name for name in ours if (folder / name).is_file()})
-    put_json(folder / "made_from.json", {"input": item.source, "key": key, "files": files})
+    maps, certain = infer.predict(model, *([f] for f in frames), tasks=tasks, size=args.size, rows=args.rows,
+                                  confidence=args.confidence)
+    table = attention_table(model.attention_log, model.tasks) if args.attention else None
+    size, fits = frames[0].shape[:2], {}
+    maps = {t: restore(x, TASKS[t], size)[0] for t, x in maps.items()}
+    if args.pixels and len(frames) == 2:
+        maps, fits = in_pixels(maps, frames, args.camera)
+    return Result(maps, {t: restore_confidence(x, size)[0] for t, x in certain.items()}, fits, table)
 
 
 # ---- command line ----
@@ -303,8 +214,30 @@ def parse(argv):
          "memory, faint seams")
     flag("--device", default="auto", help="cpu, cuda (in bfloat16) or mps (default: a GPU where there is one)")
     flag("--attention", action="store_true", help="also write attention.png, .json: which tasks a task attends to")
+    flag("--confidence", action="store_true", help="also confidence_<task>.png, .npy: how far to trust each pixel, in "
+         "[0,1], by a second prediction, of the mirror image")
+    flag("--pixels", action="store_true", help="flow in pixels: its scales are found in the two frames (scales.json)")
+    flag("--camera", metavar="F,CX,CY,NEAR,FAR", help="with --pixels: scene flow in metres; focal length and centre in "
+         "pixels, metres of depth 0 and 1")
+    flag("--video", action="store_true", help="also an MP4 per task and one of the panel for each sequence or video")
+    flag("--fps", type=number(0.1, 1000), help="frames per second of these (default: the video's own, else 10)")
     flag("--skip-bad", action="store_true", help="name, skip and count unreadable inputs instead of stopping there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.camera and not args.pixels or args.fps and not args.video:
+        raise ValueError("--camera does nothing without --pixels, nor --fps without --video: add these, or drop it")
+    if args.video and (args.single or args.toy):
+        raise ValueError("--video films a sequence: give frames or a video, without --single and --toy")
+    args.camera = parse_camera(args.camera) if args.camera else None
+    return args
+
+
+def parse_camera(text):
+    """"40,23.5,15.5,0.5,80" -> photometric.Camera."""
+    try:
+        focal, cx, cy, near, far = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--camera {text}: expected five numbers, F,CX,CY,NEAR,FAR") from None
+    return Camera(focal, cx, cy, near, far)
 
 
 def load(args):
@@ -328,7 +261,8 @@ def load(args):
 
 def predict_testset(args):
     """What --testset asks for, written; returns 130 if stopped, else 0."""
-    idle = {"paths": [], "--toy": None, "--single": False, "--stride": 1, "--size": None, "--attention": False}
+    idle = {"paths": [], "--toy": None, "--single": False, "--stride": 1, "--size": None, "--attention": False,
+            "--confidence": False, "--pixels": False, "--video": False}
     if wrong := [name for name, default in idle.items() if vars(args)[name.strip("-")] != default]:
         raise ValueError(f"{' and '.join(wrong)} would do nothing here: --testset takes images, order and size from "
                          "the test sets")
@@ -366,7 +300,9 @@ def settings(args, model):
         return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     weights = stated(args.ckpt, "model.json", "*.safetensors", "*/*model*.safetensors")
     decoder = [args.decoder, stated(args.decoder, "*")] if args.decoder else []
-    return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder]
+    camera = astuple(args.camera) if args.camera else None
+    return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder,
+            args.pixels, camera]
 
 
 def main(argv=None):
@@ -384,9 +320,13 @@ def main(argv=None):
     model, asked = load(args)
     forms = parse_formats(args.format, [TASKS[t] for t in asked])
     output, taken, tally, common = Path(args.output or "samples"), {}, Counter(), settings(args, model)
+    unscaled, places = Counter(), []        # what films are made of
+    if args.video and "npy" not in forms:
+        raise ValueError(f"--format {args.format}: films are made of NPY files, name npy as well")
     bar = tqdm(inputs, unit="input", disable=None)
     try:
         for item in bar:
+            places.append(Place(None, bool(item.next), item.source if item.frame else ""))
             tasks, folder = [t for t in asked if TASKS[t].frames == 1 or item.next], own_folder(output, item, taken)
             if not tasks:
                 tally["motionless"] += 1
@@ -401,12 +341,16 @@ def main(argv=None):
                 continue
             tally["motionless"] += len(tasks) < len(asked)
             key = fingerprint(frames, common)
-            files = ["panel.png", *array_files(tasks, forms), *["attention.json"] * args.attention]
+            files = ["panel.png", *array_files(tasks, forms), *["attention.json"] * args.attention,
+                     *(f"confidence_{t}.npy" for t in tasks if args.confidence)]
+            places[-1] = replace(places[-1], folder=folder)
             if not args.overwrite and finished(folder, key, files):
                 tally["kept"] += 1
                 continue
-            write(folder, item, key, frames, *predict(model, frames, tasks, args), forms)
+            result = predict(model, frames, tasks, args)
+            write(folder, item, key, frames, result, forms)
             tally["done"] += 1
+            unscaled.update(f"{t} stays up to scale: {f.why}" for t, f in result.fits.items() if f.why)
     except KeyboardInterrupt:
         done = tally["done"] + tally["kept"]
         print(f"\nstopped: {done} finished in {output}; the same command does the rest", file=sys.stderr)
@@ -419,10 +363,14 @@ def main(argv=None):
                          "give two images, a sequence or a video")
     alone = tally["done"] + tally["kept"] == 1 and not tally["bad"]
     print(f"{tally['done']} predicted, in {folder / 'panel.png' if alone else output}")
+    for text, times in unscaled.items():
+        print(f"{times} x {text}")
     for what, text in (("kept", "already finished, kept (--overwrite computes them again)"),
                        ("bad", "unreadable, skipped"), ("motionless", f"without a second frame: {motion} skipped")):
         if tally[what]:
             print(f"{tally[what]} {text}")
+    if args.video:
+        write_clips(output, places, find(args.paths, stride=args.stride), asked, args.fps, args.stride)
     return 0
 
 

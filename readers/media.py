@@ -108,6 +108,16 @@ def read_video(path, stride=1):
         raise ValueError(f"{path} is damaged, {i} of {declared} frames could be read: fetch or convert it again")
 
 
+def frame_rate(path):
+    """Frames per second of a video or animation; None if it does not say."""
+    if path.suffix.lower() in VIDEOS:
+        import cv2
+        return cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FPS) or None
+    with _reading(path), Image.open(path) as image:
+        image.seek(1)       # the first frame's may be missing
+        return 1000 / image.info["duration"] if image.info.get("duration") else None
+
+
 def frame_reader(path):
     """What reads the frames of a video or animation; None for anything else."""
     if path.suffix.lower() in VIDEOS:

@@ -9,6 +9,7 @@ import pytest
 pytest_plugins = ["runs"]      # the fixtures of training
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: no test waits for a network
 
+import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
@@ -54,3 +55,17 @@ def tiny_ckpt_1(tmp_path_factory):
 def tiny_base(tmp_path_factory):
     """Folder of an untrained base as thin as its layout allows. Do not write there."""
     return tiny.base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A video of five frames, 48x32 pixels, ten a second, that turn from black to red."""
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (48, 32))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV cannot write MJPG")
+    for i in range(5):
+        writer.write(np.full((32, 48, 3), (0, 0, 50 * i), np.uint8))   # OpenCV's order: blue, green, red
+    writer.release()
+    return path

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import confidence
-from confidence import SHARES, Sparsification, agreement, difference, mirror_maps, turned
+from confidence import SHARES, Sparsification, agreement, difference, turned
+from infer import mirror_maps
 from metrics import METRICS
 from tasks import TASKS
 

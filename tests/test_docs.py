@@ -5,6 +5,7 @@ import shlex
 import shutil
 from unittest import mock
 
+import cv2
 import kill
 import numpy as np
 import pytest
@@ -63,13 +64,17 @@ COMMANDS = sorted({(program, *argv) for page in PAGES for program, argv in comma
 @pytest.fixture
 def workshop(tmp_path, monkeypatch, tiny_ckpt):
     """What the pages take for granted, as the current folder: a checkpoint in out/ and a small decoder for it, two
-    photos, data of one's own."""
+    photos, a video, data of one's own."""
     shutil.copytree(tiny_ckpt, tmp_path / "out")
     distil.new_decoder(tiny.vae()).save_pretrained(tmp_path / "out/decoder")
     rng = np.random.default_rng(0)
     for path in ("photo.jpg", "next.jpg", "my/images/street.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8)).save(tmp_path / path)
+    film = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (48, 32))
+    for _ in range(3):
+        film.write(rng.integers(0, 256, (32, 48, 3), np.uint8))
+    film.release()
     (tmp_path / "my/depth").mkdir()
     np.save(tmp_path / "my/depth/street.npy", rng.uniform(1, 9, (60, 90)))
     monkeypatch.chdir(tmp_path)

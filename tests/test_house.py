@@ -9,8 +9,8 @@ FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if p.parent
 # Floors from the ground up: a file imports from lower floors, and within its own room. toy/ is but a place of weights;
 # what made them knows nearly everything.
 FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "memory", "track", "toy", "stock"),
-          ("readers", "infer", "model", "generalist", "metrics", "confidence", "photometric"), ("data",),
-          ("cache", "losses", "predictions", "discovery"), ("toy.make", "baselines"),
+          ("readers", "infer", "model", "generalist", "metrics", "confidence", "photometric"),
+          ("data", "video", "results"), ("cache", "losses", "predictions", "discovery"), ("toy.make", "baselines"),
           ("sample", "evaluate", "settings"), ("train",), ("tools",)]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -165,3 +165,30 @@ def test_a_lack_of_memory_names_the_remedy(tiny_model, monkeypatch):
         tiny_model.infer(array(), size=48)
     with pytest.raises(RuntimeError, match="something else"):
         tiny_model.infer(array())
+
+
+def test_confidence_and_pixels_are_the_files_of_sample(tiny_ckpt, tmp_path, monkeypatch):
+    """Arrays beside the maps, bit for bit what --confidence --pixels writes; the map times its scale is in pixels. A
+    still image has no scale to find; what would do nothing is refused."""
+    monkeypatch.setattr("photometric._unsure", lambda level, pixels: "")       # an untrained network finds no motion
+    paths = [tmp_path / "photo.png", tmp_path / "next.png"]
+    for path in paths:
+        Image.fromarray(array(75, 101)).save(path)
+    camera = 80, 50, 37, 1, 20
+    argv = [*map(str, paths), "--ckpt", str(tiny_ckpt), "--output", str(tmp_path / "out"), "--confidence", "--pixels"]
+    assert sample.main([*argv, "--camera", ",".join(map(str, camera))]) == 0
+    model = StableMTL.load(tiny_ckpt)
+    maps, plain = (model.infer(*paths, **options) for options in (
+        {"confidence": True, "pixels": True, "camera": camera}, {}))
+    scales = {t: maps.pop(f"scale_{t}") for t in TASKS if f"scale_{t}" in maps}
+    assert same(maps, {p.stem: np.load(p) for p in (tmp_path / "out/photo").glob("*.npy")})
+    assert maps.keys() == {*TASKS, *(f"confidence_{t}" for t in TASKS)} and set(scales) == {
+        t for t in TASKS if TASKS[t].frames == 2}
+    for t, x in plain.items():
+        np.testing.assert_allclose(maps[t], x * np.float32(scales.get(t, 1)) if t in scales else x, rtol=1e-5)
+    alone, = model.infer([paths[0]], pixels=True, confidence=True, tasks="depth")
+    assert set(alone) == {"depth", "confidence_depth"}
+    with pytest.raises(ValueError, match="expected focal length"):
+        model.infer(*paths, pixels=True, camera=(80, 50, 37, 20, 1))
+    with pytest.raises(ValueError, match="it goes with pixels=True"):
+        model.infer(*paths, camera=camera)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import results
 import sample
 from cli import run
 from model import StableMTL
@@ -114,19 +115,6 @@ def test_animation_frames(tmp_path):
     assert np.array_equal(found[1].next(), found[2].image())
     assert pairs([tmp_path / "moves.gif"], stride=3) == [("moves/000000", True), ("moves/000003", False)]
     assert pairs([tmp_path / "still.gif"]) == [("still", False)]
-
-
-@pytest.fixture
-def clip(tmp_path):
-    cv2 = pytest.importorskip("cv2")
-    path = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (48, 32))
-    if not writer.isOpened():
-        pytest.skip("this OpenCV cannot write MJPG")
-    for i in range(5):
-        writer.write(np.full((32, 48, 3), (0, 0, 50 * i), np.uint8))   # OpenCV's order: blue, green, red
-    writer.release()
-    return path
 
 
 def test_video_is_streamed(clip, monkeypatch):
@@ -240,12 +228,12 @@ def test_video_run(go, tmp_path, clip):
 
 def test_toy_sample_shows_labels(go, tmp_path, monkeypatch):
     """A toy sample's panel has a label beside each prediction."""
-    titles, draw = [], sample.draw_panel
+    titles, draw = [], results.draw_panel
 
     def recorded(cells, *arguments):
         titles.extend(title for title, _ in cells)
         return draw(cells, *arguments)
-    monkeypatch.setattr(sample, "draw_panel", recorded)
+    monkeypatch.setattr(results, "draw_panel", recorded)
     assert go("--toy", "real:3", "--tasks", "depth,albedo", "--stage", 1)[0] == 0
     assert [t.split(",")[0] for t in titles] == ["image", "second frame", "depth label", "depth predicted",
                                                  "albedo label", "albedo predicted"]
@@ -290,7 +278,7 @@ def test_finished_inputs_are_kept(go, tmp_path, monkeypatch):
     assert outputs(tmp_path) == ["f1", "f2", "f3"] and not (tmp_path / "out/f3/optical_flow.npy").exists()
     assert panel.stat().st_mtime_ns == stamp
     assert go(*flags, "--overwrite")[1].startswith("3 predicted") and panel.stat().st_mtime_ns != stamp
-    monkeypatch.setattr(sample, "draw_panel", lambda *a: 1 / 0)
+    monkeypatch.setattr(results, "draw_panel", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         go(*flags, "--overwrite")
     monkeypatch.undo()
