@@ -29,7 +29,7 @@ TEXT = dict(vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidd
             max_position_embeddings=77, hidden_act="gelu", projection_dim=512)
 TRAIN = "train.py --data {data} --batch 1 --micro 1 --val-samples 0 --picture-every 0 --workers 0"
 SAMPLE = "sample.py {out}/photo.png --ckpt {out}/run --output {out}/maps --overwrite --rows 1 --vae-tiling"
-COMMANDS = {        # name: (command, gigabytes of memory that it takes, as measured)
+COMMANDS = {        # name: (command, gigabytes of memory that it should take, estimated from its weights)
     "stage-1": (f"{TRAIN} --stage 1 --base {{base}} --out {{out}}/run --steps 3 --optimizer adam-bf16", 14),
     "resume": ("train.py --resume --out {out}/run --steps 4", 14),
     "cache": (f"{TRAIN} --stage 1 --base {{base}} --out {{out}}/cached --steps 3 --cache {{out}}/cache --checkpointing "
@@ -126,7 +126,7 @@ def main(argv=None):
     for name in names:
         command, need = COMMANDS[name]
         if not args.base and free_memory() < need:
-            print(f"{name:12} left out: it takes {need} GB, and {free_memory():.1f} GB are free", flush=True)
+            print(f"{name:12} left out: it should take {need} GB, and {free_memory():.1f} GB are free", flush=True)
             failed.append(name)
             continue
         filled = [word.format(data=Path(args.data).absolute(), out=out, base=base) for word in command.split()]
