@@ -34,7 +34,7 @@ from losses import DENSE
 from model import StableMTL
 
 # By the VAE's factor, its pixels per latent cell: width, residual blocks per level, from the latents' to the pixels'.
-# TAESD has 64 and 3,3,3,1. A block of whole pixels costs most, and without one the toy's loses twice as much.
+# TAESD has 64 and 3,3,3,1. A block of whole pixels costs most; without one, the toy's misses more (docs/cost.md).
 SIZES = {2: (32, (2, 1)), 4: (48, (3, 3, 1)), 8: (56, (3, 3, 3, 1))}
 
 
