@@ -141,6 +141,11 @@ def _flush(folder):
         os.close(descriptor)
 
 
+def digest(facts):
+    """Eight hexadecimal digits for anything that json can hold."""
+    return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+
+
 def crc(path):
     """Checksum of a file, read in pieces."""
     value = 0

@@ -197,7 +197,8 @@ class Mixture(Dataset):
                 if labelled:
                     self.sources[t].append((reader, labelled))
         self.labelled = {(r.name, t): set(i) for t, sources in self.sources.items() for r, i in sources}
-        self.beside = {(r.name, t): set(r.indices(t)) for r in readers for t in tasks if t in beside.get(r.name, ())}
+        self.there = self.labelled | {(r.name, t): set(r.indices(t)) for r in readers for t in tasks
+                                      if t in beside.get(r.name, ())}
         self.tasks = [t for t in tasks if self.sources[t]]
         missing = [t for t in tasks if not self.sources[t]]
         if missing:
@@ -225,8 +226,7 @@ class Mixture(Dataset):
     def together(self, task, reader, index):
         """N-to-N: every available label of the image at once; a task with a crop of its own sees another image."""
         view = next(v for v in views(reader) if task in v)
-        there = self.labelled | self.beside
-        return tuple(t for t in self.tasks if t in view and index in there.get((reader.name, t), ()))
+        return tuple(t for t in self.tasks if t in view and index in self.there.get((reader.name, t), ()))
 
     def one(self, tasks, reader, index, flips, seed):
         if self.cache is not None:

@@ -24,12 +24,17 @@ JITTER = (0.2, 0.2, 0.2, 0.0)       # of a student's images; no hue: the labels 
 ABOUT = {"vae": str, "datasets": {str: dict}, "cells": {str: [str]}, "teacher": str}
 
 
+def discoverable(tasks):
+    """The tasks of one frame that are not about classes: without a second frame there is no motion to label, and a
+    dataset without class labels (rooms, things) is full of what belongs to none of the classes."""
+    return [t for t in tasks if TASKS[t].frames == 1 and not TASKS[t].categorical]
+
+
 def unlabelled(readers, tasks, drop):
-    """{dataset: the tasks that it has a cell of}: of one frame, not of classes, without any label left by `drop`."""
+    """{dataset: the tasks that it has a cell of}: discoverable, without any label left by `drop`."""
     def known(reader):
         return set(labelled(reader, tasks)) - drop.get(reader.name, set())
-    can = [t for t in tasks if TASKS[t].frames == 1 and not TASKS[t].categorical]
-    cells = {r.name: [t for t in can if t not in known(r)] for r in readers}
+    cells = {r.name: [t for t in discoverable(tasks) if t not in known(r)] for r in readers}
     return {name: found for name, found in cells.items() if found}
 
 

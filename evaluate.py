@@ -16,13 +16,11 @@ results_<name of the root or decoder>.json). Those of the toy model and of a hub
 from the same settings, weights, samples and code, is not computed again: so an interrupted run goes on.
 """
 import argparse
-import json
 import math
 import os
 import re
 import sys
 import time
-import zlib
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
@@ -40,7 +38,7 @@ import torch.nn.functional as F
 import photometric
 import toy
 from baselines import load
-from checkpoint import crc, read_config, read_json, write_json
+from checkpoint import crc, digest, read_config, read_json, write_json
 from confidence import Sparsification, agreement, sparsification_table
 from data import labelled, resize, test_batches, test_readers, train_readers
 from infer import mirror_maps, network_maps
@@ -427,7 +425,7 @@ def fingerprints(common, readers, train):
     """{test set: eight hexadecimal digits} for `settings`, its samples, and the training sets' behind GUESSES."""
     def samples(reader):
         return [(r.name, r.split, len(r), r.size, r.version) for r in [reader, *train]]
-    return {r.name: f"{zlib.crc32(json.dumps([common, samples(r)]).encode()):08x}" for r in readers}
+    return {r.name: digest([common, samples(r)]) for r in readers}
 
 
 def current(report, keys):
@@ -530,8 +528,8 @@ def main(argv=None):
     # ---- what came out ----
     stages = [trained(s) for s in (config["stage1"], config["train"]) if s]
     print("\n".join([*stages, "", *table(results, trivials, before)]))
-    for lines in sparsification_table(results), photometric.table(results):
-        print("\n".join(["", *lines] if lines else []), end="\n" * bool(lines))
+    for lines in filter(None, (sparsification_table(results), photometric.table(results))):
+        print("\n".join(["", *lines]))
     if mine := shared(by_task(results), baseline):
         report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric][2] for t in TASKS})
         print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+.2f} %")

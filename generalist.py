@@ -209,9 +209,7 @@ class Generalist(StableMTL):
 
     def load_stem(self, state):
         """Strict; ValueError says what does not fit."""
-        groups = loading.mismatch(state, self.stem.state_dict()) | {"not finite": loading.not_finite(state)}
-        if differs := loading.grouped(groups):
-            raise ValueError(f"stem: {differs}")
+        loading.check_state(state, self.stem.state_dict(), "stem")
         self.stem.load_state_dict(state)
 
 

@@ -45,6 +45,12 @@ def not_finite(state):
     return [k for k, v in state.items() if not v.sum(dtype=torch.float32).isfinite()]
 
 
+def check_state(state, expected, what):
+    """ValueError, in which it is called `what`, unless a state dict has the expected names and shapes and is finite."""
+    if differs := grouped(mismatch(state, expected) | {"not finite": not_finite(state)}):
+        raise ValueError(f"{what}: {differs}")
+
+
 def read_tensors(path):
     """{name: tensor} of a .safetensors file; ValueError if it is damaged."""
     try:

@@ -322,9 +322,7 @@ class StableMTL(nn.Module):
     def load_task_attention(self, state):
         """Strict inverse of task_attention_state; ValueError says what does not fit."""
         released = self.task_attention_state()
-        groups = loading.mismatch(state, released) | {"not finite": loading.not_finite(state)}
-        if differs := loading.grouped(groups):
-            raise ValueError(f"task attention: {differs}")
+        loading.check_state(state, released, "task attention")
         own = self.attention.state_dict()   # in the same order
         self.attention.load_state_dict({k: state[r] for k, r in zip(own, released, strict=True)})
 

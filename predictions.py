@@ -6,16 +6,14 @@ made them.
 
 <sample> is the sample's key in its dataset, with subfolders where that has several parts (docs/predictions.md).
 """
-import json
 import shutil
-import zlib
 from collections import Counter
 from operator import ge
 from pathlib import Path
 
 import torch
 
-from checkpoint import read_json, write_json
+from checkpoint import digest, read_json, write_json
 from data import labelled, test_batches
 from infer import as_array, network_maps, restore
 from readers.exports import FORMATS, decode, endings, fits, save
@@ -150,7 +148,7 @@ class Predictions:
         """Eight hexadecimal digits for the predictions of a dataset: names, sizes and times of their files."""
         paths = sorted(p for p in (self.folder / reader.name).rglob("*") if p.is_file())
         facts = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+        return digest(facts)
 
     def maps(self, reader, group, skipped=None):
         """A group of data.test_batches -> {task: [(C,H,W) of the label's size, or None where there is no file, ...]}.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import put, read_json
+from checkpoint import digest, put, read_json
 from draw import COMPARED, cell, compare, draw_attention, draw_panel
 from infer import as_array
 from metrics import aligned
@@ -43,8 +43,7 @@ def own_folder(output, item, taken):
 
 def fingerprint(frames, settings):
     """Eight hexadecimal digits for what maps follow from."""
-    facts = [settings, [(f.shape, zlib.crc32(np.ascontiguousarray(f))) for f in frames]]
-    return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
+    return digest([settings, [(f.shape, zlib.crc32(np.ascontiguousarray(f))) for f in frames]])
 
 
 def finished(folder, key, files):

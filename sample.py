@@ -18,10 +18,8 @@ input of the same name gets <name>-2. Arrays come in other --format, too (docs/p
 <output>/<first>_to_<last image>/.
 """
 import argparse
-import json
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
@@ -37,7 +35,7 @@ from tqdm import tqdm
 import infer
 import predictions
 from baselines import load as load_model
-from checkpoint import read_config
+from checkpoint import digest, read_config
 from draw import attention_table
 from evaluate import choose, place, test_sets
 from infer import check_pair, in_pixels, restore, restore_confidence
@@ -272,9 +270,8 @@ def predict_testset(args):
     home = place((config["train"] or {}).get("data"))
     data, size = choose(args.testset, home, config["size"], whose)
     readers = test_sets(data, size, split, asked, whose)
-    key = f"{zlib.crc32(json.dumps(settings(args, model)).encode()):08x}"
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
-                               "stage": 2 if model.multi else 1, "key": key}, args.overwrite)
+                               "stage": 2 if model.multi else 1, "key": digest(settings(args, model))}, args.overwrite)
     tally, skipped = Counter(), []
     try:
         for reader in readers:

@@ -1,7 +1,7 @@
 """The other systems of the papers, for one table with StableMTL (docs/systems.md). Each reads top to bottom:
 
     trunk.py            what they share, and single-task and multi-task learning: stl, mtl
-    teacher.py        labels and features from a teacher, where an image has none
+    teacher.py          labels and features from a teacher, where an image has none
     hitts.py            hierarchical task tokens
     jtr.py              joint-task regularisation
     diffusionmtl.py     multi-task denoising diffusion
@@ -133,7 +133,6 @@ def _shown(field):
 
 
 # ---- checkpoints ----
-
 
 def load(folder, stage=None, device="cpu"):
     """The model of a checkpoint, whichever system's. stage: of StableMTL (see there). Errors: StableMTL.load."""

@@ -8,30 +8,23 @@ The teacher sees the frames as they are, the student the same in other light. Th
 crops and jitter, so what the teacher says of an image is always the same: it is computed when it is needed rather than
 stored, which gives what an offline pass would.
 
-Labels are discovered for tasks of one frame that are no classes: without a second frame there is no motion to label,
-and a dataset without class labels (rooms, things) is full of what belongs to none of the classes.
+Of which tasks labels are discovered, discovery.py says.
 """
 import torch
 
 from baselines.trunk import first_images, noise, of_step
-from readers.toyworld import ToyWorld
-from tasks import TASKS
+from discovery import discoverable
 
 KEPT, CALIBRATION = 0.5, 16     # share of unlabelled pixels that are confident enough; images per dataset to find where
-
-
-def discoverable(tasks):
-    return [t for t in tasks if TASKS[t].frames == 1 and not TASKS[t].categorical]
 
 
 def with_true_labels(readers):
     """The toy worlds with the labels that could be discovered in them: (readers, {world: tasks})."""
     out, beside = [], {}
     for reader in readers:
-        full = ToyWorld(reader.name, reader.split, reader.n, reader.size, reader.seed, all_labels=True)
+        full = reader.complete()
         beside[reader.name] = {t for t in discoverable(full.tasks) if t not in reader.tasks}
         full.tasks = tuple(t for t in full.tasks if t in reader.tasks or t in beside[reader.name])
-        full.paired = reader.paired
         out.append(full)
     return out, beside
 

@@ -285,10 +285,8 @@ class System(nn.Module):
                 model = cls(spec["tasks"], spec["palette"], **spec["options"])
             except (KeyError, TypeError) as error:
                 raise ValueError(f"model.json does not describe a {cls.kind}: {error}") from error
-            state, own = loading.read_tensors(path), model.state_dict()
-            groups = loading.mismatch(state, own) | {"not finite": loading.not_finite(state)}
-            if differs := loading.grouped(groups):
-                raise ValueError(f"{path.name}: {differs}")
+            state = loading.read_tensors(path)
+            loading.check_state(state, model.state_dict(), path.name)
             model.load_state_dict(state)
         model.size = read_config(folder)["size"]
         return model.to(device).eval()

@@ -340,6 +340,12 @@ class ToyWorld:
         self.tasks = ALL if all_labels else WORLDS[world]
         self.paired = all_labels or world != "rooms"  # rooms train as Hypersim does, without a second frame
 
+    def complete(self):
+        """The same scenes and frames, with the labels of every task."""
+        full = ToyWorld(self.name, self.split, self.n, self.size, self.seed, all_labels=True)
+        full.paired = self.paired
+        return full
+
     def __len__(self):
         return self.n
 

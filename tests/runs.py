@@ -46,20 +46,23 @@ def go(tiny_base, tmp_path, capsys):
     return call
 
 
+def trained(base, factory, flags):
+    """Folder of a finished stage 1. Do not write there."""
+    out = factory.mktemp("trained") / "out"
+    assert train.main(f"--base {base} --out {out} {TINY} {flags}".split()) == 0
+    return out
+
+
 @pytest.fixture(scope="session")
 def stage1(tiny_base, tmp_path_factory):
-    """Folder of a finished stage 1 of three tasks. Do not write there."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    assert train.main(f"--base {tiny_base} --out {out} {TINY} --tasks {THREE}".split()) == 0
-    return out
+    """`trained` for three tasks."""
+    return trained(tiny_base, tmp_path_factory, f"--tasks {THREE}")
 
 
 @pytest.fixture(scope="session")
 def another(tiny_base, tmp_path_factory):
-    """Folder of a finished stage 1 of another seed."""
-    out = tmp_path_factory.mktemp("another") / "out"
-    assert train.main(f"--base {tiny_base} --out {out} {TINY} --tasks {THREE} --seed 5".split()) == 0
-    return out
+    """`trained` with another seed."""
+    return trained(tiny_base, tmp_path_factory, f"--tasks {THREE} --seed 5")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from runs import close
-from test_trunk import batch, part
+from test_trunk import batch, gradients, part
 
 from baselines.diffusionmtl import DiffusionMTL, posterior, schedule
 from baselines.trunk import MTL
@@ -19,14 +19,6 @@ THREE = "semantic", "normal", "depth"
 def new(tasks=THREE, **options):
     torch.manual_seed(0)
     return DiffusionMTL(tasks, **options).train()
-
-
-def gradients(model, batches):
-    """({term: loss}, {parameter: gradient}) of one step."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(5)
-    found = accumulate(model, batches, CPU, nullcontext)
-    return found, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_the_schedule_by_hand():

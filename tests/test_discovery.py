@@ -9,7 +9,7 @@ import pytest
 import torch
 from kill import compare
 from made import Made
-from runs import TINY, saved, stop_at
+from runs import saved, stop_at, trained
 
 import discovery
 import evaluate
@@ -32,10 +32,8 @@ SIZE, SCENES = (16, 24), 2
 
 @pytest.fixture(scope="module")
 def teacher(tiny_base, tmp_path_factory):
-    """Folder of a finished stage 1 of TASKS_HERE. Do not write there."""
-    out = tmp_path_factory.mktemp("teacher") / "out"
-    assert train.main(f"--base {tiny_base} --out {out} {TINY} --tasks {','.join(TASKS_HERE)}".split()) == 0
-    return out
+    """`trained` for TASKS_HERE."""
+    return trained(tiny_base, tmp_path_factory, f"--tasks {','.join(TASKS_HERE)}")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from made import SIZE, Made, mixture
 from runs import close
-from test_trunk import batch
+from test_trunk import batch, gradients
 
 import baselines
 from baselines.hitts import Bins, FineTokens, HiTTs, InterTask, cluster, spread
@@ -26,14 +26,6 @@ def model():
     """Shared: do not change it."""
     torch.manual_seed(0)
     return HiTTs(THREE)
-
-
-def gradients(model, batches):
-    """({term: loss}, {parameter: gradient}) of one step."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(5)
-    found = accumulate(model, batches, CPU, nullcontext)
-    return found, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 # ---- tokens ----

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import close, same
-from test_trunk import batch
+from test_trunk import batch, gradients
 
 from baselines.jtr import JTR, AutoEncoder, distance, label_stacked, stacked
 from baselines.trunk import MTL
@@ -19,14 +19,6 @@ THREE = "semantic", "normal", "depth"
 def new(**options):
     torch.manual_seed(0)
     return JTR(THREE, **options).train()
-
-
-def gradients(model, batches):
-    """({term: loss}, {parameter: gradient}) of one step."""
-    model.zero_grad(set_to_none=True)
-    torch.manual_seed(5)
-    found = accumulate(model, batches, CPU, nullcontext)
-    return found, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_without_weights_it_is_an_mtl():

@@ -58,7 +58,7 @@ def test_what_the_streams_are_told(tmp_path):
     """In training and in evaluation the latents of the labels' codes, flipped as the image; zeros where there is no
     label, as for classes in rooms."""
     m = tiny.model()
-    readers = [oracle.with_truth(r) for r in train_readers(size=(16, 24), scenes=1)]
+    readers = [r.complete() for r in train_readers(size=(16, 24), scenes=1)]
     cache = LatentCache(tmp_path, readers, fingerprint(m.vae.state_dict()), "cityscapes")
     cache.create(readers, m)
     cache.build(readers, m, registry("cityscapes"))

@@ -11,7 +11,7 @@ rest.
 import argparse
 import sys
 
-from cli import Parser, markdown, parse_device, run, whole  # before torch, for Ctrl-C meanwhile
+from cli import Parser, markdown, parse_device, parse_size, run, whole  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
@@ -22,7 +22,6 @@ from data import label_tensors, parse_drop, resize, train_readers
 from discovery import PseudoLabels, unlabelled
 from metrics import METRICS
 from model import StableMTL
-from readers.toyworld import ToyWorld
 from settings import stage1_settings
 from tasks import TASKS
 
@@ -74,8 +73,7 @@ def main(argv=None):
     if args.truth and known["data"]:
         raise ValueError(f"--truth: only the toy worlds have labels of every task, and {args.ckpt} was trained on "
                          f"{known['data']}")
-    size = tuple(int(s) for s in known["size"].split("x")) if known["size"] else None
-    readers = train_readers(known["data"], size, known["scenes"])
+    readers = train_readers(known["data"], parse_size(known["size"]), known["scenes"])
     cells = unlabelled(readers, model.tasks, parse_drop(known["drop"], [r.name for r in readers]))
     if not cells:
         raise ValueError(f"{known['data'] or 'the toy worlds'} lack no label of {', '.join(model.tasks)} that could be "
@@ -85,7 +83,7 @@ def main(argv=None):
                           "truth" if args.truth else fingerprint(everything))
     truth = {}
     if not known["data"]:
-        truth = {r.name: ToyWorld(r.name, "train", known["scenes"], size, all_labels=True) for r in readers}
+        truth = {r.name: r.complete() for r in readers}
     try:
         labels.discover(model, args.batch, truth if args.truth else None)
     except KeyboardInterrupt:

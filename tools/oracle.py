@@ -50,17 +50,9 @@ from infer import network_maps
 from losses import LatentObjective
 from metrics import METRICS
 from model import StableMTL
-from readers.toyworld import ToyWorld
 from tasks import TASKS, parse_tasks, registry
 
 # ---- the truth ----
-
-def with_truth(reader):
-    """The same scenes of a toy world, with the same frames, and every label."""
-    full = ToyWorld(reader.name, reader.split, len(reader), reader.size, reader.seed, all_labels=True)
-    full.paired = reader.paired
-    return full
-
 
 def known(z, cells):
     """(B,4,h,w) label latents, zeros where not one of the (B,1,h,w) cells is valid."""
@@ -136,7 +128,7 @@ def fit(model, mixture, streams, cfg, log):
 def measure(model, reader, limit, batch=16):
     """evaluate.py's metrics of a test set, with the truth of the other tasks in the streams -> {task: metrics}."""
     scores, wanted, device = {}, labelled(reader, model.tasks), next(model.parameters()).device
-    for group in test_batches(with_truth(reader), model.tasks, batch, 0, limit):
+    for group in test_batches(reader.complete(), model.tasks, batch, 0, limit):
         labels = [maps for _, maps, _ in group]
         frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
         model.truth = encoded(model, labels)
@@ -191,7 +183,7 @@ def main(argv=None):
     model = train.build_model(cfg, parse_tasks(cfg.tasks), settings.stages_in(cfg)).to(device)
     auxiliary = StableMTL.load(args.ckpt, 1, device)
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]
-    everything = [with_truth(r) for r in readers]
+    everything = [r.complete() for r in readers]
     with locked(out), (out / "log.jsonl").open("w", buffering=1) as log:
         # ---- the truth of all training scenes; kept until all is done, for a run that was stopped ----
         cache = LatentCache(out / "cache", everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
