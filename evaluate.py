@@ -35,17 +35,17 @@ from cli import Parser, markdown, parse_device, run, steady, whole, writable
 import torch
 import torch.nn.functional as F
 
-import photometric
 import toy
 from baselines import load
 from checkpoint import crc, digest, read_config, read_json, write_json
-from confidence import Sparsification, agreement, sparsification_table
 from data import labelled, resize, test_batches, test_readers, train_readers
-from infer import mirror_maps, network_maps
-from loading import checkpoint_folder
+from inference import photometric
+from inference.confidence import Sparsification, agreement, sparsification_table
+from inference.infer import mirror_maps, network_maps
+from inference.predictions import Predictions
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import from_base
-from predictions import Predictions
+from network.loading import checkpoint_folder
 from readers import READERS
 from tasks import MOTION, PALETTES, TASKS, parse_tasks, registry
 

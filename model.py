@@ -5,8 +5,8 @@
                                           UNet predicts the main task while each of its self-attention layers attends
                                           to the streams of the other tasks
 
-The UNets are diffusers' own. What is added: the widened input convolution and, in attention.py, the attention over
-tasks with the processor that taps and injects features right after spatial self-attention.
+The UNets are diffusers' own. What is added: the widened input convolution and, in network/attention.py, the attention
+over tasks with the processor that taps and injects features right after spatial self-attention.
 
 Shapes: B images, T tasks, N latent pixels of a block, C its width, h x w the latent grid (f the VAE's factor, h = H/f).
 """
@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import infer
-import loading
-import memory
-from attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks, watch
 from checkpoint import link, read_config, write_json
+from inference import infer
+from network import loading, memory
+from network.attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks, watch
 from tasks import TASKS, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
@@ -38,7 +37,7 @@ class StableMTL(nn.Module):
     palette: the class colours the semantic latents use. ValueError for a task, palette or second_frame there is not.
     """
 
-    space = "latent"    # what the UNet predicts; generalist.py knows another
+    space = "latent"    # what the UNet predicts; network/generalist.py knows another
 
     def __init__(self, vae, unet, tokens, palette="cityscapes", second_frame="concat"):
         super().__init__()
@@ -172,7 +171,7 @@ class StableMTL(nn.Module):
         return {"unet": self.unet}
 
     def stack(self, z_i, z_j, third=None):
-        """The UNet's input, 12 channels. The third place stays empty here; who diffuses (generalist.py) needs it."""
+        """The UNet's input, 12 channels. The third place stays empty but for who diffuses (network/generalist.py)."""
         return torch.cat([z_i, z_j, torch.zeros_like(z_i) if third is None else third], 1)
 
     def _run(self, unet, z_i, z_j, tasks, third=None, timestep=TIMESTEP):
@@ -279,9 +278,10 @@ class StableMTL(nn.Module):
         in training. rows: images x tasks that pass the UNet at once; 1 needs least memory.
 
         confidence: also "confidence_<task>", (H,W) float32 in [0,1], from a second prediction, of the mirror image
-        (confidence.py). pixels: flow in pixels, by the scales that the two frames tell (photometric.py), and
-        "scale_optical_flow", these scales, or None where the frames do not tell and flow stays up to scale. camera:
-        (focal length, cx, cy, near, far), the last two the metres of depth 0 and 1: then scene flow in metres alike.
+        (inference/confidence.py). pixels: flow in pixels, by the scales that the two frames tell
+        (inference/photometric.py), and "scale_optical_flow", these scales, or None where the frames do not tell and
+        flow stays up to scale. camera: (focal length, cx, cy, near, far), the last two the metres of depth 0 and 1:
+        then scene flow in metres alike.
 
         Arrays are (H,W) uint8 of classes, (H,W) float32 of one channel, or (H,W,C) float32: the .npy files of
         sample.py, whose --help lists their units. FileNotFoundError, ValueError: there is no such file, it cannot be
@@ -337,7 +337,7 @@ class StableMTL(nn.Module):
         parts = loading.read_checkpoint(folder, stage)
         spec, axes = parts["spec"], parts["spec"].get("generalist") or {}
         if axes:
-            from generalist import Generalist as cls  # it builds on this class, so it cannot be known earlier
+            from network.generalist import Generalist as cls  # it builds on this class, so it cannot be known earlier
         with loading.faults_of_checkpoint(folder):
             model = cls(parts["vae"], parts["unet"], parts["tokens"], spec["palette"], spec["second_frame"], **axes)
             if "stem" in parts:

@@ -32,21 +32,20 @@ from cli import Parser, number, parse_device, run, steady, whole, writable  # be
 # isort: split
 from tqdm import tqdm
 
-import infer
-import predictions
 from baselines import load as load_model
 from checkpoint import digest, read_config
 from draw import attention_table
 from evaluate import choose, place, test_sets
-from infer import check_pair, in_pixels, restore, restore_confidence
-from loading import checkpoint_folder
-from photometric import Camera
+from inference import infer, predictions
+from inference.infer import check_pair, in_pixels, restore, restore_confidence
+from inference.photometric import Camera
+from inference.results import Result, array_files, fingerprint, finished, own_folder, write
+from inference.video import Place, write_clips
+from network.loading import checkpoint_folder
 from readers.exports import FORMATS, parse_formats
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld
-from results import Result, array_files, fingerprint, finished, own_folder, write
 from tasks import CLASSES, TASKS, parse_tasks
-from video import Place, write_clips
 
 # ---- what there is to predict ----
 

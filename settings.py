@@ -13,14 +13,14 @@ from pathlib import Path
 import baselines
 import cli
 import toy
-from attention import ATTENTIONS, MASKS, QUERY_INITS
 from checkpoint import read_config
-from discovery import MASKS as PSEUDO_MASKS
-from generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
-from loading import read_model_json
-from memory import OPTIMIZERS
 from model import SECOND_FRAMES
+from network.attention import ATTENTIONS, MASKS, QUERY_INITS
+from network.generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
+from network.loading import read_model_json
+from network.memory import OPTIMIZERS
 from tasks import PALETTES, TASKS, parse_tasks
+from training.discovery import MASKS as PSEUDO_MASKS
 
 # ---- the list: every field is a flag; None: set by the preset, or in stage 2 by stage 1 ----
 

@@ -58,7 +58,7 @@ class Task:
     categorical: bool = False
     span: tuple = (-math.inf, math.inf)     # least and largest value of a label: what files store it in follows
     dense_loss: str = "l1"     # on the decoded map (train.py --loss task): l1, cosine, cross-entropy or scale-shift
-    geometry: str = ""         # MOTION, MOTION_3D or DISTANCE: what a second frame can check (photometric.py)
+    geometry: str = ""         # MOTION, MOTION_3D or DISTANCE: what a second frame can check (inference/photometric.py)
     scale: Callable = lambda label, valid: ()  # the last three: see above
     tell: Callable = lambda label, valid: ""
     key: Callable = list

@@ -36,24 +36,24 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import baselines
-import stock
 import toy
-from attention import WATCHED, watched
 from baselines.teacher import with_true_labels
-from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
 from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers
-from discovery import read_pseudo
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
-from generalist import Generalist
-from losses import LatentObjective, accumulate, sync_gradients
-from memory import AdamBf16, add_lora, freeze_in_bf16
 from metrics import aligned
 from model import StableMTL, from_base, load_base
+from network import stock
+from network.attention import WATCHED, watched
+from network.generalist import Generalist
+from network.memory import AdamBf16, add_lora, freeze_in_bf16
 from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings, stages_in
 from tasks import TASKS, parse_tasks, registry
 from toy.make import make, new_unet
-from track import find_tracker, tracking
+from training.cache import LatentCache, StreamCache, fingerprint
+from training.discovery import read_pseudo
+from training.losses import LatentObjective, accumulate, sync_gradients
+from training.track import find_tracker, tracking
 
 
 @torch.no_grad()

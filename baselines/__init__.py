@@ -18,8 +18,8 @@ from baselines.hitts import HiTTs
 from baselines.jtr import JTR
 from baselines.teacher import Discovery
 from baselines.trunk import MTL, STL
-from loading import read_model_json
 from model import StableMTL
+from network.loading import read_model_json
 
 SYSTEMS = {system.kind: system for system in (STL, MTL, JTR, DiffusionMTL, HiTTs)}
 LEARNING_RATE = 1e-3        # of networks from scratch, unless --lr says otherwise

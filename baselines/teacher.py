@@ -8,12 +8,12 @@ The teacher sees the frames as they are, the student the same in other light. Th
 crops and jitter, so what the teacher says of an image is always the same: it is computed when it is needed rather than
 stored, which gives what an offline pass would.
 
-Of which tasks labels are discovered, discovery.py says.
+Of which tasks labels are discovered, training/discovery.py says.
 """
 import torch
 
 from baselines.trunk import first_images, noise, of_step
-from discovery import discoverable
+from training.discovery import discoverable
 
 KEPT, CALIBRATION = 0.5, 16     # share of unlabelled pixels that are confident enough; images per dataset to find where
 

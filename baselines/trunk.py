@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import infer
-import loading
 from checkpoint import read_config, write_json
 from data import mirror, prepare, unreadable
-from generalist import draw
+from inference import infer
 from model import asked, check_finite
+from network import loading
+from network.generalist import draw
 from tasks import CLASSES, registry
 
 WIDTHS = (32, 64, 96, 128)      # of the encoder's levels, at H x W, H/2 x W/2, ...

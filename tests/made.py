@@ -1,4 +1,4 @@
-"""What the tests of data.py and cache.py share: a reader of random samples, and mixtures."""
+"""What the tests of data.py and training/cache.py share: a reader of random samples, and mixtures."""
 import numpy as np
 
 from data import Mixture

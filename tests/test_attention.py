@@ -14,9 +14,9 @@ from test_model import ALL, attention_layer, close, naive, stock
 import evaluate
 import settings
 import train
-from attention import WATCHED, Query, watch, watched
 from cli import run
 from model import StableMTL
+from network.attention import WATCHED, Query, watch, watched
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -1,4 +1,4 @@
-"""cache.py: what is read back equals what would be computed anew, and a cache of something else is refused."""
+"""training/cache.py: what is read back equals what would be computed anew, and a cache of something else is refused."""
 import json
 import math
 import os
@@ -11,12 +11,12 @@ import tiny
 import torch
 from made import SIZE, Made, mixture
 
-import cache
 import cli
-from cache import LatentCache, StreamCache, fingerprint
 from data import loader, prepare, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
 from tasks import TASKS
+from training import cache
+from training.cache import LatentCache, StreamCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick")
 

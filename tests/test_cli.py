@@ -16,8 +16,8 @@ import torch
 
 import cli
 import settings
-import stock
 import train
+from network import stock
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,13 +1,13 @@
-"""confidence.py: the mirror's maps come back as they should, and the error of the surest pixels is what it says."""
+"""Confidence: the mirror's maps come back as they should, and the error of the surest pixels is what it says."""
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import confidence
-from confidence import SHARES, Sparsification, agreement, difference, turned
-from infer import mirror_maps
+from inference import confidence
+from inference.confidence import SHARES, Sparsification, agreement, difference, turned
+from inference.infer import mirror_maps
 from metrics import METRICS
 from tasks import TASKS
 

@@ -10,7 +10,7 @@ from test_trunk import batch, gradients, part
 
 from baselines.diffusionmtl import DiffusionMTL, posterior, schedule
 from baselines.trunk import MTL
-from losses import accumulate
+from training.losses import accumulate
 
 CPU = torch.device("cpu")
 THREE = "semantic", "normal", "depth"

@@ -11,19 +11,18 @@ from kill import compare
 from made import Made
 from runs import saved, stop_at, trained
 
-import discovery
 import evaluate
-import losses
 import train
-from cache import LatentCache, fingerprint
 from cli import run
-from confidence import agreement, turned
 from data import Mixture, prepare, train_readers
-from discovery import Cell, keep, read_pseudo, unlabelled
+from inference.confidence import agreement, turned
 from model import StableMTL
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 from tools import discover
+from training import discovery, losses
+from training.cache import LatentCache, fingerprint
+from training.discovery import Cell, keep, read_pseudo, unlabelled
 
 pytestmark = pytest.mark.usefixtures("quick")
 TASKS_HERE = ("normal", "depth", "shading")

@@ -9,8 +9,8 @@ import evaluate
 import sample
 import train
 from cli import run
-from loading import load_part, read_base
 from model import StableMTL
+from network.loading import load_part, read_base
 from tools import convert, fullsize
 
 MAINS = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main, "tools.convert": convert.main}

@@ -10,12 +10,12 @@ from kill import compare
 from runs import THREE, TINY, saved, stop_at
 
 import evaluate
-import generalist
 import sample
 import train
 from cli import run
-from generalist import Generalist, add_noise, ddim
 from model import StableMTL
+from network import generalist
+from network.generalist import Generalist, add_noise, ddim
 from tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("quick")

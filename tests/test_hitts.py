@@ -14,8 +14,8 @@ from baselines.hitts import Bins, FineTokens, HiTTs, InterTask, cluster, spread
 from baselines.teacher import Discovery, discoverable, relit, with_true_labels
 from baselines.trunk import MTL, WIDTH
 from data import Mixture, prepare, train_readers
-from losses import accumulate
 from tasks import TASKS
+from training.losses import accumulate
 
 CPU = torch.device("cpu")
 THREE = "semantic", "normal", "depth"

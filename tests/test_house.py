@@ -8,9 +8,10 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if p.parent.name != "tests")
 # Floors from the ground up: a file imports from lower floors, and within its own room. toy/ is but a place of weights;
 # what made them knows nearly everything.
-FLOORS = [("cli", "checkpoint", "loading", "tasks", "draw", "attention", "memory", "track", "toy", "stock"),
-          ("readers", "infer", "model", "generalist", "metrics", "confidence", "photometric"),
-          ("data", "video", "results"), ("cache", "losses", "predictions", "discovery"), ("toy.make", "baselines"),
+FLOORS = [("cli", "checkpoint", "tasks", "draw", "toy", "network"),
+          ("readers", "model", "network.generalist", "metrics", "inference.infer", "inference.confidence",
+           "inference.photometric"),
+          ("data", "inference"), ("training",), ("toy.make", "baselines"),
           ("sample", "evaluate", "settings"), ("train",), ("tools",)]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -20,18 +21,19 @@ def room(path):
 
 
 def room_of(module):
-    return module if module in FLOOR else module.split(".")[0]
+    """Of "network.generalist.draw": the file, if it has a floor of its own, else its folder."""
+    return next((own for own in FLOOR if "." in own and f"{module}.".startswith(f"{own}.")), module.split(".")[0])
 
 
 def modules(path):
-    """All that a file imports, also inside functions: "data", "toy.make", and of `from toy import make` both names."""
+    """All that a file imports, also inside functions: "data", and of `from toy import make` "toy.make"."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively: name the room"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -49,7 +51,7 @@ def test_imports_run_one_way(path):
 
 
 def test_what_takes_seconds_to_import_waits_in_stock():
-    """--help and a wrong flag need neither diffusers nor transformers: files ask stock.py for what is theirs."""
+    """--help and a wrong flag need neither diffusers nor transformers: files ask network/stock.py for theirs."""
     slow = {path: {"diffusers", "transformers"} & {m.split(".")[0] for m in modules(path)} for path in FILES}
     assert not {str(path.relative_to(ROOT)): names for path, names in slow.items() if names}
 

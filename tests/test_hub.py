@@ -17,8 +17,8 @@ import evaluate
 import sample
 import toy
 from cli import run
-from loading import SHARED
 from model import StableMTL
+from network.loading import SHARED
 from tools import convert
 
 QUICK = "--limit 1 --trivial 0 --workers 0 --batch 1"

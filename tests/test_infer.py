@@ -1,11 +1,11 @@
-"""infer.py: the call in Python takes what people have, and gives what sample.py writes."""
+"""inference/infer.py: the call in Python takes what people have, and gives what sample.py writes."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import infer
 import sample
+from inference import infer
 from model import StableMTL
 from tasks import TASKS
 

@@ -9,8 +9,8 @@ from test_trunk import batch, gradients
 
 from baselines.jtr import JTR, AutoEncoder, distance, label_stacked, stacked
 from baselines.trunk import MTL
-from losses import accumulate
 from tasks import TASKS
+from training.losses import accumulate
 
 CPU = torch.device("cpu")
 THREE = "semantic", "normal", "depth"

@@ -13,12 +13,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-import loading
 import train
 from checkpoint import misfit, read_config, read_json, read_lines, read_state, restore, save_state
 from cli import run
-from loading import read_base
 from model import StableMTL, from_base
+from network import loading
+from network.loading import read_base
 from toy.make import new_text
 
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,8 @@ import torch
 from kill import compare, log_lines
 from runs import THREE, same, state, stop_at
 
-import memory
 from model import StableMTL
+from network import memory
 
 pytestmark = pytest.mark.usefixtures("quick")
 CHOICES = ("--optimizer adam-bf16", "--frozen bf16", "--lora 2", "--lora 2 --frozen bf16 --optimizer adam-bf16")

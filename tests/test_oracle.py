@@ -11,13 +11,13 @@ from runs import TINY
 import data
 import evaluate
 import train
-from cache import LatentCache, fingerprint
 from checkpoint import read_json
 from cli import run
 from data import Mixture, prepare, train_readers
 from model import StableMTL
 from tasks import TASKS, registry
 from tools import oracle
+from training.cache import LatentCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick")
 ALL = tuple(TASKS)

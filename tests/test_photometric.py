@@ -1,4 +1,4 @@
-"""photometric.py: the scales of known motions come back, and where the frames do not tell, no scale is invented."""
+"""Flow in pixels: the scales of known motions come back, and where the frames do not tell, no scale is invented."""
 import math
 
 import cv2
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import photometric
+from inference import photometric
+from inference.photometric import Camera, Flow, SceneFlow, find_scales, fit, warp
 from metrics import METRICS
-from photometric import Camera, Flow, SceneFlow, find_scales, fit, warp
 from readers.toyworld import render
 from tasks import TASKS
 

@@ -12,8 +12,8 @@ from PIL import Image
 import evaluate
 import sample
 from cli import run
-from infer import restore
-from predictions import Predictions
+from inference.infer import restore
+from inference.predictions import Predictions
 from readers.exports import FORMATS, decode, fits
 from readers.kitti import Kitti2015
 from readers.toyworld import ToyWorld

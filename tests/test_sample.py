@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import results
 import sample
 from cli import run
+from inference import results
 from model import StableMTL
 from tasks import TASKS
 

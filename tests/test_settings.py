@@ -8,10 +8,10 @@ import torch
 from kill import compare, log_lines
 from runs import THREE, TINY, saved
 
-import losses
 import settings
 import train
 from model import StableMTL
+from training import losses
 
 
 def test_stage_two_keeps_what_stage_one_settled(go, tmp_path):

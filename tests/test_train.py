@@ -12,12 +12,12 @@ from runs import THREE, TINY, close, same
 from safetensors.torch import load_file
 
 import data
-import losses
 import settings
 import train
 from data import Mixture, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
 from tasks import TASKS, registry
+from training import losses
 
 pytestmark = pytest.mark.usefixtures("quick")
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training

@@ -8,8 +8,8 @@ from made import Made, mixture
 from runs import close, same
 
 from baselines.trunk import MTL, STL, outputs, task_errors, to_code
-from losses import accumulate
 from tasks import TASKS, registry
+from training.losses import accumulate
 
 CPU = torch.device("cpu")
 THREE = "semantic", "normal", "optical_flow"

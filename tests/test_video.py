@@ -1,4 +1,4 @@
-"""video.py: films hold one scale of colours, memory does not grow, and the flicker is what its definition says."""
+"""Videos: films hold one scale of colours, memory does not grow, and the flicker is what its definition says."""
 import json
 import shutil
 from functools import lru_cache, partial
@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import sample
-import video
 from cli import run
+from inference import video
+from inference.video import Flicker, Place, changed, clip_scale, films, runs
 from model import StableMTL
 from tasks import TASKS
-from video import Flicker, Place, changed, clip_scale, films, runs
 
 rng = np.random.default_rng(0)
 load = lru_cache(StableMTL.load)

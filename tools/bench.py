@@ -26,18 +26,18 @@ from cli import Parser, parse_device, parse_size, run, whole, writable  # before
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import stock
 from checkpoint import write_json
 from draw import draw_curves
-from loading import check_decoder
-from losses import step_gradients
 from model import StableMTL, widen_input
+from network import stock
+from network.loading import check_decoder
 from settings import PRESETS
 from tasks import TASKS
 from tools import bench_cpu, bench_memory, bench_systems
 from tools.distil import new_decoder
 from toy.make import new_unet, new_vae
 from train import compile_blocks, trainable
+from training.losses import step_gradients
 
 SD2_VAE = dict(latent_channels=4, sample_size=768, scaling_factor=0.18215, layers_per_block=2,
                block_out_channels=(128, 256, 512, 512),

@@ -12,9 +12,9 @@ import cli
 import torch
 import torch.distributed as dist
 
-from losses import step_gradients, sync_gradients
 from settings import PRESETS
 from train import trainable
+from training.losses import step_gradients, sync_gradients
 
 ROWS = [(1, "cached latents"), (2, "cached latents and streams"), (2, "cached latents")]
 LOADS = {"busy": "while True: pass",

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from memory import add_lora, freeze_in_bf16
+from network.memory import add_lora, freeze_in_bf16
 from train import trainable
 
 SIZE = 288, 384     # the paper's training images

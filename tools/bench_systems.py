@@ -4,8 +4,8 @@ import contextlib
 import torch
 
 import baselines
-from losses import accumulate
 from tasks import TASKS
+from training.losses import accumulate
 
 
 def count(operations, size, tasks):

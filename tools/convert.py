@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import RELEASED_SIZE, save_model, write_json
-from loading import grouped, mismatch, not_finite, reason
 from model import StableMTL, from_base
+from network.loading import grouped, mismatch, not_finite, reason
 from tasks import TASKS
 from tools.hub import push
 from train import commit

@@ -1,4 +1,4 @@
-"""Label a training set's missing tasks by a trained model (discovery.py): the data of `python train.py --pseudo`.
+"""Label a training set's tasks by a model (training/discovery.py), the data of `python train.py --pseudo`.
 
     python -m tools.discover --ckpt out/ --to pseudo/          what the teacher in out/ says of its own training images
     python train.py --stage 1 --pseudo pseudo/ --out student/  a student that learns from these labels as well
@@ -17,13 +17,13 @@ from cli import Parser, markdown, parse_device, parse_size, run, whole  # before
 import numpy as np
 import torch
 
-from cache import fingerprint
 from data import label_tensors, parse_drop, resize, train_readers
-from discovery import PseudoLabels, unlabelled
 from metrics import METRICS
 from model import StableMTL
 from settings import stage1_settings
 from tasks import TASKS
+from training.cache import fingerprint
+from training.discovery import PseudoLabels, unlabelled
 
 
 @torch.no_grad()

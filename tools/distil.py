@@ -26,12 +26,12 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import stock
 from checkpoint import read_config, write_json
 from data import Mixture, loader, train_readers
-from loading import checkpoint_folder, factor, not_finite, read_decoder
-from losses import DENSE
 from model import StableMTL
+from network import stock
+from network.loading import checkpoint_folder, factor, not_finite, read_decoder
+from training.losses import DENSE
 
 # By the VAE's factor, its pixels per latent cell: width, residual blocks per level, from the latents' to the pixels'.
 # TAESD has 64 and 3,3,3,1. A block of whole pixels costs most; without one, the toy's misses more (docs/cost.md).

@@ -21,7 +21,7 @@ from cli import ROOT, Parser, run, writable  # before torch, for Ctrl-C meanwhil
 import torch
 from PIL import Image
 
-import stock
+from network import stock
 from tools.bench import SD2_UNET, SD2_VAE
 from toy.make import new_text
 

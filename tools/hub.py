@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 import toy
 from checkpoint import read_config, read_json, read_lines
-from loading import HUB_ID, SHARED, read_checkpoint, reason
+from network.loading import HUB_ID, SHARED, read_checkpoint, reason
 from tasks import TASKS
 
 RAIL = "CreativeML Open RAIL++-M"

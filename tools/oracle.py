@@ -41,16 +41,16 @@ from tqdm import tqdm
 
 import settings
 import train
-from attention import WATCHED, watched
-from cache import LatentCache, StreamCache, fingerprint
 from checkpoint import locked, write_json
 from data import Mixture, labelled, loader, parse_drop, test_batches, test_readers, train_readers, whole_cells
 from evaluate import table
-from infer import network_maps
-from losses import LatentObjective
+from inference.infer import network_maps
 from metrics import METRICS
 from model import StableMTL
+from network.attention import WATCHED, watched
 from tasks import TASKS, parse_tasks, registry
+from training.cache import LatentCache, StreamCache, fingerprint
+from training.losses import LatentObjective
 
 # ---- the truth ----
 

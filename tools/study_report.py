@@ -10,9 +10,9 @@ from cli import markdown, parse_device, parse_size
 from data import tensor_image, test_readers
 from draw import attention_table, draw_attention, draw_curves, draw_intervals, draw_scatter
 from evaluate import METRIC_VALUES, by_task
-from loading import read_model_json
 from metrics import METRICS, delta_m
 from model import StableMTL
+from network.loading import read_model_json
 from tasks import TASKS
 from tools.bench import hardware, step_operations
 from tools.study_variants import CLAIMS, VARIANTS, WORLDS, runs

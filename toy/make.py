@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import stock
 from data import TOY_TRAIN, label_tensors, tensor_image
-from loading import encode_prompts
 from model import TIMESTEP
+from network import stock
+from network.loading import encode_prompts
 from readers.raycast import photo
 from readers.toyworld import ToyWorld, build
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import stock
+from network import stock
 
 MASKS = ("score", "score-k", "argmax", "uniform")
 ATTENTIONS = ("n-to-1", "n-to-n")

@@ -3,9 +3,9 @@
     read_frame      a path, Pillow image or array -> (H,W,3) uint8
     to_network      frames of one size -> (B,3,h,w) in [-1,1], at the size that `network_size` picks
     network_maps    these -> {task: (B,C,h,w)}; what is to happen at the network's size happens here
-    mirror_maps     the same of the mirrored frames, turned back: what confidence.py compares
+    mirror_maps     the same of the mirrored frames, turned back: what inference/confidence.py compares
     restore         -> (B,C,H,W), at the frames' own size
-    in_pixels       flow in the units that the frames themselves tell (photometric.py)
+    in_pixels       flow in the units that the frames themselves tell (inference/photometric.py)
     as_array        (C,H,W) -> the numpy array that people get, and sample.py writes
 
 `predict` is the middle, from frames of one size to maps at the network's size; `infer` is all of it, for anything.
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cli import half
-from confidence import agreement, turned
-from photometric import Camera, find_scales
+from inference.confidence import agreement, turned
+from inference.photometric import Camera, find_scales
 from readers.media import read_image, to_rgb
 from tasks import TASKS, parse_tasks
 

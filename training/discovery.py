@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cache import LatentCache
 from checkpoint import read_json
-from confidence import agreement, turned
 from data import labelled, mirror, prepare, whole_cells
+from inference.confidence import agreement, turned
 from tasks import TASKS
+from training.cache import LatentCache
 
 MASKS = ("half", "none", "weighted")
 JITTER = (0.2, 0.2, 0.2, 0.0)       # of a student's images; no hue: the labels of albedo follow it

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import stock
 import toy
 from checkpoint import read_json
+from network import stock
 
 # ---- tensors of the expected names and shapes ----
 

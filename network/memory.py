@@ -5,8 +5,8 @@ Weights that are trained stay float32. Files hold diffusers' own names and float
 """
 import torch
 
-import stock
-from loading import quiet
+from network import stock
+from network.loading import quiet
 
 OPTIMIZERS = "adam", "adam-bf16"
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]     # of every transformer block

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import digest, read_json, write_json
 from data import labelled, test_batches
-from infer import as_array, network_maps, restore
+from inference.infer import as_array, network_maps, restore
 from readers.exports import FORMATS, decode, endings, fits, save
 from readers.folder import SAME_ASPECT, same_aspect
 from tasks import IGNORE, TASKS

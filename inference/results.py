@@ -15,7 +15,7 @@ from PIL import Image
 
 from checkpoint import digest, put, read_json
 from draw import COMPARED, cell, compare, draw_attention, draw_panel
-from infer import as_array
+from inference.infer import as_array
 from metrics import aligned
 from readers.exports import FORMATS, fits, save
 from tasks import TASKS

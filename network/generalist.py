@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-import loading
 from model import TIMESTEP, StableMTL, _check_choices, _parts, _split
+from network import loading
 from tasks import TASKS
 
 SPACES, OBJECTIVES, CONDITIONS = ("latent", "pixel"), ("regress", "diffuse"), ("latent", "features", "raw")

@@ -5,8 +5,8 @@ films. Memory does not grow with its length.
 
 Flicker of a task: the difference, as confidence.difference has it (0 = none, 1 = all is different), of each map and the
 next one warped back by the motion between the frames, averaged over the pixels that stay in the image, then over pairs
-of frames. The motion is the predicted optical flow in the scales that the two frames tell (photometric.py); pairs that
-do not tell them are left out, and without optical flow nothing is warped.
+of frames. The motion is the predicted optical flow in the scales that the two frames tell (photometric.py);
+pairs that do not tell them are left out, and without optical flow nothing is warped.
 """
 import json
 import os
@@ -19,9 +19,9 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from confidence import difference
 from draw import cell, draw_panel
-from photometric import Flow, fit, warp
+from inference.confidence import difference
+from inference.photometric import Flow, fit, warp
 from readers.media import frame_rate
 from tasks import MOTION, TASKS
 
