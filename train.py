@@ -279,7 +279,6 @@ def number_of_processes(cfg):
 
 def ranked(rank, world, cfg, saved, tensors, meeting="env://"):
     """`train` as one of `world` processes, which meet at the address `meeting`."""
-    cli.keep_memory()
     device = cli.parse_device(cfg.device)
     if device.type == "cpu" and (cfg.threads or world > 1 or not cfg.base):
         torch.set_num_threads(cfg.threads or 1)

@@ -13,6 +13,9 @@ import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 
+import cli  # noqa: E402
+
+cli.keep_memory()           # as every command does
 torch.set_num_threads(1)    # two tests run at a time (pyproject.toml), and some fork
 
 

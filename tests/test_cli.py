@@ -226,3 +226,23 @@ def test_markdown():
     """Columns in which nothing stands are left out."""
     rows = [{"a": "1", "b": ""}, {"a": "2", "c": "x"}]
     assert cli.markdown(rows, ("a", "b", "c")) == ["| a | c |", "|---|---|", "| 1 |  |", "| 2 | x |"]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no huge pages here")
+def test_what_is_freed_is_kept_in_huge_pages():
+    """The kernel's list of a process's memory: what 100 blocks of 2 MB take is marked for huge pages, and stays."""
+    program = """
+import ctypes, re
+from cli import keep_memory
+keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+blocks = [libc.malloc(1 << 21) for _ in range(100)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 21)
+    libc.free(ctypes.c_void_p(block))
+areas = re.findall(r"Rss: +(\\d+) kB.*?VmFlags: (.*?)\\n", open("/proc/self/smaps").read(), re.DOTALL)
+print(sum(int(rss) for rss, flags in areas if "hg" in flags.split()))
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(told) >= 100 * 2048

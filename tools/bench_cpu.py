@@ -56,7 +56,6 @@ class Known:
 
 def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch, steps, meeting):
     """Median time of train.py's optimizer step of `batch` samples of one task, shared by `world` processes."""
-    cli.keep_memory()
     torch.set_num_threads(threads)
     if world > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)

@@ -33,7 +33,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, keep_memory, parse_device, parse_size, run, whole, writable  # before torch, for Ctrl-C
+from cli import Parser, parse_device, parse_size, run, whole, writable  # before torch, for Ctrl-C
 
 # isort: split
 import torch
@@ -178,7 +178,6 @@ def main(argv=None):
     device, out = parse_device(cfg.device), Path(args.out)
     if device.type == "cpu" and (cfg.threads or not cfg.base):
         torch.set_num_threads(cfg.threads or 1)
-    keep_memory()
     size, cfg.overwrite = parse_size(cfg.size), True        # whatever stage 2 is there: nothing is written to --ckpt
     model = train.build_model(cfg, parse_tasks(cfg.tasks), settings.stages_in(cfg)).to(device)
     auxiliary = StableMTL.load(args.ckpt, 1, device)

@@ -34,7 +34,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, parse_device, run, whole, writable  # before torch: from here on Ctrl-C ends in one line
+from cli import Parser, keep_memory, parse_device, run, whole, writable  # before torch, for Ctrl-C
 
 # isort: split
 import torch
@@ -142,6 +142,7 @@ def side_by_side(jobs, args):
 
 def work(job, args, pipe):
     """The life of a process of `side_by_side`: one thread, deaf to the terminal's Ctrl-C, which the study passes on."""
+    keep_memory()
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
