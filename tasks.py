@@ -9,6 +9,7 @@ An eighth task is one entry in TASKS below, one metric in evaluate.py, and a rea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class Task:
     scale(label, valid): what these colours reach from and to, ((low, high), ...); () = they are always the same.
         Given to `colour`, it holds for other maps, too: a prediction beside its label, all frames of a clip
     tell(label, valid): that scale in words, in the label's unit; "" = there is none
+    say(value, scaled=False): what one pixel of a decoded map, C numbers, says, in words; scaled: its motion is in the
+        unit, not up to a scale
     key(): what the colours mean, [(text, small map (C,h,w) to be coloured, NaN where nothing is to be seen)]
     """
     name: str            # key in files, folders and state dicts
@@ -59,9 +62,10 @@ class Task:
     span: tuple = (-math.inf, math.inf)     # least and largest value of a label: what files store it in follows
     dense_loss: str = "l1"     # on the decoded map (train.py --loss task): l1, cosine, cross-entropy or scale-shift
     geometry: str = ""         # MOTION, MOTION_3D or DISTANCE: what a second frame can check (inference/photometric.py)
-    scale: Callable = lambda label, valid: ()  # the last three: see above
+    scale: Callable = lambda label, valid: ()  # these: see above
     tell: Callable = lambda label, valid: ""
     key: Callable = list
+    say: Callable = lambda value, scaled=False: ", ".join(f"{x:.2f}" for x in value)
 
 
 # ---- helpers ----
@@ -246,6 +250,33 @@ def _tell_scene_flow(label, valid):
     return "up to {:.2g} m, z {:.2g} to {:.2g} m".format(longest, *z)
 
 
+# One pixel of a prediction in words: what a pointer on it reads.
+
+def _say_semantic(value, scaled=False):
+    k = int(value[0])
+    return CLASSES[k] if k < len(CLASSES) else "no class"
+
+
+def _say_normal(value, scaled=False):
+    """The vector, and its angle to the optical axis: 0 degrees is a wall seen frontally, 90 one seen from its edge."""
+    x, y, z = map(float, value)
+    angle = math.degrees(math.atan2(math.hypot(x, y), z))
+    return f"x {x:+.2f}, y {y:+.2f}, z {z:+.2f}: {angle:.0f} degrees from frontal"
+
+
+def _say_depth(value, scaled=False):
+    return f"{value[0]:.2f} of the way from near to far"
+
+
+def _say_motion(axes, unit, value, scaled=False):
+    numbers = ", ".join(f"{axis} {x:+.2f}" for axis, x in zip(axes, value, strict=True))
+    return f"{numbers} {unit}" if scaled else f"{numbers}, up to scale"
+
+
+def _say_albedo(value, scaled=False):
+    return "red {:.2f}, green {:.2f}, blue {:.2f}".format(*value)
+
+
 # Keys: [(text, map of a few pixels that `colour` shows beside it, NaN where nothing is to be seen)]
 
 def _ramp(low=0.0, high=1.0):
@@ -292,29 +323,33 @@ def _key_intensity():
 TASKS = {t.name: t for t in [
     # class ids 0..7 as in CLASSES; 255 = ignore
     Task("semantic", "semantic", 1, 1, "class id 0..7", "semantic", *_semantic_codec("cityscapes"), _colour_semantic,
-         categorical=True, span=(0, IGNORE), dense_loss="cross-entropy", key=_key_semantic),
+         categorical=True, span=(0, IGNORE), dense_loss="cross-entropy", key=_key_semantic,
+         say=_say_semantic),
     # unit vectors pointing away from the camera: a wall seen frontally is (0,0,+1)
     Task("normal", "normal", 1, 3, "unit vector, OpenCV axes, pointing away from the camera", "normal",
          _encode_normal, _decode_normal, _colour_normal, hflip=(-1, 1, 1), vflip=(1, -1, 1), span=(-1, 1),
-         dense_loss="cosine", key=_key_normal),
+         dense_loss="cosine", key=_key_normal, say=_say_normal),
     # metres along the optical axis; the percentiles' scale and shift are lost
     Task("depth", "depth", 1, 1, "affine-invariant depth in [0,1], 0 = near", "depth",
          _encode_depth, _decode_unit, _colour_depth, span=(0, math.inf), dense_loss="scale-shift", geometry=DISTANCE,
-         scale=_depth_scale, tell=_tell_depth, key=_key_depth),
+         scale=_depth_scale, tell=_tell_depth, key=_key_depth, say=_say_depth),
     # pixels (u right, v down) from frame 1 to frame 2; each channel's scale is lost; the third code channel repeats u
     Task("optical_flow", "optical flow", 2, 2, "pixels (u, v) up to one positive scale per channel", "epe",
          _encode_flow, lambda code: code[:, :2].float(), _colour_flow, hflip=(-1, 1, -1), vflip=(1, -1, 1),
-         geometry=MOTION, scale=_flow_scale, tell=_tell_optical_flow, key=_key_optical_flow),
+         geometry=MOTION, scale=_flow_scale, tell=_tell_optical_flow, key=_key_optical_flow,
+         say=partial(_say_motion, "uv", "pixels")),
     # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
     Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
          _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1),
-         geometry=MOTION_3D, scale=_flow_scale, tell=_tell_scene_flow, key=_key_scene_flow),
+         geometry=MOTION_3D, scale=_flow_scale, tell=_tell_scene_flow, key=_key_scene_flow,
+         say=partial(_say_motion, "xyz", "metres")),
     # grey irradiance
     Task("shading", "shading", 1, 1, "grey irradiance in [0,1]", "shading",
          _encode_intensity, _decode_unit, _colour_intensity, span=(0, 1), key=_key_intensity),
     # linear RGB reflectance, not gamma-coded
     Task("albedo", "albedo", 1, 3, "linear RGB in [0,1]", "albedo", _encode_intensity,
-         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity, span=(0, 1), key=_key_intensity),
+         lambda code: code.float().clamp(-1, 1) / 2 + 0.5, _colour_intensity, span=(0, 1), key=_key_intensity,
+         say=_say_albedo),
 ]}
 
 

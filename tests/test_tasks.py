@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks import CITYSCAPES, CLASSES, PALETTES, TASKS, parse_tasks, registry
+from tasks import CITYSCAPES, CLASSES, PALETTES, TASKS, Task, parse_tasks, registry
 
 
 def label(task, h=9, w=14, seed=0):
@@ -124,3 +124,16 @@ def test_names():
         parse_tasks("deph")
     with pytest.raises(ValueError, match="unknown palette"):
         registry("rainbow")
+
+
+def test_a_pixel_in_words():
+    """What stands under a pointer, by hand: class, angle, place between near and far, motion with or without a unit."""
+    said = {t: TASKS[t].say for t in TASKS}
+    assert [said["semantic"]([k]) for k in (5, 255)] == ["vegetation", "no class"]
+    assert said["normal"]([0.0, 0.6, 0.8]) == "x +0.00, y +0.60, z +0.80: 37 degrees from frontal"     # atan(3/4)
+    assert said["normal"]([1.0, 0.0, 0.0]).endswith(": 90 degrees from frontal")
+    assert said["depth"]([0.256]) == "0.26 of the way from near to far"
+    assert said["optical_flow"]([1.5, -0.25], True) == "u +1.50, v -0.25 pixels"
+    assert said["scene_flow"]([1.5, -0.25, 0.0]) == "x +1.50, y -0.25, z +0.00, up to scale"
+    assert said["shading"]([0.5]) == "0.50" and said["albedo"]([0.5, 0.25, 1.0]) == "red 0.50, green 0.25, blue 1.00"
+    assert Task("new", "new", 1, 2, "", "", *[None] * 3).say([1.0, 2.0]) == "1.00, 2.00"
