@@ -67,17 +67,13 @@ PAPER = {"single-task": _row(48.17, 22.27, 14.21, 32.56, 10.36, 0.2735, 0.2551, 
 
 # ---- one test set ----
 
-def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=False, oracle=False, guesses=None,
-             world=1, confidence=False, pixels=False):
+def evaluate(model, reader, world=1, **how):
     """Run one test set. Returns ({task: metrics}, {one of GUESSES: {task: metrics}}, names of skipped samples).
 
-    oracle: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
-    guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model. world: processes that share the
-    work; no number depends on it. confidence, pixels: what confidence.Sparsification, photometric.Scaled measure, too.
+    world: processes that share the work; no number depends on it. how: further settings of `score`.
     """
     scores, psnr, skipped = {}, defaultdict(list), []
-    share = partial(score, world=world, model=model, reader=reader, batch=batch, workers=workers, limit=limit,
-                    rows=rows, skip_bad=skip_bad, oracle=oracle, guesses=guesses, confidence=confidence, pixels=pixels)
+    share = partial(score, world=world, model=model, reader=reader, **how)
     for part, ratios, bad in cli.spread(share, world):
         for (who, name), counted in part.items():
             scores[who, name] = scores[who, name].merge(counted) if (who, name) in scores else counted
@@ -98,9 +94,13 @@ def evaluate(model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad
     return results.pop("model"), {who: r for who, r in results.items() if r}, sorted(skipped)
 
 
-def score(rank, world, model, reader, batch, workers, limit, rows, skip_bad, oracle, guesses,
-          confidence, pixels):
+def score(rank, world, model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=False, oracle=False,
+          guesses=None, confidence=False, pixels=False):
     """The rank-th of `world` shares of `evaluate`.
+
+    oracle: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
+    guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model. confidence, pixels: what
+    confidence.Sparsification, photometric.Scaled measure, too.
 
     Returns ({("model", one of GUESSES, "confidence" or "pixels"; task): Accumulator}, {task: PSNRs}, names of skipped
     samples).
@@ -501,6 +501,8 @@ def main(argv=None):
     before = with_the_vae(args, folder, stage, home, size, readers, train) if args.decoder else {}
     world = 1 if args.predictions else cli.shares(model, args.processes)
     workers = args.workers if world == 1 else 0
+    how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "oracle", "confidence", "pixels")}
+    how |= {"batch": args.batch or (1 if root else 16), "workers": workers}
     labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world)
     try:
         labels.read([r for r in readers if r.name not in kept], model.tasks)
@@ -512,9 +514,7 @@ def main(argv=None):
                 print(f"{name}: kept from {where} (--overwrite computes it again)", file=sys.stderr)
             else:
                 guesses, unread = labels.guesses(reader, model.tasks)
-                results[name], trivials[name], bad = evaluate(
-                    model, reader, args.batch or (1 if root else 16), workers, args.limit, args.rows, args.skip_bad,
-                    args.oracle, guesses, world, args.confidence, args.pixels)
+                results[name], trivials[name], bad = evaluate(model, reader, world, guesses=guesses, **how)
                 skipped += unread + bad
             made_from[name] = keys[name]
             report["unfinished"] = [r.name for r in readers if r.name not in results]

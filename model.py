@@ -41,8 +41,8 @@ class StableMTL(nn.Module):
 
     def __init__(self, vae, unet, tokens, palette="cityscapes", second_frame="concat"):
         super().__init__()
-        _check_choices("task", tokens, TASKS)
-        _check_choices("second_frame", [second_frame], SECOND_FRAMES)
+        check_choices("task", tokens, TASKS)
+        check_choices("second_frame", [second_frame], SECOND_FRAMES)
         self.vae, self.unet, self.tasks = vae.requires_grad_(False).eval(), unet, tuple(tokens)
         for t in self.tasks:
             self.register_buffer(f"token_{t}", tokens[t].float(), persistent=False)
@@ -67,7 +67,7 @@ class StableMTL(nn.Module):
         """
         if len(self.tasks) < 2:
             raise ValueError("stage 2 needs at least two tasks to attend to: train stage 1 with more --tasks")
-        _check_choices("attention", [attention], ATTENTIONS)
+        check_choices("attention", [attention], ATTENTIONS)
         if differs := loading.grouped(loading.mismatch(main.state_dict(), self.unet.state_dict())):
             raise ValueError(f"the main UNet is not of the single stream's shape: {differs}")
         self.unet.requires_grad_(False).eval()
@@ -95,7 +95,7 @@ class StableMTL(nn.Module):
         """a' = a + out(attention over the other tasks at the same pixel); a: (M*B,N,C), the tasks self._now in turn. A
         task without another stream to attend to stays as it is."""
         layer = self.attention[block.replace(".", "/")]
-        main = _split(a.to(layer.to_out_task.weight.dtype), self._now)
+        main = by_task(a.to(layer.to_out_task.weight.dtype), self._now)
         if not any(self._others(task) for task in main):
             return a
         kv = self._kv[block] if self._kv is not None else layer.keys_values({t: main[t] for t in self.attends})
@@ -162,7 +162,7 @@ class StableMTL(nn.Module):
 
     def codes(self, latents):
         """And back: {task: (B,4,h,w)} -> {task: (B,3,h*f,w*f)}, in one pass of the decoder."""
-        return _split(self.decode(torch.cat([*latents.values()])), tuple(latents))
+        return by_task(self.decode(torch.cat([*latents.values()])), tuple(latents))
 
     # -- the UNet passes --
 
@@ -200,7 +200,7 @@ class StableMTL(nn.Module):
     def streams(self, z_i, z_j, tasks, rows=None):
         """Auxiliary features of `tasks` in every block: {block: {task: (B,N,C)}}; rows as in `forward`."""
         feats = {}
-        for part in _parts(tasks, z_i, rows):
+        for part in passes(tasks, z_i, rows):
             self._recording = True
             try:
                 self._run(self.unet, *self._pairs(z_i, z_j, part), part)
@@ -209,7 +209,7 @@ class StableMTL(nn.Module):
             finally:
                 self._recording = False
             for block, a in self._feats.items():
-                feats.setdefault(block, {}).update(_split(a, part))
+                feats.setdefault(block, {}).update(by_task(a, part))
             self._feats.clear()
         return feats
 
@@ -229,9 +229,9 @@ class StableMTL(nn.Module):
                 feats = self.streams(z_i, z_j, needed, rows) if streams is None else {
                     block: {t: f[t] for t in needed} for block, f in streams.items()}
                 self._kv = {b: self.attention[b.replace(".", "/")].keys_values(f) for b, f in feats.items()}
-        for part in _parts(tasks, z_i, rows):
+        for part in passes(tasks, z_i, rows):
             self._now = part
-            out |= _split(self._run(unet, *self._pairs(z_i, z_j, part), part), part)
+            out |= by_task(self._run(unet, *self._pairs(z_i, z_j, part), part), part)
         if not torch.is_grad_enabled():
             self._kv = None         # with gradients it stays: checkpointing runs blocks again in the backward pass
         return {t: out[t] for t in wanted}
@@ -260,7 +260,7 @@ class StableMTL(nn.Module):
         moving = next_image is not None and any(TASKS[t].frames == 2 for t in seen)
         z_j = self.see(F.pad(next_image, pad, mode="replicate")) if moving else z_i
         latents, out, sums = self(z_i, z_j, tasks, rows), {}, {}
-        for part in _parts(tasks, z_i, rows):
+        for part in passes(tasks, z_i, rows):
             for t, code in self.codes({t: latents[t] for t in part}).items():
                 code = code[..., :height, :width]
                 out[t] = self.codecs[t].decode(code)
@@ -365,8 +365,8 @@ def asked(image, next_image, tasks, known):
 
     ValueError for frames or tasks that are not as predict says, or if no task is left.
     """
-    _check_frames([image] if next_image is None else [image, next_image])
-    _check_choices("task", tasks or known, known)
+    check_frames([image] if next_image is None else [image, next_image])
+    check_choices("task", tasks or known, known)
     tasks = [t for t in (tasks or known) if TASKS[t].frames == 1 or next_image is not None]
     if not tasks:
         raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
@@ -380,14 +380,14 @@ def check_finite(sums):
         raise FloatingPointError(f"the prediction of {bad} is not finite: damaged weights, or too low a precision")
 
 
-def _check_choices(what, chosen, known):
+def check_choices(what, chosen, known):
     """ValueError unless all that is chosen is known, and something is."""
     unknown = [x for x in chosen if x not in known]
     if unknown or not chosen:
         raise ValueError(f"unknown {what} {', '.join(unknown) or '(none)'}: choose from {', '.join(known)}")
 
 
-def _check_frames(frames):
+def check_frames(frames):
     """ValueError unless the frames are alike, (B,3,H,W) of floats in [-1,1]."""
     fit = all(f.shape == frames[0].shape and f.ndim == 4 and f.shape[1] == 3 and f.is_floating_point() for f in frames)
     if not fit:
@@ -402,12 +402,12 @@ def _readable(x):
     return not (x.is_meta or x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _split(x, tasks):
+def by_task(x, tasks):
     """(M*B,...), the M tasks one after the other -> {task: (B,...)}."""
     return dict(zip(tasks, x.chunk(len(tasks)), strict=True))
 
 
-def _parts(tasks, z, rows):
+def passes(tasks, z, rows):
     """Split the task list so that tasks x batch stays within `rows` (at least one task at a time)."""
     size = max(1, len(tasks) if rows is None else rows // len(z))
     return [tuple(tasks[i:i + size]) for i in range(0, len(tasks), size)]

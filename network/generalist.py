@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from model import TIMESTEP, StableMTL, _check_choices, _parts, _split
+from model import TIMESTEP, StableMTL, by_task, check_choices, passes
 from network import loading
 from tasks import TASKS
 
@@ -93,7 +93,7 @@ class Generalist(StableMTL):
         super().__init__(vae, unet, tokens, palette, second_frame)
         for what, chosen, known in (("space", space, SPACES), ("objective", objective, OBJECTIVES),
                                     ("condition", condition, CONDITIONS)):
-            _check_choices(what, [chosen], known)
+            check_choices(what, [chosen], known)
         self.axes = {"space": space, "objective": objective, "condition": condition, "input_scale": input_scale,
                      "ddim_steps": ddim_steps}
         self.space, self.objective, self.condition = space, objective, condition
@@ -166,7 +166,7 @@ class Generalist(StableMTL):
         noise, steps = (torch.stack(x) for x in zip(*drawn, strict=True))
         noised = add_noise(x0, noise, steps, self.axes["input_scale"])
         predicted = self._run(self.unet, *self._pairs(z_i, z_j, tasks), tasks, noised, steps)
-        return _split(predicted, tasks), _split(noise, tasks)
+        return by_task(predicted, tasks), by_task(noise, tasks)
 
     # -- prediction --
 
@@ -175,11 +175,11 @@ class Generalist(StableMTL):
             return super().forward(z_i, z_j, tasks, rows)
         grid = [s // (1 if self.condition == "latent" else self.factor) for s in z_i.shape[-2:]]
         shape, seeds, out = (self.unet.config.out_channels, *grid), self.seeds or range(len(z_i)), {}
-        for part in _parts(tasks, z_i, rows):
+        for part in passes(tasks, z_i, rows):
             noise = torch.stack([draw(f"{seed} {t}", shape, z_i.device)[0] for t in part for seed in seeds])
             step = partial(self._step, *self._pairs(z_i, z_j, part), part)
             x0 = ddim(step, noise, self.axes["ddim_steps"], self.axes["input_scale"], LIMITS[self.space])
-            out |= _split(x0, part)
+            out |= by_task(x0, part)
         return out
 
     def _step(self, z_i, z_j, tasks, x, t):

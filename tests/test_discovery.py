@@ -181,7 +181,8 @@ def test_masked_cells_have_no_influence(teacher, pseudo, tmp_path):
         mixture = Mixture([cell], ("depth",), TASKS, batch=4, cache=kept)
         batches = mixture[0]["batches"]
         plain = train.precision(train.Config(precision="fp32"), torch.device("cpu"))
-        loss = losses.step_gradients(model, batches, {"latent": 1.0}, False, torch.device("cpu"), *plain)
+        objective = losses.LatentObjective(model, {"latent": 1.0}, False)
+        loss = losses.accumulate(objective, batches, torch.device("cpu"), *plain)
         grads = [p.grad.clone() for p in model.unet.parameters() if p.grad is not None]
         model.zero_grad()
         found.append((loss["latent"], grads))

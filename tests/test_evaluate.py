@@ -87,11 +87,11 @@ def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, caps
     --overwrite computes all."""
     computed, stop, original = [], None, evaluate.evaluate
 
-    def counted(model, reader, *args):
+    def counted(model, reader, *args, **how):
         computed.append(reader.name)
         if reader.name == stop:
             raise KeyboardInterrupt
-        return original(model, reader, *args)
+        return original(model, reader, *args, **how)
     monkeypatch.setattr(evaluate, "evaluate", counted)
 
     def go(name, *more):

@@ -38,7 +38,7 @@ def model(tiny_base):
 def gradients(model, batches, kinds, encode=True):
     """({kind: loss}, {parameter: gradient}) of one step."""
     model.zero_grad(set_to_none=True)
-    found = losses.step_gradients(model, batches, kinds, encode, CPU, *PLAIN)
+    found = losses.accumulate(losses.LatentObjective(model, kinds, encode), batches, CPU, *PLAIN)
     params = [named for own in train.trainable(model).values() for named in own.items()]
     return found, {n: p.grad.clone() for n, p in params if p.grad is not None}
 
@@ -248,8 +248,9 @@ def test_a_batch_overfits(tiny_base, readers):
     model = from_base(str(tiny_base), ("depth",))
     batch = Mixture(readers, ("depth",), TASKS, 2, 2, seed=1)[0]["batches"]
     optimizer, values = torch.optim.Adam(model.unet.parameters(), 1e-2), []
+    objective = losses.LatentObjective(model, {"latent": 1.0}, True)
     for _ in range(30):
-        values.append(losses.step_gradients(model, batch, {"latent": 1.0}, True, CPU, *PLAIN)["latent"])
+        values.append(losses.accumulate(objective, batch, CPU, *PLAIN)["latent"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert values[-1] < values[0] / 3, values[::5]

@@ -31,13 +31,13 @@ from draw import draw_curves
 from model import StableMTL, widen_input
 from network import stock
 from network.loading import check_decoder
-from settings import PRESETS
+from settings import PRESETS, Config, check
 from tasks import TASKS
 from tools import bench_cpu, bench_memory, bench_systems
 from tools.distil import new_decoder
 from toy.make import new_unet, new_vae
-from train import compile_blocks, trainable
-from training.losses import step_gradients
+from train import compile_blocks, make_optimizer, optimizer_step, trainable
+from training.losses import LatentObjective
 
 SD2_VAE = dict(latent_channels=4, sample_size=768, scaling_factor=0.18215, layers_per_block=2,
                block_out_channels=(128, 256, 512, 512),
@@ -244,14 +244,17 @@ def training_of(args, tasks, stage, repeats=None):
     """`training` of one stage, whose model is gone before that of the next is made."""
     model = assemble(networks(args.base, args.device, main=stage == 2), tasks, multi=stage == 2)
     adapt(model, args)
-    params = [p for own in trainable(model).values() for p in own.values()]
-    optimizer = torch.optim.Adam(params, 1e-4, fused=args.device.type == "cuda")
-    model.training, model.rho = True, 0.4
+    model.training = True
+    cfg = check(Config(stage=stage, preset="paper"))
+    optimizer, autocast = make_optimizer(cfg, trainable(model)), contextlib.nullcontext
+    if args.dtype != "fp32":
+        autocast = partial(torch.autocast, args.device.type, DTYPES[args.dtype])
     out = {}
     for source in ("cached latents", "images"):
         given = batches(model, args, tasks[-1], source)
-        row = measured(partial(one_step, model, params, optimizer, given, source, args), len(given) * args.micro,
-                       args.device, repeats=repeats)
+        objective = LatentObjective(model, {"latent": 1.0}, source == "images")
+        row = measured(partial(optimizer_step, cfg, 0, model, objective, given, optimizer, autocast),
+                       len(given) * args.micro, args.device, repeats=repeats)
         out[f"stage {stage}, {source}"] = row | {"hours": STEPS[stage] * BATCH / row["images_per_s"] / 3600}
     return out
 
@@ -262,17 +265,6 @@ def batches(model, args, task, source):
     x, valid = torch.rand(args.micro, *shape), torch.ones(args.micro, 1, *shape[1:], dtype=torch.bool)
     batch = {"tasks": (task,), "keys": (), "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}
     return [batch] * max(1, BATCH // args.micro)
-
-
-def one_step(model, params, optimizer, given, source, args):
-    """train.py's optimizer step on the given micro-batches."""
-    autocast = contextlib.nullcontext
-    if args.dtype != "fp32":
-        autocast = partial(torch.autocast, args.device.type, DTYPES[args.dtype])
-    step_gradients(model, given, {"latent": 1.0}, source == "images", args.device, autocast)
-    torch.nn.utils.clip_grad_norm_(params, 5.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 # ---- how it is told ----

@@ -12,9 +12,9 @@ import cli
 import torch
 import torch.distributed as dist
 
-from settings import PRESETS
-from train import trainable
-from training.losses import step_gradients, sync_gradients
+from settings import PRESETS, Config, check
+from train import make_optimizer, optimizer_step, trainable
+from training.losses import LatentObjective
 
 ROWS = [(1, "cached latents"), (2, "cached latents and streams"), (2, "cached latents")]
 LOADS = {"busy": "while True: pass",
@@ -60,23 +60,17 @@ def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch
     if world > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     model = assembled(stage)
-    model.training, model.rho = True, 0.4
-    params = [p for own in trainable(model).values() for p in own.values()]
-    optimizer = torch.optim.Adam(params, 1e-4, fused=True)
+    model.training = True
+    cfg = check(Config(stage=stage, preset="toy"))
+    optimizer = make_optimizer(cfg, trainable(model))
     share, task = len(range(rank, batch, world)), model.tasks[-1]
     z, valid = (torch.rand(share, c, *(s // model.factor for s in size)) for c in (4, 1))
     given = [{"tasks": (task,), "keys": (), "frames": [z, z], "labels": {task: z}, "valid": {task: valid >= 0}}]
     streams = Known(model.streams(z, z, model.tasks)) if "streams" in source else None
-    times = []
-    for _ in range(steps + 2):      # two to warm up
+    objective, times = LatentObjective(model, {"latent": 1.0}, False, streams), []
+    for step in range(steps + 2):       # two to warm up
         start = time.perf_counter()
-        losses = step_gradients(model, given if share else [], {"latent": 1.0}, False, torch.device("cpu"),
-                                contextlib.nullcontext, streams=streams)
-        if world > 1:
-            sync_gradients(params, losses, torch.device("cpu"))
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer_step(cfg, step, model, objective, given if share else [], optimizer, contextlib.nullcontext)
         times.append(time.perf_counter() - start)
     if world > 1:
         dist.destroy_process_group()

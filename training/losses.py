@@ -157,11 +157,6 @@ def on_device(b, device):
     return b | {"frames": frames} | maps
 
 
-def step_gradients(model, batches, kinds, encode, device, autocast, scaler=None, streams=None):
-    """`accumulate` for StableMTL -> {kind: loss}."""
-    return accumulate(LatentObjective(model, kinds, encode, streams), batches, device, autocast, scaler)
-
-
 def valid_numbers(kind, cells, valid, factor, channels):
     """How many numbers a loss averages over: the channels of a latent cell (4), 3 per pixel, or 1."""
     if kind == "latent":
