@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+gc.disable()    # until all is imported: what imports make is kept, and to look for garbage among it doubles their time
 pytest_plugins = ["runs"]      # the fixtures of training
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: no test waits for a network
 
@@ -28,12 +29,13 @@ def pytest_collection_finish():
     """What the imports left in memory stays to the end: let no garbage collection look through it again and again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A stage-2 model with random weights whose task attention is not zero. Shared: do not change it."""
-    return tiny.model(multi=True)
+    """A thin stage-2 model with random weights whose task attention is not zero. Shared: do not change it."""
+    return tiny.model(multi=True, unet=tiny.thin_unet)
 
 
 def _saved(model, folder):
@@ -51,7 +53,7 @@ def tiny_ckpt(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_ckpt_1(tmp_path_factory):
     """Folder of a checkpoint that has stage 1 only. Do not write there."""
-    return _saved(tiny.model(), tmp_path_factory.mktemp("stage1"))
+    return _saved(tiny.model(unet=tiny.thin_unet), tmp_path_factory.mktemp("stage1"))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 from statistics import mean, stdev
@@ -117,12 +118,26 @@ def test_it_writes_tables_and_pictures(finished):
     assert {p.name for p in (out / "seed0/streams-off").iterdir()} == {"results.json", "output.txt"}
 
 
-def test_side_by_side_gives_the_same_numbers(finished, tiny_base, tmp_path):
-    """--jobs 2: processes of their own that share the latent cache give the weights and results of one by one."""
+def fork(_):
+    """Processes that inherit what a test has replaced."""
+    return multiprocessing.context.ForkContext()
+
+
+@pytest.mark.parametrize("start, trained", [("fork", ("shading", "albedo")), ("spawn", ("albedo",))])
+def test_side_by_side_gives_the_same_numbers(finished, tiny_base, tmp_path, monkeypatch, start, trained):
+    """--jobs 2: two processes at once, and one in an interpreter of its own as a user has them, that share the latent
+    cache, give the weights and results of one by one."""
     out, weights = tmp_path / "out", "unet/diffusion_pytorch_model.safetensors"
+    if start == "fork":
+        monkeypatch.setattr(multiprocessing, "get_context", fork)
+    else:
+        shutil.copytree(finished[0], out)
+        for name in trained:
+            shutil.rmtree(out / f"seed0/single-task-{name}")
+    monkeypatch.setattr(study_report, "operations", lambda folder, batch: 1e9)     # the whole study has counted them
     assert study.main(tiny_study(tiny_base, out, "single-task", "--jobs 2")) == 0
-    for name in ("single-task-shading", "single-task-albedo"):
-        mine, other = out / "seed0" / name, finished[0] / "seed0" / name
+    for name in trained:
+        mine, other = (folder / f"seed0/single-task-{name}" for folder in (out, finished[0]))
         assert read(mine / "results.json")["results"] == read(other / "results.json")["results"]
         assert (mine / weights).read_bytes() == (other / weights).read_bytes()
     assert read(out / "results.json")["variants"].keys() == {"single-task"}
@@ -323,11 +338,6 @@ def test_an_incomplete_variant_has_no_row(made_up):
 
 
 # ---- side by side ----
-
-def fork(_):
-    """Processes that inherit what a test has replaced."""
-    return multiprocessing.context.ForkContext()
-
 
 def test_a_stop_reaches_every_process_once(made_up, monkeypatch, capsys):
     """Ctrl-C while three models train: each saves and ends, none is left running, and the same command continues."""

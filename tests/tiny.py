@@ -1,5 +1,5 @@
-"""Models of Stable Diffusion's layout small enough for tests: four levels, 16 transformer blocks, several heads, random
-weights."""
+"""Models small enough for tests, of random weights: of Stable Diffusion's layout (four levels, 16 transformer blocks,
+several heads), and thin ones, which load and predict several times as fast, where the layout does not matter."""
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -10,12 +10,18 @@ from toy import make as toybase
 WIDTHS = (16, 24, 32, 32)
 
 
-def unet(in_channels=12, widths=WIDTHS):
+def unet(in_channels=12, widths=WIDTHS, heads=(2, 2, 4, 4), layers=2):
+    attend = len(widths) - 1    # the lowest level has no attention
     return UNet2DConditionModel(
-        in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=8,
-        down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-        cross_attention_dim=24, attention_head_dim=(2, 2, 4, 4), use_linear_projection=True, sample_size=8).eval()
+        in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=layers, norm_num_groups=8,
+        down_block_types=["CrossAttnDownBlock2D"] * attend + ["DownBlock2D"],
+        up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * attend,
+        cross_attention_dim=24, attention_head_dim=heads, use_linear_projection=True, sample_size=8).eval()
+
+
+def thin_unet():
+    """Two levels, 4 transformer blocks."""
+    return unet(widths=(16, 24), heads=(2, 2), layers=1)
 
 
 def vae():
@@ -32,8 +38,10 @@ def tokens(tasks=tuple(TASKS)):
     return {t: torch.randn(2 + len(TASKS[t].prompt.split()), 24, generator=g) for t in tasks}
 
 
-def model(multi=False, tasks=tuple(TASKS), seed=0, **options):
-    """A StableMTL in eval mode; with `multi`, a main UNet of its own weights and task attention that is not zero."""
+def model(multi=False, tasks=tuple(TASKS), seed=0, unet=unet, **options):
+    """A StableMTL in eval mode; with `multi`, a main UNet of its own weights and task attention that is not zero.
+
+    unet: makes a UNet."""
     torch.manual_seed(seed)
     m = StableMTL(vae(), unet(), tokens(tasks))
     if multi:
