@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-gc.disable()    # until all is imported: what imports make is kept, and to look for garbage among it doubles their time
+gc.disable()    # until all tests are collected: what imports make is kept, and there is nothing to find among it
 pytest_plugins = ["runs"]      # the fixtures of training
 os.environ["HF_HUB_OFFLINE"] = "1"      # before the first import of diffusers: no test waits for a network
 

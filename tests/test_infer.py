@@ -170,7 +170,8 @@ def test_a_lack_of_memory_names_the_remedy(tiny_model, monkeypatch):
 def test_confidence_and_pixels_are_the_files_of_sample(tiny_ckpt, tmp_path, monkeypatch):
     """Arrays beside the maps, bit for bit what --confidence --pixels writes; the map times its scale is in pixels. A
     still image has no scale to find; what would do nothing is refused."""
-    monkeypatch.setattr("photometric._unsure", lambda level, pixels: "")       # an untrained network finds no motion
+    # an untrained network finds no motion
+    monkeypatch.setattr("inference.photometric._unsure", lambda level, pixels: "")
     paths = [tmp_path / "photo.png", tmp_path / "next.png"]
     for path in paths:
         Image.fromarray(array(75, 101)).save(path)

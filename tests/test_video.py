@@ -142,11 +142,12 @@ def test_pixels_scale_the_array_or_say_why_not(go, shots, tmp_path, monkeypatch)
     pair = shots / "f0.png", shots / "f1.png"
     go(*pair, *FLOWS)
     plain = np.load(tmp_path / "out/f0/optical_flow.npy")
-    monkeypatch.setattr("photometric._unsure", lambda level, pixels: "")       # an untrained network finds no motion
+    # an untrained network finds no motion
+    monkeypatch.setattr("inference.photometric._unsure", lambda level, pixels: "")
     assert "stays up to scale" not in go(*pair, *FLOWS, "--pixels")[1]
     scales = json.loads((tmp_path / "out/f0/scales.json").read_text())["optical_flow"]["scales"]
     np.testing.assert_allclose(np.load(tmp_path / "out/f0/optical_flow.npy"), plain * scales, rtol=1e-5)
-    monkeypatch.setattr("photometric._unsure", lambda level, pixels: "it is dark")
+    monkeypatch.setattr("inference.photometric._unsure", lambda level, pixels: "it is dark")
     assert "1 x optical_flow stays up to scale: it is dark" in go(*pair, *FLOWS, "--pixels", "--overwrite")[1]
     assert json.loads((tmp_path / "out/f0/scales.json").read_text())["optical_flow"]["scales"] is None
     assert np.array_equal(np.load(tmp_path / "out/f0/optical_flow.npy"), plain)
@@ -160,7 +161,7 @@ def test_the_note_of_a_flow_states_its_unit(go, shots, tmp_path, monkeypatch):
     note = tmp_path / "out/f0/optical_flow.flo.json"
     go(*pair, *form)
     assert json.loads(note.read_text())["unit"] == TASKS["optical_flow"].unit
-    monkeypatch.setattr("photometric._unsure", lambda level, pixels: "")
+    monkeypatch.setattr("inference.photometric._unsure", lambda level, pixels: "")
     go(*pair, *form, "--pixels")
     assert json.loads(note.read_text())["unit"] == "pixels (u, v)"
     assert "name npy as well" in go(shots, *form, "--video")[2]
