@@ -91,6 +91,12 @@ def contents(folder):
     return {p: zlib.crc32(p.read_bytes()) if p.is_file() else None for p in folder.rglob("*")}
 
 
+@pytest.fixture(scope="module")
+def before(place):
+    """`contents` of that folder, which no mistake changes."""
+    return contents(place)
+
+
 NEW = "--out new --base base"
 SHORT = "--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
 MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
@@ -250,10 +256,9 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
 
 
 @pytest.mark.parametrize("command, says", MISTAKES, ids=[c for c, _ in MISTAKES])
-def test_a_mistake_ends_in_a_sentence(place, monkeypatch, capsys, command, says):
+def test_a_mistake_ends_in_a_sentence(place, before, monkeypatch, capsys, command, says):
     """In this process, through the same `run` as from the shell."""
     monkeypatch.chdir(place)
-    before = contents(place)
     name, *flags = command.split()
     assert run(lambda: COMMANDS[name].main(flags)) == 2
     error = BARS.sub("", capsys.readouterr().err)
@@ -263,9 +268,9 @@ def test_a_mistake_ends_in_a_sentence(place, monkeypatch, capsys, command, says)
 
 @pytest.mark.parametrize("command, says", [("train --stage 2 --rho 1.5", "from 0 to 1"),
                                            ("sample bomb.png --ckpt out", "decompression bomb")])
-def test_a_mistake_in_the_shell(place, command, says):
+def test_a_mistake_in_the_shell(place, before, command, says):
     """The commands themselves: the sentence begins with the command's name."""
-    before, (name, *flags) = contents(place), command.split()
+    name, *flags = command.split()
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *flags], cwd=place, capture_output=True, text=True)
     error = BARS.sub("", done.stderr)
     assert re.fullmatch(f"{name}.py: [^\n]*{says}[^\n]*\n", error), error
