@@ -129,10 +129,15 @@ def operations(f, *args):
     return counter.get_total_flops()
 
 
-def step_operations(model, z, task, streams=None):
-    """Operations of one image's forward and backward pass in training from cached latents z (1,4,h,w)."""
+def step_operations(model, z, task, streams=None, label=None):
+    """Operations of one image's forward and backward pass in training from what is cached of it, z: (1,4,h,w) or what
+    else the model sees of a frame, and label, of the shape of z unless given."""
+    label = z if label is None else label
+    cells = torch.ones_like(label[:, :1], dtype=torch.bool)
+
     def step():
-        model(z, z, [task], streams=streams)[task].square().mean().backward()
+        predicted, wanted = model.learn(z, z, {task: label}, {task: cells}, [("bench", 0, False)], streams)
+        (predicted[task] - wanted[task]).square().mean().backward()
     return operations(step)
 
 

@@ -5,20 +5,22 @@
     python -m tools.study --out study/ --seeds 5 -- --batch 4       what follows -- goes to train.py for every model
     python -m tools.study --out study/ --jobs 8                     eight models at a time, one CPU core each
     nohup python -m tools.study --out study/ > study.log 2>&1 &     in the background
+    python -m tools.study --suite systems --out systems/            the other systems of the papers beside StableMTL
 
-tools/study_variants.py says what is compared; --only all adds the rows that are left out otherwise. Models are trained
-by train.py (one by tools/oracle.py, whose streams hold the truth), measured by evaluate.py. Optimizer steps
-are equal: every single stream takes --steps; every multi stream starts from the single stream of its seed and takes
---steps2 more, and `continued` takes the same number of further steps, on the same batches, as a single stream. A
-single-task model takes --steps divided by the number of tasks: as many steps of its task as the single stream takes of
-it, so that all of them together cost one single stream (the paper trains each for its own full schedule:
---single-steps).
+tools/study_variants.py says what is compared, tools/study_systems.py what in the suite systems; --only all adds the
+rows that are left out otherwise. Models are trained by train.py (one by tools/oracle.py, whose streams hold the truth),
+measured by evaluate.py. Optimizer steps are equal: every single stream takes --steps; every multi stream starts from
+the single stream of its seed and takes --steps2 more, and `continued` takes the same number of further steps, on the
+same batches, as a single stream. A single-task model takes --steps divided by the number of tasks: as many steps of its
+task as the single stream takes of it, so that all of them together cost one single stream (the paper trains each for
+its own full schedule: --single-steps). Another system takes --steps, and so does a student that learns from a model.
 
-Delta_m is against the single-task models of the same seed: on `real`, the world that training never sees (paper Table
-2), and on held-out scenes of the training worlds (Table 10). Differences between variants are paired by seed.
+Delta_m is against the single-task models of the same seed, in the suite systems also against the single-task trunks: on
+`real`, the world that training never sees (paper Table 2), and on held-out scenes of the training worlds (Table 10).
+Differences between variants are paired by seed.
 
-Writes --out: study.md with tables, verdicts and pictures, results.json with all numbers, seed<N>/<variant>/ with every
-checkpoint.
+Writes --out: study.md (systems.md of that suite) with tables, verdicts and pictures, results.json with all numbers,
+seed<N>/<variant>/ with every checkpoint.
 """
 import argparse
 import contextlib
@@ -45,9 +47,11 @@ from checkpoint import read_json, write_json
 from model import StableMTL
 from settings import PRESETS
 from tasks import parse_tasks
-from tools import oracle
-from tools.study_report import report
-from tools.study_variants import EXTRA, VARIANTS, runs
+from tools import discover, oracle, study_report, systems_report
+from tools.study_systems import SYSTEMS
+from tools.study_variants import STABLEMTL, runs, tasks_of
+
+SUITES = {"stablemtl": (STABLEMTL, study_report.report), "systems": (SYSTEMS, systems_report.report)}
 
 # ---- one model ----
 
@@ -57,36 +61,57 @@ def command(job, args):
         return ["--resume", "--out", str(job.out), *args.alone]
     shutil.rmtree(job.out, ignore_errors=True)      # train.py has not written its first checkpoint
     job.out.mkdir(parents=True)
-    flags = VARIANTS[job.variant].flags
+    flags = job.row.flags
     if "--stage 2" in flags:
         StableMTL.load(job.parent, stage=1).save(job.out)
         shutil.copy(job.parent / "config.json", job.out)
     # train.py draws the batches from seed + 1000 x stage: a single stream that is continued gets those of stage 2
     seed = job.seed + 1000 * ("--init" in flags)
-    argv = [*args.train, "--tasks", ",".join(args.tasks), "--out", str(job.out), "--steps", str(job.steps),
-            "--seed", str(seed), *flags.format(task=job.task, parent=job.parent).split()]
+    argv = ["--cache", str(Path(args.out) / job.row.cache), *args.train, "--tasks", ",".join(job.tasks), "--out",
+            str(job.out), "--steps", str(job.steps), "--seed", str(seed), *job.flags]
     if job.task:        # the same share of its steps
         argv += ["--warmup", str(round(args.settings["warmup"] * job.steps / args.steps))]
     return argv
 
 
+def trained(job, args, test):
+    """train.py, then evaluate.py."""
+    return train.main(command(job, args)) or evaluate.main(["--ckpt", str(job.out), *test])
+
+
+def evaluated(job, args, test):
+    """evaluate.py of the model that it starts from."""
+    return evaluate.main(["--ckpt", str(job.parent), *job.flags, *test])
+
+
+def with_true_streams(job, args, test):
+    """tools.oracle, which evaluates as well."""
+    return oracle.main(["--ckpt", str(job.parent), "--out", str(job.out), "--steps", str(job.steps), "--seed",
+                        str(job.seed), "--limit", str(args.limit), "--", *args.alone, *args.flags, *job.flags])
+
+
+def labelled(job, args, test):
+    """tools.discover: labels, and no model to evaluate."""
+    code = discover.main(["--ckpt", str(job.parent), "--device", args.device, *job.flags])
+    if not code:
+        write_json(job.out / "evaluation.json", {"results": {}})
+    return code
+
+
+PROGRAMS = {"train.py": trained, "evaluate.py": evaluated, "tools.oracle": with_true_streams,
+            "tools.discover": labelled}
+
+
 def perform(job, args):
     """Train and evaluate one model, or what is left of that; KeyboardInterrupt after a stop, with a checkpoint to
     continue from."""
-    measured, flags = job.out / "evaluation.json", VARIANTS[job.variant].flags.split()
-    test = ["--trivial", "0", "--limit", str(args.limit), "--device", str(parse_device(args.settings["device"])),
-            "--json", str(measured), *args.alone[:2]]
-    argv = command(job, args) if job.program == "train.py" else []
+    measured = job.out / "evaluation.json"
+    test = ["--trivial", "0", "--limit", str(args.limit), "--device", args.device, "--json", str(measured),
+            *args.alone[:2]]
     job.out.mkdir(parents=True, exist_ok=True)
-    with (job.out / "output.txt").open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        if job.program == "train.py":
-            code = train.main(argv) or evaluate.main(["--ckpt", str(job.out), *test])
-        elif job.program == "evaluate.py":
-            code = evaluate.main(["--ckpt", str(job.parent), *flags, *test])
-        else:
-            code = oracle.main(["--ckpt", str(job.parent), "--out", str(job.out), "--steps", str(job.steps), "--seed",
-                                str(job.seed), "--limit", str(args.limit), "--", *args.alone, *args.flags, *flags])
-        if code:
+    output = (job.out / "output.txt").open("a")
+    with output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        if PROGRAMS[job.program](job, args, test):
             raise KeyboardInterrupt     # they have caught it, and saved what they had
     if measured.exists():
         os.replace(measured, job.out / "results.json")      # under this name it is complete
@@ -195,9 +220,11 @@ def parse(argv):
     flag = parser.add_argument
     flag("--out", default="study", type=partial(writable, folder=True), help="folder of the study (default: study)")
     flag("--seeds", type=whole(1), default=3, help="how many; more can be added later (default: %(default)s)")
-    usual = ",".join(name for name in VARIANTS if name not in EXTRA)
-    flag("--only", default=usual, help="comma-separated variants, or all; others can be added later (default: all but "
-         f"{', '.join(EXTRA)})")
+    flag("--suite", choices=tuple(SUITES), default="stablemtl", help="what is compared: parts of StableMTL, or it and "
+         "the other systems of the papers (default: %(default)s)")
+    left_out = "; ".join(f"in {name}, {', '.join(suite.extra)}" for name, (suite, _) in SUITES.items())
+    flag("--only", default="", help="comma-separated variants, or all; others can be added later (default: all but, "
+         f"{left_out})")
     flag("--tasks", default="all", help="comma-separated task names, at least two (default: %(default)s)")
     flag("--steps", type=whole(1), help="optimizer steps of a single stream (default: stage 1 of the preset)")
     flag("--steps2", type=whole(1), help="further steps of a multi or a continued single stream (default: stage 2 of "
@@ -207,34 +234,44 @@ def parse(argv):
     flag("--jobs", type=whole(1, 1024), default=1, help="models at a time; above 1 each has one process of one thread "
          "(default: %(default)s)")
     args, flags = parser.parse_args(argv[:at]), argv[at + 1:]
-    args.flags = flags
+    (args.suite, _), args.flags = SUITES[args.suite], flags
     if taken := OURS & {f.split("=")[0] for f in flags}:
         raise ValueError(f"{', '.join(sorted(taken))} after --: the study sets this itself, or cannot use it")
     args.tasks = parse_tasks(args.tasks)
     if len(args.tasks) < 2:
         raise ValueError(f"--tasks {args.tasks[0]}: expected at least two tasks, for a multi stream needs another one "
                          "to attend to")
-    args.only = parse_variants(args.only)
+    args.only = parse_variants(args.only, args)
     first = accepted(flags, args)
     args.steps = args.steps or first.steps
     args.steps2 = args.steps2 or PRESETS[first.preset]["steps"][2]
     args.single_steps = args.single_steps or max(1, round(args.steps / len(args.tasks)))
     args.settings = {k: v for k, v in dataclasses.asdict(first).items() if k not in FREE}
+    args.device = str(parse_device(args.settings["device"]))
     args.alone = ["--processes", "1", "--threads", "1"] if args.jobs > 1 else []     # evaluate.py takes the first
     # no held-out samples: the last checkpoint is the one that is measured
-    args.train = ["--cache", str(Path(args.out) / "cache"), "--val-samples", "0", *args.alone, *flags]
+    args.train = ["--val-samples", "0", *args.alone, *flags]
     return args
 
 
-def parse_variants(text):
-    """"multi,single" -> ["single", "multi"] in the order of VARIANTS. ValueError names what is unknown or missing."""
-    wanted = list(VARIANTS) if text == "all" else text.split(",")
-    if unknown := set(wanted) - VARIANTS.keys():
-        raise ValueError(f"--only {text}: no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
-    names = [name for name in VARIANTS if name in wanted]
+def parse_variants(text, args):
+    """"multi,single" -> ["single", "multi"] in the order of the suite's variants; "": the usual ones. ValueError names
+    what is unknown or missing."""
+    variants = args.suite.variants
+    usual = [name for name, row in variants.items()
+             if name not in args.suite.extra and set(tasks_of(row, args)) <= set(args.tasks)]
+    wanted = text.split(",") if text else usual
+    if text == "all":
+        wanted = list(variants)
+    if unknown := set(wanted) - variants.keys():
+        raise ValueError(f"--only {text}: the suite {args.suite.name} has no variant {', '.join(sorted(unknown))}; "
+                         f"there are {', '.join(variants)}")
+    names = [name for name in variants if name in wanted]
     for name in names:
-        if VARIANTS[name].parent and VARIANTS[name].parent not in wanted:
-            raise ValueError(f"--only {text}: {name} starts from {VARIANTS[name].parent}, which is missing")
+        if variants[name].parent and variants[name].parent not in wanted:
+            raise ValueError(f"--only {text}: {name} starts from {variants[name].parent}, which is missing")
+        if absent := set(tasks_of(variants[name], args)) - set(args.tasks):
+            raise ValueError(f"--only {text}: {name} is about {', '.join(sorted(absent))}, which --tasks leaves out")
     return names
 
 
@@ -242,13 +279,16 @@ def accepted(flags, args):
     """The settings that flags for train.py come to in a single stream. ValueError if some variant cannot take them:
     better now than after hours of other models."""
     nowhere = str(Path(args.out) / "nowhere")       # no checkpoint there whose settings would be taken over
+    parsers = {"train.py": (train.parse_args, [*flags, "--out", nowhere]),
+               "tools.oracle": (oracle.parse, ["--ckpt", nowhere, "--out", nowhere, "--", *flags]),
+               "tools.discover": (discover.parse, ["--ckpt", nowhere])}
     for name in args.only:
-        variant = VARIANTS[name].flags.format(task=args.tasks[0], parent=nowhere).split()
+        row = args.suite.variants[name]
+        own = row.flags.format(task=args.tasks[0], parent=nowhere, out=nowhere).split()
         try:
-            if VARIANTS[name].program == "train.py":
-                train.parse_args([*flags, "--out", nowhere, *variant])
-            elif VARIANTS[name].program == "tools.oracle":
-                oracle.parse(["--ckpt", nowhere, "--out", nowhere, "--", *flags, *variant])
+            if row.program in parsers:
+                parser, before = parsers[row.program]
+                parser([*before, *own])
         except ValueError as error:
             raise ValueError(f"after --, for the variant {name}: {error}") from None
     return train.parse_args([*flags, "--out", nowhere])
@@ -259,9 +299,10 @@ def keep(args):
     rows and seeds do not."""
     path = Path(args.out) / "study.json"
     now = {k: getattr(args, k) for k in ("steps", "steps2", "single_steps", "limit")}
-    now |= {"tasks": ",".join(args.tasks), **args.settings}
-    now |= {f"variant {name}": " ".join(VARIANTS[name]) for name in args.only}
-    old = read_json(path, "") if path.is_file() else {}
+    now |= {"suite": args.suite.name, "tasks": ",".join(args.tasks), **args.settings}
+    now |= {f"variant {name}": args.suite.variants[name].told() for name in args.only}
+    # the first studies do not say which suite they are of
+    old = {"suite": "stablemtl"} | read_json(path, "") if path.is_file() else {}
     differs = [f"{k} {old[k]}, now {now[k]}" for k in now if k in old and old[k] != now[k]]
     if differs:
         raise ValueError(f"{args.out} holds a study with other settings ({'; '.join(differs)}): name another --out, or "
@@ -285,6 +326,7 @@ def remaining(jobs, pace):
 
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
+    report = SUITES[args.suite.name][1]
     keep(args)
     jobs, ended, pace, failed = list(runs(args)), set(), {}, []
     performing = one_by_one(jobs, args) if args.jobs == 1 else side_by_side(jobs, args)
@@ -311,7 +353,8 @@ def main(argv=None):
         return 130
     forget_streams(args)
     if any(job.finished for job in jobs):
-        print("\n".join(["", *report(args), "", f"written to {args.out}: study.md, results.json, pictures"]))
+        print("\n".join(["", *report(args), "", f"written to {args.out}: {args.suite.page}, results.json, "
+                         "pictures"]))
     if failed:
         raise FloatingPointError(f"{len(failed)} models are missing from the tables, the same command tries them "
                                  f"again: {'; '.join(failed)}")

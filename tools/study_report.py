@@ -3,6 +3,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import torch
+from PIL import Image
 
 import train
 from checkpoint import read_json, read_lines, write_json
@@ -12,10 +13,11 @@ from draw import attention_table, draw_attention, draw_curves, draw_intervals, d
 from evaluate import METRIC_VALUES, by_task
 from metrics import METRICS, delta_m
 from model import StableMTL
-from network.loading import read_model_json
-from tasks import TASKS
-from tools.bench import hardware, step_operations
-from tools.study_variants import CLAIMS, VARIANTS, WORLDS, runs
+from tasks import TASKS, parse_tasks
+from tools import study_cost
+from tools.bench import hardware
+from tools.study_cost import step as operations
+from tools.study_variants import WORLDS, runs, tasks_of
 
 LOWER = {t: METRICS[TASKS[t].metric][2] for t in TASKS}
 TITLES = {"unseen": "The unseen world (paper Tables 2 and 4)",
@@ -48,23 +50,15 @@ def collect(args):
             if job.steps:
                 row["minutes"] += job.steps * args.settings["batch"] / log(job.out)[-1]["img_per_s"] / 60
     for name, seeds in out.items():
-        out[name] = {s: row for s, row in seeds.items() if row["results"].keys() == set(args.tasks)}
+        tasks = set(tasks_of(args.suite.variants[name], args))
+        out[name] = {s: row for s, row in seeds.items() if row["results"].keys() == tasks}
     return {name: seeds for name, seeds in out.items() if seeds}
 
 
 def gain(mine, baseline, worlds):
-    """Delta_m in percent of {task: {world: headline}}, on some of the worlds."""
-    tables = [{t: {w: x for w, x in row.items() if w in worlds} for t, row in table.items()}
-              for table in (mine, baseline)]
+    """Delta_m in percent of {task: {world: headline}}, on some of the worlds, over the tasks of `mine`."""
+    tables = [{t: {w: x for w, x in table[t].items() if w in worlds} for t in mine} for table in (mine, baseline)]
     return delta_m(*tables, LOWER)
-
-
-def operations(folder, batch):
-    """Counted operations of one optimizer step of this checkpoint's last stage, from cached latents."""
-    model = StableMTL.load(folder).to("meta")
-    height, width = read_json(folder / "config.json", f"no config.json in {folder}", {"size": [int, int]})["size"]
-    z = torch.empty(1, 4, height // model.factor, width // model.factor, device="meta")
-    return batch * step_operations(model, z, model.tasks[-1])
 
 
 def verdict(differences):
@@ -89,42 +83,60 @@ def seeds_needed(differences, most=1000):
     return next((n for n in range(2, most + 1) if mean > T95[min(n, 10) - 2] * deviation / n ** 0.5), None)
 
 
-def judge(rows):
-    """CLAIMS with their differences and verdicts, of {variant: {"seeds": {seed: row}}}, as far as there are any."""
+def advances(rows, zero, tasks, variant, where):
+    """{seed: Delta_m of a variant against a zero line}, over its tasks or over some of them."""
+    seeds = rows[variant]["seeds"]
+    if not tasks:
+        return {seed: row[zero.key][where] for seed, row in seeds.items() if row[zero.key]}
+    zeros = rows.get(zero.variant, {"seeds": {}})["seeds"]
+    return {seed: gain({t: row["results"][t] for t in tasks}, zeros[seed]["results"], WORLDS[where])
+            for seed, row in seeds.items() if seed in zeros}
+
+
+def judge(rows, suite, tasks):
+    """The suite's claims with their differences and verdicts, of {variant: {"seeds": {seed: row}}}, as far as there are
+    any; claims about tasks that were left out are left out."""
     claims = []
-    for claim, better, worse, paper in CLAIMS:
-        for where in WORLDS if better in rows and worse in rows else ():
-            a, b = ({seed: row["delta_m"][where] for seed, row in rows[name]["seeds"].items() if row["delta_m"]}
-                    for name in (better, worse))
-            if differences := [a[seed] - b[seed] for seed in a if seed in b]:
-                claims.append({"claim": claim, "where": where, "better": better, "worse": worse,
+    for c in suite.claims:
+        (better, worse), over = c.sides(), parse_tasks(c.tasks) if c.tasks else ()
+        if not {*better, *worse} <= rows.keys() or not set(over) <= set(tasks):
+            continue
+        for where in WORLDS:
+            a, b = ([advances(rows, suite.zeros[c.zero], over, name, where) for name in names]
+                    for names in (better, worse))
+            seeds = [s for s in a[0] if all(s in side for side in a + b)]
+            if differences := [sum(x[s] for x in a) - sum(x[s] for x in b) for s in seeds]:
+                claims.append({"claim": c.claim, "where": where, "better": c.better, "worse": c.worse,
                                "differences": differences, "verdict": verdict(differences),
                                "seeds needed": seeds_needed(differences),
-                               "paper": paper if where == "unseen" else None})
+                               "paper": c.paper if where == "unseen" else None})
     return claims
 
 
 def summary(args):
     """All numbers of the study so far, as written to results.json."""
-    seen, rows, counted, cost = collect(args), {}, {}, {}
+    seen, rows, counted, cost, suite = collect(args), {}, {}, {}, args.suite
     for name, seeds in seen.items():
-        step = total = None     # of what is no plain training
-        if VARIANTS[name].program == "train.py":
+        variant, step, total = suite.variants[name], None, None     # of what is no plain training
+        if variant.program == "train.py":
             folder = next(job.out for job in runs(args) if job.variant == name and job.finished)
-            kind = str(read_model_json(folder)["multi"])       # all that a step's operations depend on
+            kind = study_cost.alike(folder)
             step = counted[kind] = counted.get(kind) or operations(folder, args.settings["batch"])
             cost[name] = step * next(iter(seeds.values()))["steps"]
-            total = cost[name] + cost.get(VARIANTS[name].parent, 0)
+            total = sum(cost.get(n, 0) for n in (name, *suite.ancestors(name)))
         for seed, row in seeds.items():
-            baseline = seen.get("single-task", {}).get(seed)
-            row["delta_m"] = {}
-            if baseline:
-                row["delta_m"] = {where: gain(row["results"], baseline["results"], WORLDS[where]) for where in WORLDS}
-        rows[name] = {**VARIANTS[name]._asdict(), "operations per step": step, "operations": total, "seeds": seeds}
+            for zero in suite.against(name):
+                baseline = seen.get(zero.variant, {}).get(seed)
+                row[zero.key] = {}
+                if baseline:
+                    row[zero.key] = {where: gain(row["results"], baseline["results"], worlds)
+                                     for where, worlds in WORLDS.items()}
+        about = dict(zip(("title", "flags", "parent", "program"), variant, strict=False))
+        rows[name] = {**about, "operations per step": step, "operations": total, "seeds": seeds}
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
     device = hardware(parse_device(args.settings["device"]))
     return {**about, "hardware": device, "torch": torch.__version__, "commit": train.commit(), "variants": rows,
-            "claims": judge(rows)}
+            "claims": judge(rows, suite, args.tasks)}
 
 
 # ---- tables ----
@@ -137,20 +149,21 @@ def spread(values, form=".4g"):
     return f"{fmean(values):{form}}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
-def world_table(result, worlds, where):
-    """A row per variant: Delta_m and every headline on some worlds."""
-    rows, headlines = [], {}
+def world_table(result, suite, where):
+    """A row per variant: Delta_m and every headline on one kind of worlds."""
+    rows, headlines, worlds = [], {}, WORLDS[where]
     for t in result["tasks"]:
         for w in worlds:
             headlines[f"{w} {t} {METRICS[TASKS[t].metric][1]} {'↓' if LOWER[t] else '↑'}"] = t, w
-    for v in result["variants"].values():
-        seeds = v["seeds"].values()
-        row = {"variant": v["title"], "seeds": str(len(seeds)),
-               "Delta_m % ↑": spread((s["delta_m"][where] for s in seeds if s["delta_m"]), "+.2f")}
-        for name, (t, w) in headlines.items():
-            row[name] = spread(s["results"][t][w] for s in seeds if w in s["results"][t])
+    for name, v in result["variants"].items():
+        seeds, own = v["seeds"].values(), suite.against(name)
+        row = {"variant": v["title"], "seeds": str(len(seeds))}
+        for zero in suite.zeros:
+            row[zero.column] = spread((s[zero.key][where] for s in seeds if zero in own and s[zero.key]), "+.2f")
+        for column, (t, w) in headlines.items():
+            row[column] = spread(s["results"][t][w] for s in seeds if w in s["results"].get(t, ()))
         rows.append(row)
-    return markdown(rows, ["variant", "Delta_m % ↑", *headlines, "seeds"])
+    return markdown(rows, ["variant", *(zero.column for zero in suite.zeros), *headlines, "seeds"])
 
 
 def cost_table(result):
@@ -171,22 +184,23 @@ def claim_table(result):
         return f"undecided, would take {'about ' + str(n) if (n := c['seeds needed']) else 'over 1000'} seeds"
 
     rows = [{"claim": c["claim"], "on": c["where"], "difference": spread(c["differences"], "+.2f"),
-             "verdict": told(c), "in the paper": "" if c["paper"] is None else f"{c['paper']:+.2f}"}
+             "in the paper": f"{c['paper']:+.2f}" if isinstance(c["paper"], float) else c["paper"] or "",
+             "verdict": told(c)}
             for c in result["claims"]]
     if not rows:
         return ["none can be judged yet"]
     return markdown(rows, ("claim", "on", "difference", "in the paper", "verdict"))
 
 
-def tables(result):
+def tables(result, suite):
     """study.md as lines."""
     settings = result["settings"]
     lines = [f"{len(result['tasks'])} tasks, {settings['batch']} images of {settings['size']} per step. "
              f"Steps: {result['steps']} of a single stream, {result['steps2']} more of a multi stream or a continued "
              f"single stream, {result['single_steps']} of each single-task model. {result['limit']} test scenes per "
              f"world. Mean ± standard deviation over seeds. {result['hardware']}, torch {result['torch']}."]
-    for where, worlds in WORLDS.items():
-        lines += ["", f"## {TITLES[where]}", "", *world_table(result, worlds, where)]
+    for where in WORLDS:
+        lines += ["", f"## {TITLES[where]}", "", *world_table(result, suite, where)]
     lines += ["", "## Cost", "", "Operations are counted, from cached latents, 1 multiply-add = 2. In all: relative to "
               "the single stream, with the single stream that a variant starts from; the single-task models together.",
               "", *cost_table(result)]
@@ -265,7 +279,7 @@ def draw_attended(args, scenes=16):
     samples, weights = [world.load(i, (), with_next=True) for i in range(min(scenes, args.limit))], {}
     frames = [torch.stack([tensor_image(s[key]) for s in samples]) for key in ("image", "next")]
     for job in runs(args):
-        if job.finished and "--stage 2" in VARIANTS[job.variant].flags:      # not of streams that hold the truth
+        if job.finished and "--stage 2" in job.row.flags:      # not of streams that hold the truth
             model = StableMTL.load(job.out)
             model.attention_log = []
             model.predict(*frames)
@@ -281,14 +295,21 @@ def draw_attended(args, scenes=16):
 
 def report(args):
     """Write results.json, study.md and the pictures of what is finished, and return study.md's lines."""
-    out, result = Path(args.out), summary(args)
+    result = summary(args)
     pictures = {"losses.png": draw_losses(args), "delta_m.png": draw_gains(result),
                 "isolation.png": draw_isolation(args, result)}
     pictures |= {f"attention_{name}.png": figure for name, figure in draw_attended(args).items()}
-    lines = tables(result)
+    return publish(args, result, tables(result, args.suite), pictures)
+
+
+def publish(args, result, lines, pictures):
+    """Write results.json, the pictures there are, {name: matplotlib figure, Pillow image or None}, and a page of these
+    lines. -> the lines"""
+    out = Path(args.out)
     shown = [name for name, figure in pictures.items() if figure]
     for name in shown:
-        pictures[name].savefig(out / name)
+        drawn = pictures[name]
+        (drawn.save if isinstance(drawn, Image.Image) else drawn.savefig)(out / name)
     write_json(out / "results.json", result)
-    (out / "study.md").write_text("\n".join([*lines, "", *(f"![{name}]({name})\n" for name in shown)]))
+    (out / args.suite.page).write_text("\n".join([*lines, "", *(f"![{name}]({name})\n" for name in shown)]))
     return lines

@@ -1,16 +1,69 @@
-"""What the study compares, and the models that takes. A new row in VARIANTS is all that a further comparison needs."""
+"""What a study compares, and the models that takes. A new row in VARIANTS is all that a further comparison needs; rows
+of a subject of their own are another Suite (tools/study_systems.py)."""
 from pathlib import Path
 from typing import NamedTuple
 
 from data import TOY_TEST, TOY_TRAIN
+from tasks import parse_tasks
 
+# ---- what a suite is made of ----
 
 class Variant(NamedTuple):
     title: str
-    flags: str                      # of the program; with {task}: one model per task
+    flags: str                      # of the program; with {task}: one model per task; {parent}, {out}: the two folders
     parent: str = ""                # the variant whose model it starts from
-    program: str = "train.py"       # or evaluate.py, of the parent; or tools.oracle, from the parent
+    program: str = "train.py"       # or evaluate.py, of the parent; or tools.oracle, tools.discover, from the parent
+    length: str = ""                # how many steps, a key of `lengths`; "": by what it starts from
+    tasks: str = ""                 # which, where they are not all of the study's
+    cache: str = "cache"            # folder of what is encoded once, shared by rows that encode alike
 
+    def told(self):
+        """What makes it this variant, in one line; settings that are as usual are left out."""
+        return " ".join(self[:4]) + "".join(f" {x}" for x in self[4:] if x not in ("", "cache"))
+
+
+class Claim(NamedTuple):
+    """That some variant has a higher Delta_m than another. "a + b": the sum of two, so that the difference of two
+    differences is a claim as well."""
+    claim: str
+    better: str
+    worse: str
+    paper: float | str | None = None    # the paper's difference of Delta_m on unseen data, or its numbers as text
+    tasks: str = ""                     # those that Delta_m is over, where they are not all
+    zero: int = 0                       # which zero line of the suite Delta_m is against
+
+    def sides(self):
+        """(variants that should be better, variants than which)"""
+        return self.better.split(" + "), self.worse.split(" + ")
+
+
+class Zero(NamedTuple):
+    """A row that others have a Delta_m against."""
+    variant: str
+    key: str                # of that Delta_m in results.json
+    column: str             # and in tables
+    rows: tuple = ()        # which others; () = all
+
+
+class Suite(NamedTuple):
+    name: str
+    variants: dict          # {name: Variant}, parents before children
+    extra: tuple            # those of them that --only has to name
+    claims: list
+    zeros: tuple            # the first one is for all rows
+    page: str               # the file of its report
+
+    def against(self, variant):
+        """The zero lines that a variant has a Delta_m against."""
+        return [zero for zero in self.zeros if not zero.rows or variant in zero.rows]
+
+    def ancestors(self, variant):
+        """What a variant starts from, what that starts from, and so on."""
+        while variant := self.variants[variant].parent:
+            yield variant
+
+
+# ---- which part of StableMTL helps ----
 
 VARIANTS = {
     "single-task": Variant("single-task models", "--stage 1 --tasks {task}"),
@@ -45,38 +98,44 @@ VARIANTS = {
 EXTRA = ("attention-lr-1", "score-k", "argmax", "uniform", "no-street-motion", "no-thing-motion", "no-street-geometry",
          "no-room-geometry")
 
-# (claim, what should have the higher Delta_m, than what, the paper's difference on unseen data)
 CLAIMS = [
-    ("the multi stream beats the single-task models", "multi", "single-task", 4.78),
-    ("the multi stream beats the single stream", "multi", "single", 4.78 + 1.57),
-    ("the multi stream beats the single stream trained for as many steps", "multi", "continued", None),
-    ("the single stream stays behind the single-task models", "single-task", "single", 1.57),
-    ("task-gradient isolation helps", "single", "no-isolation", -1.57 + 4.11),
-    ("attention-guided masking helps", "multi", "rho-0", 4.78 - 3.41),
-    ("separate projections help", "rho-0", "shared-qkv", 3.41 - 0.85),
-    ("single-stream initialisation helps", "rho-0", "base-init", 3.41 + 3.11),
-    ("what the multi stream has learned needs its streams", "multi", "streams-off", None),
-    ("streams that hold the truth beat the single stream trained for as many steps", "oracle", "continued", None),
-    ("streams that hold the truth beat those of stage 1", "oracle", "multi", None),
-    ("a learning rate of its own helps the task attention", "multi", "attention-lr-1", None),
-    ("masking one task by its score beats masking several", "multi", "score-k", None),
-    ("masking by score beats masking the highest", "multi", "argmax", None),
-    ("masking by score beats masking any", "multi", "uniform", None),
+    Claim("the multi stream beats the single-task models", "multi", "single-task", 4.78),
+    Claim("the multi stream beats the single stream", "multi", "single", 4.78 + 1.57),
+    Claim("the multi stream beats the single stream trained for as many steps", "multi", "continued", None),
+    Claim("the single stream stays behind the single-task models", "single-task", "single", 1.57),
+    Claim("task-gradient isolation helps", "single", "no-isolation", -1.57 + 4.11),
+    Claim("attention-guided masking helps", "multi", "rho-0", 4.78 - 3.41),
+    Claim("separate projections help", "rho-0", "shared-qkv", 3.41 - 0.85),
+    Claim("single-stream initialisation helps", "rho-0", "base-init", 3.41 + 3.11),
+    Claim("what the multi stream has learned needs its streams", "multi", "streams-off", None),
+    Claim("streams that hold the truth beat the single stream trained for as many steps", "oracle", "continued", None),
+    Claim("streams that hold the truth beat those of stage 1", "oracle", "multi", None),
+    Claim("a learning rate of its own helps the task attention", "multi", "attention-lr-1", None),
+    Claim("masking one task by its score beats masking several", "multi", "score-k", None),
+    Claim("masking by score beats masking the highest", "multi", "argmax", None),
+    Claim("masking by score beats masking any", "multi", "uniform", None),
     # in the paper, whose Table 3 has the multi stream: 28.44, 4.13, 7.24 and 27.60
-    ("labels of motion in streets help", "single", "no-street-motion", None),
-    ("labels of motion in things help", "single", "no-thing-motion", None),
-    ("labels of geometry in streets help", "single", "no-street-geometry", None),
-    ("labels of geometry in rooms help", "single", "no-room-geometry", None),
+    Claim("labels of motion in streets help", "single", "no-street-motion", None),
+    Claim("labels of motion in things help", "single", "no-thing-motion", None),
+    Claim("labels of geometry in streets help", "single", "no-street-geometry", None),
+    Claim("labels of geometry in rooms help", "single", "no-room-geometry", None),
 ]
+
+STABLEMTL = Suite("stablemtl", VARIANTS, EXTRA, CLAIMS, (Zero("single-task", "delta_m", "Delta_m % ↑"),), "study.md")
+
+
+# ---- the models that takes ----
 
 WORLDS = {"unseen": tuple(w for w in TOY_TEST if w not in TOY_TRAIN), "in-domain": TOY_TRAIN}
 
 
 class Run(NamedTuple):
-    """One model to train and to evaluate, or to evaluate in another way."""
+    """One model to train and to evaluate, or to evaluate in another way, or labels to discover."""
     seed: int
     variant: str
+    row: Variant
     task: str            # of a single-task model, else empty
+    tasks: tuple         # all that it is about
     steps: int           # 0: it trains nothing
     out: Path
     parent: Path | None
@@ -87,7 +146,12 @@ class Run(NamedTuple):
 
     @property
     def program(self):
-        return VARIANTS[self.variant].program
+        return self.row.program
+
+    @property
+    def flags(self):
+        """Of its program, as a list."""
+        return self.row.flags.format(task=self.task, parent=self.parent, out=self.out).split()
 
     @property
     def filling(self):
@@ -103,16 +167,34 @@ class Run(NamedTuple):
         return f"seed {self.seed}, {self.out.name}"
 
 
+def lengths(args):
+    """{what a variant's length may be: steps}: of a single stream, of what goes on from one, of a single-task model, of
+    two single streams, of what trains nothing."""
+    return {"whole": args.steps, "further": args.steps2, "share": args.single_steps, "twice": 2 * args.steps, "none": 0}
+
+
+def usual_length(variant):
+    if variant.program in ("evaluate.py", "tools.discover"):
+        return "none"
+    if "{task}" in variant.flags:
+        return "share"
+    return "further" if variant.parent else "whole"
+
+
+def tasks_of(variant, args):
+    """The tasks that a variant's models predict together."""
+    return parse_tasks(variant.tasks) if variant.tasks else args.tasks
+
+
 def runs(args):
     """Every model of a study (tools.study.parse), parents before children."""
     for seed in range(args.seeds):
         place = Path(args.out) / f"seed{seed}"
         for name in args.only:
-            variant = VARIANTS[name]
-            parent = place / variant.parent if variant.parent else None
-            if "{task}" in variant.flags:
-                for task in args.tasks:
-                    yield Run(seed, name, task, args.single_steps, place / f"{name}-{task}", parent)
+            row = args.suite.variants[name]
+            parent, steps = place / row.parent if row.parent else None, lengths(args)[row.length or usual_length(row)]
+            if "{task}" in row.flags:
+                for task in tasks_of(row, args):
+                    yield Run(seed, name, row, task, (task,), steps, place / f"{name}-{task}", parent)
             else:
-                steps = args.steps2 if parent else args.steps
-                yield Run(seed, name, "", 0 if variant.program == "evaluate.py" else steps, place / name, parent)
+                yield Run(seed, name, row, "", tasks_of(row, args), steps, place / name, parent)
