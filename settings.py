@@ -73,7 +73,7 @@ class Config:
     condition: str = setting("latent", "what the UNet is told of a frame: its latent, features of a small trained stem "
                              "or raw pixels at the latents' size", CONDITIONS)
     input_scale: float = setting(0.3, "with --objective diffuse: scale of the target before noise is added",
-                                 kind=cli.number(0, 1, ends=False))
+                                 kind=cli.number(0, ends=False))
     ddim_steps: int = setting(50, "with --objective diffuse: steps of a prediction", kind=cli.whole(1, 1000))
     init: str = setting("", "stage 1: start from the single stream of this checkpoint instead of the base (continued)")
     main_init: str = setting("stage1", "where the main UNet of stage 2 starts: stage1 or base (w/o single-stream init)",

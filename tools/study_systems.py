@@ -44,7 +44,7 @@ def generalist(title, flags, seen="cache-features"):
 
 
 VARIANTS = {
-    # cheap first. Trunks: a step takes a third or less of a UNet's
+    # trunks: no row but their own needs them
     "stl": trunk("STL trunk", "stl"),
     "mtl": trunk("MTL", "mtl"),
     "mtl-twice": trunk("MTL, twice the steps", "mtl", length="twice"),
@@ -57,7 +57,7 @@ VARIANTS = {
     "hitts-features": trunk("HiTTs + features", "hitts --discover features", "hitts"),
     "hitts-labels": trunk("HiTTs + labels", "hitts --discover labels", "hitts"),
     "hitts-both": trunk("HiTTs + both", "hitts --discover both", "hitts"),
-    # UNets, which start from what has seen images before
+    # UNets, which start from a base that has seen images before
     "single-task": Variant("single-task UNets", "--stage 1 --tasks {task}"),
     "single": Variant("StableMTL-S", "--stage 1"),
     "single-3": Variant("StableMTL-S, 3 tasks", "--stage 1", tasks=THREE),

@@ -150,7 +150,7 @@ def draw_gains(result, zero, suite):
         return None
     panels = {TITLES[where]: [[s[zero.key][where] for s in v["seeds"].values() if s[zero.key]] for v in rows]
               for where in WORLDS}
-    return draw_intervals([v["title"] for v in rows], panels, zero.column.replace("↑", "").strip())
+    return draw_intervals([v["title"] for v in rows], panels, zero.column.replace(" ↑", ""))
 
 
 def draw_losses(args):
