@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cli import run
 from tasks import TASKS
-from tools import bench, bench_memory, gpu_report
+from tools import bench, bench_cpu, bench_memory, gpu_report
 
 ALL = tuple(TASKS)
 
@@ -151,12 +151,16 @@ def test_what_fits():
 def test_command(small_toy, tmp_path, monkeypatch, capsys):
     """The toy base is counted, timed and trained; table, JSON and picture hold the same numbers of tasks."""
     monkeypatch.setattr(bench, "BATCH", 2)
+    monkeypatch.setattr(bench_memory, "CHOICES", {stage: few[-1:] for stage, few in bench_memory.CHOICES.items()})
+    for name, less in (("measure", {"steps": 1}), ("peak", {"seconds": 0.1})):
+        monkeypatch.setattr(bench_cpu, name, partial(getattr(bench_cpu, name), **less))
     flags = ["--size", "16x16", "--tasks", "2", "--micro", "1", "--device", "cpu", "--channels-last", "--memory"]
     bench.main([*flags, "--json", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.png")])
     text, result = capsys.readouterr().out, json.loads((tmp_path / "cost.json").read_text())
     assert "torch " + torch.__version__ in text and "2 tasks, multi" in text and "stage 2, images" in text
     assert "--lora 16 --checkpointing" in text
     assert set(result["inference"]["single"]) == {"1", "2"} and set(result["inference"]["multi"]) == {"2"}
+    assert {(r["stage"], r["source"]) for r in result["cpu"]} == set(bench_cpu.ROWS)
     row = result["training"]["stage 1, cached latents"]
     assert row["seconds"] > 0 and row["hours"] == pytest.approx(20_000 * 2 * row["seconds"] / 2 / 3600)
     with Image.open(tmp_path / "cost.png") as picture:
