@@ -6,6 +6,7 @@ import socket
 import sys
 import types
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,12 @@ def test_attention_is_of_stage_2(model, tiny_ckpt_1, pair):
 
 # ---- mistakes ----
 
+def keep_environment(monkeypatch):
+    """What read_gradio sets is undone after the test."""
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+
+
 def mistake(model, paths, home, **options):
     with pytest.raises(ValueError) as error:
         app.show(model, paths, home=home, **options)
@@ -154,9 +161,20 @@ def test_bad_input_is_one_sentence(model, tmp_path, monkeypatch):
 def test_without_gradio(tiny_ckpt, monkeypatch, capsys):
     """One sentence with the line that installs it."""
     monkeypatch.setitem(sys.modules, "gradio", None)
+    keep_environment(monkeypatch)
     assert run(lambda: app.main(["--ckpt", str(tiny_ckpt)])) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and 'pip install "gradio>=6"' in said
+
+
+def test_an_address_that_is_taken(capsys):
+    """One sentence, before the model is read."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert run(lambda: app.main(["--port", str(other.getsockname()[1])])) == 2
+        assert run(lambda: app.main(["--host", "300.1.2.3"])) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "cannot listen on 127.0.0.1, port" in first and "cannot listen on 300.1.2.3 (" in second
+    assert first.endswith("give another --host or --port") and second.endswith("give another --host or --port")
 
 
 def test_it_listens_here_alone(tiny_ckpt, monkeypatch, capsys):
@@ -170,9 +188,8 @@ def test_it_listens_here_alone(tiny_ckpt, monkeypatch, capsys):
     def build(gr, model, folder, size, rows, home):
         homes.append(home)
         return types.SimpleNamespace(launch=launch)
-    monkeypatch.setattr(app, "read_gradio", lambda: None)
+    monkeypatch.setattr(app, "read_gradio", lambda home: None)
     monkeypatch.setattr(app, "build", build)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")       # undone after the test
     for flags in ([], ["--host", "0.0.0.0"]):
         assert run(lambda flags=flags: app.main(["--ckpt", str(tiny_ckpt), *flags])) == 130
     assert [c["server_name"] for c in calls] == ["127.0.0.1", "0.0.0.0"] and not any(c["share"] for c in calls)
@@ -184,9 +201,11 @@ def test_it_listens_here_alone(tiny_ckpt, monkeypatch, capsys):
 @pytest.fixture
 def page(model, tiny_ckpt, tmp_path, monkeypatch):
     """A client of the page, launched here. Whatever asks for another machine fails, and is noted in `page.asked`."""
-    pytest.importorskip("gradio")
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
+    if not find_spec("gradio"):
+        pytest.skip('needs gradio: pip install "gradio>=6"')
+    keep_environment(monkeypatch)
+    home = tmp_path / "home"
+    home.mkdir()
     connect, asked = socket.socket.connect, []
 
     def here(self, address):
@@ -195,8 +214,7 @@ def page(model, tiny_ckpt, tmp_path, monkeypatch):
             raise OSError("no network")
         return connect(self, address)
     monkeypatch.setattr(socket.socket, "connect", here)
-    gr = app.read_gradio()
-    blocks = app.build(gr, model, tiny_ckpt, home=str(tmp_path / "home"))
+    blocks = app.build(app.read_gradio(str(home)), model, tiny_ckpt, home=home)
     _, address, _ = blocks.launch(server_name="127.0.0.1", share=False, ssr_mode=False, quiet=True,
                                   prevent_thread_lock=True)
     from gradio_client import Client

@@ -8,12 +8,13 @@ attended to (stage 2). Below are the numbers under the pointer. The arrays that 
 `python sample.py --pixels`: with a second frame, flow is in pixels where the two frames tell its scale.
 
 It needs gradio (pip install "gradio>=6"), which nothing else here does. Nothing goes over a network but the page itself
-to its visitor: no public link, no statistics. What is dropped on it stays in a temporary folder, at most an hour after
+to its visitor: no public link, no statistics. What is dropped on it stays in a temporary folder, about an hour after
 its visitor has left, and goes with the page.
 """
 import argparse
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import threading
@@ -108,30 +109,35 @@ def colour(frames):
     for task in dict.fromkeys(t for f in frames for t in f.tasks):
         for scaled in (True, False):
             alike = [f for f in frames if task in f.tasks and (task in f.scaled) == scaled]
-            scale = clip_scale(TASKS[task], (read_map(f.folder, task) for f in alike)) if alike else None
-            for f in alike:
-                x = read_map(f.folder, task)
+            maps = [thinned(read_map(f.folder, task)) for f in alike]
+            scale = clip_scale(TASKS[task], maps) if alike else None
+            for f, x in zip(alike, maps, strict=True):
                 f.pictures[task] = cell(TASKS[task].colour(x, torch.ones(x.shape[1:], dtype=torch.bool), scale))
+
+
+def thinned(x):
+    """Every k-th pixel of a map (C,H,W), about a thousand along its longer side, by itself: a picture shows no more."""
+    step = max(1, max(x.shape[1:]) // 1024)
+    return x[:, ::step, ::step].clone()
 
 
 def show(model, paths, size=None, rows=None, home=None, progress=list):
     """-> Shown of the files at `paths`, in a new folder in `home`; progress: runs through the frames. Errors: predict,
     without the folders that the files were put in."""
     folder = tempfile.TemporaryDirectory(dir=home)
-    maps = Path(folder.name) / "maps"
+    maps, archive = Path(folder.name) / "maps", Path(folder.name) / "arrays.zip"
     try:
         frames = list(progress(predict(model, paths, maps, size, rows)))
+        colour(frames)
+        with zipfile.ZipFile(archive, "w") as z:
+            for path in sorted(maps.glob("**/*.npy")):
+                z.write(path, path.relative_to(maps))
     except (OSError, ValueError, FloatingPointError) as error:
         folder.cleanup()
         told = str(error)
         for path in map(Path, paths):
             told = told.replace(f"{path.parent}/", "")
         raise ValueError(told) from error
-    colour(frames)
-    archive = Path(folder.name) / "arrays.zip"
-    with zipfile.ZipFile(archive, "w") as z:
-        for path in sorted(maps.glob("**/*.npy")):
-            z.write(path, path.relative_to(maps))
     return Shown(folder, frames, archive)
 
 
@@ -177,9 +183,9 @@ def table(rows):
     return f"<table>{''.join(lines)}</table>"
 
 
-def read_gradio():
-    """The module, told to keep to itself. ValueError if it is not installed."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+def read_gradio(home):
+    """The module, told to keep to itself, and its files in `home`. ValueError if it is not installed."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": home}
     try:
         import gradio
     except ImportError as error:
@@ -190,7 +196,9 @@ def read_gradio():
 def build(gr, model, folder, size=None, rows=None, home=None):
     """The page of a model, as gradio's Blocks: one prediction at a time."""
 
-    def take(paths, progress=gr.Progress()):   # noqa: B008  (so gradio wants it)
+    bar = gr.Progress()
+
+    def take(paths, progress=bar):      # by its default gradio knows what to pass
         if not paths:
             return None, "", gr.DownloadButton(visible=False), gr.Slider(visible=False), *look(None, 0, None)
         try:
@@ -244,11 +252,12 @@ def build(gr, model, folder, size=None, rows=None, home=None):
                 gr.Markdown("### Attention to other tasks\n" + "There is none: stage 2 has it." * (not attends))
                 chart = gr.Plot(show_label=False, visible=attends)
         view = [task, maps, compare, chart]
-        files.change(take, files, [shown, remark, fetch, number, numbers, *view], api_name="predict")
+        files.change(take, files, [shown, remark, fetch, number, numbers, *view], api_name="predict",
+                     show_progress_on=compare)
         number.input(look, [shown, number, task], [numbers, *view], api_name="frame")
         maps.select(choose, [shown, number], view, api_name=False)
         numbers.select(point, [shown, number], numbers, api_name=False, queue=False, show_progress="hidden")
-    return page.queue(default_concurrency_limit=1)
+    return page.queue(api_open=False, default_concurrency_limit=1)
 
 
 # ---- command line ----
@@ -267,14 +276,23 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def check_address(host, port):
+    """OSError if nobody can listen there; port None: some port."""
+    try:
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise OSError(f"the page cannot listen on {host}{f', port {port}' if port else ''} ({error.strerror}): give "
+                      "another --host or --port") from error
+
+
 def main(argv=None):
     """Serve the page until it is stopped. ValueError, OSError: a user's mistake."""
     args = parse(argv)
+    check_address(args.host, args.port)
     device, folder = parse_device(args.device), checkpoint_folder(args.ckpt)
     home = tempfile.mkdtemp(prefix="app-")
-    os.environ["GRADIO_TEMP_DIR"] = home
     try:
-        gr = read_gradio()
+        gr = read_gradio(home)
         page = build(gr, steady(load_model(folder, args.stage, device)), folder, args.size, args.rows, home)
         _, address, _ = page.launch(server_name=args.host, server_port=args.port, share=False, ssr_mode=False,
                                     quiet=True, prevent_thread_lock=True, max_file_size="1gb", footer_links=[])
