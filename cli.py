@@ -126,6 +126,8 @@ def keep_memory():
     time, on virtual machines more, on getting every activation from the system in pages of 4 KB and on finding them."""
     with suppress(OSError, AttributeError):     # another system, another C library
         libc = ctypes.CDLL("libc.so.6")
+        if counted():
+            return
         libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
         # all threads share one heap, which grows by 1 GB and does not shrink; nothing is mapped apart from it
         for option, value in KEEP.items():
@@ -135,6 +137,15 @@ def keep_memory():
         if start:
             first, end = start + HUGE_PAGE - 1 & -HUGE_PAGE, libc.sbrk(ctypes.c_ssize_t(0))
             libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_HUGEPAGE)
+
+
+def counted():
+    """Whether Linux counts what a process asks for, used or not (ulimit -v or -d, strict overcommit): then a heap that
+    asks for a gigabyte at a time is refused it long before memory is short."""
+    import resource  # Windows has none
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    strict = Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    return strict or any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def small(model):
@@ -327,9 +338,11 @@ def run(main):
         told = f"out of GPU memory: use smaller images, lower --rows, or in training --micro ({error})"
     except KeyboardInterrupt:
         stopped.append(True)
-    except Exception:
-        if not stopped:
+    except Exception as error:
+        # the latter is torch's, on the CPU
+        if not (stopped or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
+        told = f"out of memory: use smaller images, lower --rows or --processes, or in training --micro ({error!r})"
     if stopped:     # whatever it was: libraries turn an interrupt into errors of their own
         code, told = 130, "interrupted"
     print(f"{COMMAND.name}: {' '.join(str(told).split())}", file=sys.stderr)

@@ -172,9 +172,10 @@ def test_an_address_that_is_taken(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert run(lambda: app.main(["--port", str(other.getsockname()[1])])) == 2
         assert run(lambda: app.main(["--host", "300.1.2.3"])) == 2
-    first, second = capsys.readouterr().err.splitlines()
+        assert run(lambda: app.main(["--host", "ü" * 99])) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
     assert "cannot listen on 127.0.0.1, port" in first and "cannot listen on 300.1.2.3 (" in second
-    assert first.endswith("give another --host or --port") and second.endswith("give another --host or --port")
+    assert all(said.endswith("give another --host or --port") for said in (first, second, third))
 
 
 def test_it_listens_here_alone(tiny_ckpt, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -228,7 +229,7 @@ def test_markdown():
     assert cli.markdown(rows, ("a", "b", "c")) == ["| a | c |", "|---|---|", "| 1 |  |", "| 2 | x |"]
 
 
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no huge pages here")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or cli.counted(), reason="none here")
 def test_what_is_freed_is_kept_in_huge_pages():
     """The kernel's list of a process's memory: what 100 blocks of 2 MB take is marked for huge pages, and stays."""
     program = """
@@ -246,3 +247,30 @@ print(sum(int(rss) for rss, flags in areas if "hg" in flags.split()))
 """
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(told) >= 100 * 2048
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such limits are Linux's")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_limit_can_be_used_up(limit):
+    """Under ulimit -v or -d a heap that asks for a gigabyte at a time is refused it, while most of that is free."""
+    program = f"""
+import ctypes, resource
+from cli import keep_memory
+resource.setrlimit(resource.{limit}, (2 << 30, 2 << 30))
+keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+print(sum(libc.malloc(1 << 20) is not None for _ in range(1700)))
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told == "1700\n"
+
+
+@pytest.mark.parametrize("much", [np.empty, torch.empty])
+def test_a_lack_of_memory_is_one_sentence(capsys, much):
+    """Of numpy, of torch on the CPU; other errors of torch are the program's own."""
+    assert cli.run(lambda: much(1 << 55)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of memory: use smaller images" in said
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        cli.run(lambda: torch.ones(2) + torch.ones(3))

@@ -280,9 +280,10 @@ def check_address(host, port):
     """OSError if nobody can listen there; port None: some port."""
     try:
         socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise OSError(f"the page cannot listen on {host}{f', port {port}' if port else ''} ({error.strerror}): give "
-                      "another --host or --port") from error
+    except (OSError, TypeError, UnicodeError) as error:     # the latter two: no name of a machine can be so
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"the page cannot listen on {host}{f', port {port}' if port else ''} ({reason}): give another "
+                      "--host or --port") from error
 
 
 def main(argv=None):
