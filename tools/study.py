@@ -59,8 +59,12 @@ def command(job, args):
     """train.py's command line for a model, or for what is left of it; its folder is ready for it."""
     if (job.out / "state").is_dir():
         return ["--resume", "--out", str(job.out), *args.alone]
-    shutil.rmtree(job.out, ignore_errors=True)      # train.py has not written its first checkpoint
-    job.out.mkdir(parents=True)
+    for path in job.out.glob("*"):      # train.py has not written its first checkpoint
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "output.txt":     # which is being written
+            path.unlink()
+    job.out.mkdir(parents=True, exist_ok=True)
     flags = job.row.flags
     if "--stage 2" in flags:
         StableMTL.load(job.parent, stage=1).save(job.out)
