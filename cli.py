@@ -122,8 +122,9 @@ def steady(model):
 
 
 def keep_memory():
-    """Let glibc keep what is freed, up to 1.25 GB of it in huge pages: a small network on a CPU spends half of its
-    time, on virtual machines more, on getting every activation from the system in pages of 4 KB and on finding them."""
+    """Let glibc keep what is freed, up to 1.25 GB of it in huge pages: a small network on a CPU spends a tenth of its
+    time, on a virtual machine whose host is busy half of it, on getting every activation from the system in pages of
+    4 KB and on finding them (docs/log.md)."""
     with suppress(OSError, AttributeError):     # another system, another C library
         libc = ctypes.CDLL("libc.so.6")
         if counted():

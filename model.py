@@ -297,15 +297,15 @@ class StableMTL(nn.Module):
         they are; they are linked from there."""
         folder = Path(folder)
         if frozen is None:
-            self.vae.save_pretrained(folder / "vae")
-            self.unet.save_pretrained(folder / "unet")
+            loading.save_part(self.vae, folder / "vae")
+            loading.save_part(self.unet, folder / "unet")
             save_file({t: self.get_buffer(f"token_{t}").cpu() for t in self.tasks}, folder / "tokens.safetensors")
         else:
             parts = [f"{part}/{name}" for part in ("vae", "unet") for name in loading.PART_FILES]
             for name in (*parts, "tokens.safetensors"):
                 link(Path(frozen) / name, folder / name)
         if self.main is not None:
-            memory.merged(self.main).save_pretrained(folder / "main_unet")
+            loading.save_part(memory.merged(self.main), folder / "main_unet")
             save_file(self.task_attention_state(), folder / "task_attention.safetensors")
         write_json(folder / "model.json", self.facts())
 

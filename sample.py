@@ -140,15 +140,19 @@ def find(paths, single=False, stride=1):
     return inputs if moving else list(inputs)
 
 
-def toy(text):
-    """"real:3" -> the Input of that sample of the toy world's test split, with all labels."""
-    name, _, index = text.partition(":")
+def toy(args):
+    """--toy as an Input: a sample of a toy world's test split with all labels, of the size of the images that the
+    checkpoint was trained on; args.ckpt becomes its folder."""
+    name, _, index = args.toy.partition(":")
     world = ToyWorld(name, "test", all_labels=True)
     if not index.isdecimal() or int(index) >= len(world):
-        raise ValueError(f"--toy {text}: expected world:number with a number from 0 to {len(world) - 1}, "
+        raise ValueError(f"--toy {args.toy}: expected world:number with a number from 0 to {len(world) - 1}, "
                          f"for example {name}:3")
+    args.ckpt = checkpoint_folder(args.ckpt)
+    world.size = tuple(read_config(args.ckpt)["size"] or world.size)
     sample = world.load(int(index), world.tasks)
-    return Input(f"toy world {text}", f"{name}-{index}", lambda: sample["image"], lambda: sample["next"], truth=sample)
+    title = f"toy world {args.toy}"
+    return Input(title, f"{name}-{index}", lambda: sample["image"], lambda: sample["next"], truth=sample)
 
 
 # ---- from frames to maps ----
@@ -311,7 +315,7 @@ def main(argv=None):
     if bool(args.paths) == bool(args.toy):
         raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3, "
                          "or --testset toy")
-    inputs = [toy(args.toy)] if args.toy else find(args.paths, args.single, args.stride)
+    inputs = [toy(args)] if args.toy else find(args.paths, args.single, args.stride)
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
     model, asked = load(args)
     forms = parse_formats(args.format, [TASKS[t] for t in asked])

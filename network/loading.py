@@ -3,6 +3,7 @@
 Libraries fill up what a file lacks with random or uninitialised values and drop what they do not know; here that is an
 error, a sentence that names the part and the keys.
 """
+import json
 import logging
 import os
 import re
@@ -348,3 +349,14 @@ def read_checkpoint(folder, stage=None):
             raise ValueError(f"{', '.join(sorted(differs))} only in one of model.json and tokens.safetensors")
         check_parts(parts["vae"], parts["unet"], check_tokens(tokens), None if axes else (3,))
     return parts | {"spec": spec, "tokens": {t: tokens[t] for t in spec["tasks"]}}
+
+
+# ---- weights as others take them ----
+
+def save_part(part, folder):
+    """Write a VAE or UNet as diffusers does, but without the path it was loaded from: that is a user's own business."""
+    part.save_pretrained(folder)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -387,3 +387,10 @@ def test_a_foreign_model_json_is_refused(small, tmp_path, spec, says):
     (folder / "model.json").write_text(json.dumps(about | spec))
     with pytest.raises(ValueError, match=f"c(/model.json)? is damaged, or .*({says})"):
         StableMTL.load(folder)
+
+
+def test_a_checkpoint_does_not_tell_where_it_came_from(tiny_ckpt, tmp_path):
+    """diffusers notes the folder that weights were loaded from, which may have a user's name in it."""
+    StableMTL.load(tiny_ckpt).save(tmp_path / "again")
+    told = [path for path in (tmp_path / "again").rglob("*.json") if str(tiny_ckpt) in path.read_text()]
+    assert not told and (tmp_path / "again" / "main_unet" / "config.json").is_file()
