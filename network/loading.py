@@ -354,7 +354,7 @@ def read_checkpoint(folder, stage=None):
 # ---- weights as others take them ----
 
 def save_part(part, folder):
-    """Write a VAE or UNet as diffusers does, but without the path it was loaded from: that is a user's own business."""
+    """Write a network as diffusers does, but without the path it was loaded from: that is a user's own business."""
     part.save_pretrained(folder)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())

@@ -30,7 +30,7 @@ from checkpoint import read_config, write_json
 from data import Mixture, loader, train_readers
 from model import StableMTL
 from network import stock
-from network.loading import checkpoint_folder, factor, not_finite, read_decoder
+from network.loading import checkpoint_folder, factor, not_finite, read_decoder, save_part
 from training.losses import DENSE
 
 # By the VAE's factor, its pixels per latent cell: width, residual blocks per level, from the latents' to the pixels'.
@@ -140,7 +140,7 @@ def save(tiny, about, out):
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        tiny.save_pretrained(temporary)
+        save_part(tiny, temporary)
         write_json(temporary / "distilled.json", about)
         os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
