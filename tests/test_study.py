@@ -51,15 +51,13 @@ def tiny_study(base, out, only, more=""):
             f"-- --base {base} {FLAGS}").split()
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_base, tmp_path_factory):
-    """A study that was stopped by Ctrl-C within its third of five models and then continued. -> (its folder, train.py's
+def stopped_and_continued(argv, out, model, at):
+    """Run a study, stop it by Ctrl-C at a step of the model whose folder ends so, and continue it. -> (train.py's
     command lines of the two calls, when what was finished at the stop had been written)"""
-    out, rate, calls = tmp_path_factory.mktemp("study") / "out", train.learning_rate, ([], [])
-    argv = tiny_study(tiny_base, out, "single-task,single,multi,streams-off")
+    rate, calls = train.learning_rate, ([], [])
 
     def interrupt(cfg, step):
-        if cfg.out.endswith("single") and step == 1:
+        if cfg.out.endswith(model) and step == at:
             signal.raise_signal(signal.SIGINT)
         return rate(cfg, step)
 
@@ -71,7 +69,16 @@ def finished(tiny_base, tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(train, "main", recorded(calls[1], train.main))
         assert study.main(argv) == 0
-    return out, calls, stamps
+    return calls, stamps
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, tmp_path_factory):
+    """A study that was stopped by Ctrl-C within its third of five models and then continued. -> (its folder, train.py's
+    command lines of the two calls, when what was finished at the stop had been written)"""
+    out = tmp_path_factory.mktemp("study") / "out"
+    argv = tiny_study(tiny_base, out, "single-task,single,multi,streams-off")
+    return out, *stopped_and_continued(argv, out, "single", 1)
 
 
 def test_it_continues_where_it_was_stopped(finished):

@@ -3,19 +3,17 @@ tasks, and what every system costs."""
 import json
 import random
 import re
-import signal
 from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 from PIL import Image
-from test_study import FLAGS, contents, named, read, recorded
+from test_study import FLAGS, contents, named, read, stopped_and_continued
 from torch import nn
 
 import baselines
 import settings
-import train
 from baselines.trunk import System
 from cli import run
 from model import StableMTL
@@ -195,7 +193,7 @@ def test_losses_are_relative_to_their_beginning(made_up):
     found = systems_report.losses(job)
     assert found.keys() == {"depth"} and len(found["depth"]) == 39
     assert found["depth"][-1] == (39, pytest.approx(1.5 / 39.5))
-    table = systems_report.plateau_table(args)
+    table = systems_report.plateau_table(args, systems_report.curves(args))
     assert "| MTL |" in table[2] and "0.04" in table[2]
 
 
@@ -267,23 +265,11 @@ def test_a_convolution_by_hand(monkeypatch):
 def finished(quick, tmp_path_factory):
     """A study of two tasks that was stopped by Ctrl-C within its second model and then continued. -> (its folder,
     train.py's command lines of the two calls, its args)"""
-    out, rate, calls = tmp_path_factory.mktemp("systems") / "out", train.learning_rate, ([], [])
+    out = tmp_path_factory.mktemp("systems") / "out"
     only = "mtl,mtl-pseudo,stl,single,labels,pseudo-half,pixel-diffuse"
     argv = (f"--suite systems --out {out} --tasks shading,albedo --seeds 1 --steps 2 --limit 1 --only {only} "
             f"-- {FLAGS}").split()
-
-    def interrupt(cfg, step):
-        if cfg.out.endswith("/mtl") and step == 0:
-            signal.raise_signal(signal.SIGINT)
-        return rate(cfg, step)
-
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "main", recorded(calls[0], train.main))
-        m.setattr(train, "learning_rate", interrupt)
-        assert study.main(argv) == 130
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(train, "main", recorded(calls[1], train.main))
-        assert study.main(argv) == 0
+    calls, _ = stopped_and_continued(argv, out, "/mtl", 0)
     return out, calls, study.parse(argv)
 
 

@@ -1,7 +1,5 @@
 """What the suite "systems" of tools.study has found: tables, verdicts and pictures across systems whose losses, labels
 and costs differ. Numbers and verdicts are those of tools/study_report.py."""
-from statistics import fmean
-
 import torch
 from PIL import Image
 
@@ -12,7 +10,7 @@ from draw import COMPARED, cell, compare, draw_curves, draw_intervals, draw_pane
 from metrics import aligned
 from tasks import TASKS
 from tools import study_cost
-from tools.study_report import claim_table, log, publish, spread, summary, world_table
+from tools.study_report import claim_table, log, publish, smooth, spread, summary, world_table
 from tools.study_systems import CURVES, DDIM_STEPS
 from tools.study_variants import WORLDS, runs
 
@@ -54,11 +52,9 @@ def losses(job):
                 found[t].append((e["step"], value))
     out = {}
     for t, pairs in found.items():
-        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-        n = max(1, len(values) // 20)
-        means = [fmean(values[i - n:i]) for i in range(n, len(values) + 1)]
-        if means and means[0] > 0:
-            out[t] = [(s, mean / means[0]) for s, mean in zip(steps[n - 1:], means, strict=True)]
+        means = smooth([value for _, value in pairs])
+        if means and means[0][1] > 0:
+            out[t] = [(pairs[i - 1][0], mean / means[0][1]) for i, mean in means]
     return out
 
 
@@ -88,10 +84,10 @@ def cost_table(result, suite):
     return markdown(rows, columns) if rows else ["no row is complete yet"]
 
 
-def plateau_table(args):
-    """Of each system and task: the loss at the end relative to that at the beginning."""
+def plateau_table(args, found):
+    """Of each system and task: the loss at the end relative to that at the beginning. found: `curves`."""
     rows = []
-    for name, seeds in curves(args).items():
+    for name, seeds in found.items():
         row = {"variant": args.suite.variants[name].title}
         for t in args.tasks:
             row[t] = spread((found[t][-1][1] for found in seeds if t in found), ".2f")
@@ -126,8 +122,8 @@ estimate of how many seeds it would take if mean and spread stayed as they are. 
 and where they are no Delta_m they are given as they are."""
 
 
-def tables(args, result):
-    """systems.md as lines."""
+def tables(args, result, found):
+    """systems.md as lines; found: `curves`."""
     settings, suite = result["settings"], args.suite
     lines = [f"{len(result['tasks'])} tasks, {settings['batch']} images of {settings['size']} per step. "
              f"{result['steps']} steps of every row that starts from nothing and of every student, {result['steps2']} "
@@ -137,7 +133,7 @@ def tables(args, result):
     for where in WORLDS:
         lines += ["", f"## {TITLES[where]}", "", *world_table(result, suite, where)]
     lines += ["", "## What each has seen, and costs", "", COST, "", *cost_table(result, suite)]
-    lines += ["", "## Have the losses left their plateau?", "", PLATEAU, "", *plateau_table(args)]
+    lines += ["", "## Have the losses left their plateau?", "", PLATEAU, "", *plateau_table(args, found)]
     return [*lines, "", "## Claims", "", CLAIMED, "", *claim_table(result)]
 
 
@@ -153,9 +149,8 @@ def draw_gains(result, zero, suite):
     return draw_intervals([v["title"] for v in rows], panels, zero.column.replace(" ↑", ""))
 
 
-def draw_losses(args):
-    """Training losses of one system each, relative to their beginning, a panel per task."""
-    found = curves(args)
+def draw_losses(args, found):
+    """Training losses of one system each, relative to their beginning, a panel per task. found: `curves`."""
     if not found:
         return None
     panels = []
@@ -194,9 +189,9 @@ def draw_scene(args, result):
 
 def report(args):
     """Write results.json, systems.md and the pictures of what is finished, and return systems.md's lines."""
-    result = add_costs(args, summary(args))
+    result, found = add_costs(args, summary(args)), curves(args)
     names = ["delta_m.png", "delta_m_trunks.png"]
     pictures = {name: draw_gains(result, zero, args.suite)
                 for name, zero in zip(names, args.suite.zeros, strict=True)}
-    pictures |= {"losses.png": draw_losses(args), "scene.png": draw_scene(args, result)}
-    return publish(args, result, tables(args, result), pictures)
+    pictures |= {"losses.png": draw_losses(args, found), "scene.png": draw_scene(args, result)}
+    return publish(args, result, tables(args, result, found), pictures)
