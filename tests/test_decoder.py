@@ -194,7 +194,7 @@ def test_the_command(tiny_ckpt_1, folder, tmp_path, go):
     about = json.loads((tmp_path / "a/distilled.json").read_text())
     assert about["steps"] == 3 and about["error"] > 0 and about["maps"] >= 2 * len(TASKS)
     assert go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --init {folder} --out", tmp_path / "b")[0] == 0
-    assert str(folder) not in (tmp_path / "b" / "config.json").read_text()      # where it came from is nobody else's business
+    assert str(folder) not in (tmp_path / "b" / "config.json").read_text()
     made, start = AutoencoderTiny.from_pretrained(tmp_path / "b"), autoencoder()
     assert made.config.scaling_factor == 0.3 and not list(tmp_path.glob("*.tmp"))
     state = made.state_dict()
