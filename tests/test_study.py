@@ -20,7 +20,7 @@ from cli import run
 from tasks import TASKS
 from tools import oracle, study, study_report
 from tools.study_report import draw_gains, draw_isolation, draw_losses, seeds_needed, verdict
-from tools.study_variants import CLAIMS, EXTRA, VARIANTS, WORLDS
+from tools.study_variants import CLAIMS, EXTRA, STABLEMTL, VARIANTS, WORLDS
 
 FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --processes 1"
 
@@ -159,6 +159,9 @@ def test_side_by_side_gives_the_same_numbers(finished, tiny_base, tmp_path, monk
 
 # ---- the whole table, with training and evaluation replaced ----
 
+ATTENDED = {"attention_entropy": 0.9, "attention_largest": 0.25, "attention_term": 0.5}
+
+
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
     """go(flags) -> exit code of a study of all variants and tasks whose models cost nothing and score at random, and
@@ -179,7 +182,8 @@ def made_up(tmp_path, monkeypatch):
         if go.trains(cfg):
             return 130
         lines = [{"task": [tasks[s % len(tasks)]] if cfg.isolation else list(tasks), "loss": rng.random(),
-                  "grad_norm": rng.random(), "img_per_s": 20.0} for s in range(cfg.steps)]
+                  "grad_norm": rng.random(), "img_per_s": 20.0} | (ATTENDED if cfg.stage == 2 else {})
+                 for s in range(cfg.steps)]
         (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         multi = {"heads": cfg.heads, "shared": cfg.shared_qkv, "attention": cfg.attention}
         write_json(out / "model.json", {"tasks": list(tasks), "palette": "cityscapes", "second_frame": "concat",
@@ -201,7 +205,7 @@ def made_up(tmp_path, monkeypatch):
         go.calls.append([*argv[:argv.index("--")], f"rho {cfg.rho}, batch {cfg.batch}"])
         out = Path(args.out)
         line = {"task": ["depth"], "loss": 1.0, "grad_norm": 1.0, "img_per_s": 20.0}
-        (out / "log.jsonl").write_text(json.dumps(line))
+        (out / "log.jsonl").write_text("\n".join(map(json.dumps, [line, line | ATTENDED])))
         write_json(out / "results.json", {"results": scored(tuple(TASKS))})
 
     class Copied:
@@ -233,32 +237,42 @@ def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
     result, text = read(made_up.out / "results.json"), (made_up.out / "study.md").read_text()
     sections = text.split("\n## ")
     assert list(result["variants"]) == list(VARIANTS)
-    assert all(sum(f"| {v.title} |" in section for section in sections) == 2 + (v.program == "train.py")
-               for v in VARIANTS.values())
+    for v in VARIANTS.values():     # in two tables of results; in those of cost and attention if it has these
+        tables = 2 + (v.program == "train.py") + ("--stage 2" in v.flags or v.program == "tools.oracle")
+        assert sum(f"| {v.title} |" in section for section in sections) == tables
 
     def scores(seed, name, world):
         row = read(made_up.out / f"seed{seed}" / name / "results.json")["results"][world]
         return {t: x for t, metrics in row.items() for x in metrics.values()}
 
-    delta = {name: {where: [] for where in WORLDS} for name in VARIANTS}
+    zeros = STABLEMTL.zeros
+    delta = {(zero.key, name): {where: [] for where in WORLDS} for zero in zeros for name in VARIANTS}
     for seed in range(3):
         for where, worlds in (("unseen", ["real"]), ("in-domain", ["rooms", "streets", "things"])):
             single = {w: {} for w in worlds}
             for w in worlds:
                 for t in TASKS:
                     single[w] |= scores(seed, f"single-task-{t}", w)
+            bases = {"single-task": single, "continued": {w: scores(seed, "continued", w) for w in worlds}}
             for name in VARIANTS:
                 mine = single if name == "single-task" else {w: scores(seed, name, w) for w in worlds}
-                gains = {t: mean(100 * (mine[w][t] / single[w][t] - 1) for w in worlds if t in mine[w]) for t in TASKS}
-                delta[name][where].append(mean(g if t == "semantic" else -g for t, g in gains.items()))
                 row = result["variants"][name]["seeds"][str(seed)]
-                assert row["delta_m"][where] == pytest.approx(delta[name][where][-1])
+                for zero in STABLEMTL.against(name):
+                    base = bases[zero.variant]
+                    gains = {t: mean(100 * (mine[w][t] / base[w][t] - 1) for w in worlds if t in mine[w])
+                             for t in TASKS}
+                    delta[zero.key, name][where].append(mean(g if t == "semantic" else -g for t, g in gains.items()))
+                    assert row[zero.key][where] == pytest.approx(delta[zero.key, name][where][-1])
+    further = {name for name in VARIANTS if delta[zeros[1].key, name]["unseen"]}
+    assert further == {name for name, v in VARIANTS.items() if v.parent}       # all that went on from a single stream
     for name, v in VARIANTS.items():
-        x = delta[name]["unseen"]
-        assert name == "single-task" or f"| {v.title} | {mean(x):+.2f} ± {stdev(x):.2g} |" in sections[1]
+        cells = [f"{mean(x):+.2f} ± {stdev(x):.2g}" if (x := delta[zero.key, name]["unseen"]) else "" for zero in zeros]
+        assert name in ("single-task", "continued") or f"| {v.title} | {' | '.join(cells)} |" in sections[1]
     assert len(result["claims"]) == 2 * len(CLAIMS)
+    lines = {claim.claim: zeros[claim.zero].key for claim in CLAIMS}
     for claim in result["claims"]:
-        pairs = zip(*(delta[claim[side]][claim["where"]] for side in ("better", "worse")), strict=True)
+        sides = (delta[lines[claim["claim"]], claim[side]][claim["where"]] for side in ("better", "worse"))
+        pairs = zip(*sides, strict=True)
         assert claim["differences"] == pytest.approx([a - b for a, b in pairs])
         assert claim["verdict"] == verdict(claim["differences"])
         needed = claim["seeds needed"]
@@ -272,10 +286,12 @@ def test_pictures_show_the_numbers(made_up):
     assert made_up("--seeds 2") == 0
     args = study.parse(f"--out {made_up.out} --seeds 2 --steps 14 --steps2 5".split())
     result = study_report.summary(args)
-    panels = [a for a in draw_gains(result).axes if a.get_title(loc="left")]
-    for axes, where in zip(panels, WORLDS, strict=True):
-        seen = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "one seed"]
-        assert seen == [[s["delta_m"][where] for s in v["seeds"].values()] for v in result["variants"].values()]
+    for zero in STABLEMTL.zeros:
+        panels = [a for a in draw_gains(result, zero, STABLEMTL).axes if a.get_title(loc="left")]
+        rows = [v for name, v in result["variants"].items() if zero in STABLEMTL.against(name)]
+        for axes, where in zip(panels, WORLDS, strict=True):
+            seen = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "one seed"]
+            assert seen == [[s[zero.key][where] for s in v["seeds"].values()] for v in rows]
     *of_tasks, together = draw_losses(args).axes
     assert [a.get_title() for a in of_tasks] == list(TASKS) and {len(a.lines) for a in (*of_tasks, together)} == {4}
     single = [study_report.log(made_up.out / f"seed{seed}/single") for seed in (0, 1)]
@@ -302,7 +318,7 @@ def test_seeds_differ_and_variants_share_batches(made_up):
     assert made_up("--seeds 2") == 0
     (first_oracle, told), (second_oracle, _) = (a for a in map(oracle_call, made_up.calls) if a)
     assert first_oracle == {"--ckpt": str(made_up.out / "seed0/single"), "--out": str(made_up.out / "seed0/oracle"),
-                            "--steps": "5", "--seed": "0", "--limit": "64"}
+                            "--steps": "5", "--aux-steps": "5", "--seed": "0", "--limit": "64"}
     assert told == "rho 0.4, batch 8" and second_oracle["--seed"] == "1"
     cfg = {named(a, made_up.out): train.parse_args(a) for a in made_up.calls if not oracle_call(a)}
     drawn = {name: c.seed + 1000 * c.stage for name, c in cfg.items()}

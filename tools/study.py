@@ -15,8 +15,9 @@ same batches, as a single stream. A single-task model takes --steps divided by t
 task as the single stream takes of it, so that all of them together cost one single stream (the paper trains each for
 its own full schedule: --single-steps). Another system takes --steps, and so does a student that learns from a model.
 
-Delta_m is against the single-task models of the same seed, in the suite systems also against the single-task trunks: on
-`real`, the world that training never sees (paper Table 2), and on held-out scenes of the training worlds (Table 10).
+Delta_m is against the single-task models of the same seed; of what starts from a single stream, also against that
+stream continued for as many steps; in the suite systems, also against the single-task trunks. It is taken on `real`,
+the world that training never sees (paper Table 2), and on held-out scenes of the training worlds (Table 10).
 Differences between variants are paired by seed.
 
 Writes --out: study.md (systems.md of that suite) with tables, verdicts and pictures, results.json with all numbers,
@@ -89,9 +90,11 @@ def evaluated(job, args, test):
 
 
 def with_true_streams(job, args, test):
-    """tools.oracle, which evaluates as well."""
-    return oracle.main(["--ckpt", str(job.parent), "--out", str(job.out), "--steps", str(job.steps), "--seed",
-                        str(job.seed), "--limit", str(args.limit), "--", *args.alone, *args.flags, *job.flags])
+    """tools.oracle, which evaluates as well; its auxiliary UNet learns for as long as the main one."""
+    own = {"--ckpt": job.parent, "--out": job.out, "--steps": job.steps, "--aux-steps": job.steps, "--seed": job.seed,
+           "--limit": args.limit}
+    ours = [str(x) for pair in own.items() for x in pair]
+    return oracle.main([*ours, "--", *args.alone, *args.flags, *job.flags])
 
 
 def labelled(job, args, test):

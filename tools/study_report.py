@@ -20,8 +20,9 @@ from tools.study_cost import step as operations
 from tools.study_variants import WORLDS, runs, tasks_of
 
 LOWER = {t: METRICS[TASKS[t].metric][2] for t in TASKS}
-TITLES = {"unseen": "The unseen world (paper Tables 2 and 4)",
-          "in-domain": "Held-out scenes of the training worlds (paper Table 10)"}
+PAPER = {"unseen": "paper Tables 2 and 4", "in-domain": "paper Table 10"}
+KINDS = {"unseen": "The unseen world", "in-domain": "Held-out scenes of the training worlds"}
+ATTENDED = {"attention_entropy": "entropy", "attention_largest": "largest weight", "attention_term": "size"}
 # Student's t for 95% confidence, two-sided, of 2, 3, ... seeds; more than ten count as ten
 T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
 
@@ -39,16 +40,27 @@ def log(folder):
     return read_lines(folder / "log.jsonl", {"task": [str], "loss": float, "grad_norm": float, "img_per_s": float})
 
 
+def attended(entries):
+    """What the attention over tasks does in the last twentieth of its steps, {key of ATTENDED: mean}; or {}."""
+    seen = [e for e in entries if e.get("attention_entropy") is not None]
+    end = seen[-max(1, len(seen) // 20):]
+    return {key: fmean(e[key] for e in end) for key in ATTENDED if end}
+
+
 def collect(args):
-    """{variant: {seed: {"results": {task: {world: headline}}, "steps", "minutes" of training}}} of what is complete."""
+    """{variant: {seed: {"results": {task: {world: headline}}, "steps", "minutes" of training, "attention"}}} of what is
+    complete."""
     out = {}
     for job in runs(args):
         if job.finished:
-            row = out.setdefault(job.variant, {}).setdefault(job.seed, {"results": {}, "steps": 0, "minutes": 0.0})
+            row = out.setdefault(job.variant, {}).setdefault(
+                job.seed, {"results": {}, "steps": 0, "minutes": 0.0, "attention": {}})
             row["results"] |= results(job.out)
             row["steps"] += job.steps
             if job.steps:
-                row["minutes"] += job.steps * args.settings["batch"] / log(job.out)[-1]["img_per_s"] / 60
+                entries = log(job.out)
+                row["minutes"] += job.steps * args.settings["batch"] / entries[-1]["img_per_s"] / 60
+                row["attention"] |= attended(entries)
     for name, seeds in out.items():
         tasks = set(tasks_of(args.suite.variants[name], args))
         out[name] = {s: row for s, row in seeds.items() if row["results"].keys() == tasks}
@@ -176,6 +188,17 @@ def cost_table(result):
     return markdown(rows, ("variant", "flags of train.py", "G per step", "in all", "minutes of training"))
 
 
+def attended_table(result):
+    """A row per variant with an attention over tasks: what that does at the end of its training."""
+    rows = []
+    for v in result["variants"].values():
+        seeds = [s["attention"] for s in v["seeds"].values() if s["attention"]]
+        if seeds:
+            rows.append({"variant": v["title"],
+                         **{column: spread((s[key] for s in seeds), ".3f") for key, column in ATTENDED.items()}})
+    return markdown(rows, ["variant", *ATTENDED.values()]) if rows else ["no model with one is finished yet"]
+
+
 def claim_table(result):
     """A row per claim and kind of test scenes."""
     def told(c):
@@ -192,6 +215,12 @@ def claim_table(result):
     return markdown(rows, ("claim", "on", "difference", "in the paper", "verdict"))
 
 
+ATTENTION = """\
+Means over the last twentieth of training, over layers, pixels and heads: its entropy, 1 = even over the other tasks;
+its largest weight, 0.17 if even over six; and the size of what it adds, relative to what that is added to. Even weights
+still pass every stream on: whether streams have a say is told by the row that is evaluated without them."""
+
+
 def tables(result, suite):
     """study.md as lines."""
     settings = result["settings"]
@@ -200,10 +229,11 @@ def tables(result, suite):
              f"single stream, {result['single_steps']} of each single-task model. {result['limit']} test scenes per "
              f"world. Mean ± standard deviation over seeds. {result['hardware']}, torch {result['torch']}."]
     for where in WORLDS:
-        lines += ["", f"## {TITLES[where]}", "", *world_table(result, suite, where)]
+        lines += ["", f"## {KINDS[where]} ({PAPER[where]})", "", *world_table(result, suite, where)]
     lines += ["", "## Cost", "", "Operations are counted, from cached latents, 1 multiply-add = 2. In all: relative to "
               "the single stream, with the single stream that a variant starts from; the single-task models together.",
               "", *cost_table(result)]
+    lines += ["", "## What the attention over tasks does", "", ATTENTION, "", *attended_table(result)]
     lines += ["", "## The paper's claims", "", "Differences of Delta_m, paired by seed. Reproduced: the 95% confidence "
               "interval of their mean (Student's t) lies above 0; not reproduced: below 0; else undecided, with an "
               "estimate of how many seeds it would take if mean and spread stayed as they are.", ""]
@@ -242,16 +272,14 @@ def draw_losses(args):
     return draw_curves(panels)
 
 
-def draw_gains(result):
-    """Delta_m of every variant on both kinds of test scenes."""
-    variants = result["variants"].values()
-    if not variants:
+def draw_gains(result, zero, suite):
+    """Delta_m against a zero line of the rows that have one, on both kinds of test scenes."""
+    rows = [v for name, v in result["variants"].items() if zero in suite.against(name)]
+    if not any(s[zero.key] for v in rows for s in v["seeds"].values()):
         return None
-    panels = {where: [[s["delta_m"][where] for s in v["seeds"].values() if s["delta_m"]] for v in variants]
-              for where in WORLDS}
-    titles = {"unseen": "unseen world", "in-domain": "held-out scenes of the training worlds"}
-    return draw_intervals([v["title"] for v in variants], {titles[where]: table for where, table in panels.items()},
-                          "Delta_m, % (single-task models: 0)")
+    panels = {where: [[s[zero.key][world] for s in v["seeds"].values() if s[zero.key]] for v in rows]
+              for world, where in KINDS.items()}
+    return draw_intervals([v["title"] for v in rows], panels, zero.column.replace(" ↑", ""))
 
 
 def draw_isolation(args, result):
@@ -296,8 +324,10 @@ def draw_attended(args, scenes=16):
 def report(args):
     """Write results.json, study.md and the pictures of what is finished, and return study.md's lines."""
     result = summary(args)
-    pictures = {"losses.png": draw_losses(args), "delta_m.png": draw_gains(result),
-                "isolation.png": draw_isolation(args, result)}
+    pictures = {"losses.png": draw_losses(args), "isolation.png": draw_isolation(args, result)}
+    names = "delta_m.png", "delta_m_further.png"
+    pictures |= {name: draw_gains(result, zero, args.suite)
+                 for name, zero in zip(names, args.suite.zeros, strict=True)}
     pictures |= {f"attention_{name}.png": figure for name, figure in draw_attended(args).items()}
     return publish(args, result, tables(result, args.suite), pictures)
 

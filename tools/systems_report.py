@@ -6,16 +6,13 @@ from PIL import Image
 import baselines
 from cli import markdown, parse_size
 from data import labelled, picture, prepare, test_readers
-from draw import COMPARED, cell, compare, draw_curves, draw_intervals, draw_panel
+from draw import COMPARED, cell, compare, draw_curves, draw_panel
 from metrics import aligned
 from tasks import TASKS
 from tools import study_cost
-from tools.study_report import claim_table, log, publish, smooth, spread, summary, world_table
+from tools.study_report import KINDS, claim_table, draw_gains, log, publish, smooth, spread, summary, world_table
 from tools.study_systems import CURVES, DDIM_STEPS
 from tools.study_variants import WORLDS, runs
-
-TITLES = {"unseen": "The unseen world", "in-domain": "Held-out scenes of the training worlds"}
-
 
 # ---- from files to numbers ----
 
@@ -131,23 +128,13 @@ def tables(args, result, found):
              f"world; rows that diffuse predict in {DDIM_STEPS} steps of DDIM. Mean ± standard deviation over seeds. "
              f"{result['hardware']}, torch {result['torch']}.", "", ABOUT]
     for where in WORLDS:
-        lines += ["", f"## {TITLES[where]}", "", *world_table(result, suite, where)]
+        lines += ["", f"## {KINDS[where]}", "", *world_table(result, suite, where)]
     lines += ["", "## What each has seen, and costs", "", COST, "", *cost_table(result, suite)]
     lines += ["", "## Have the losses left their plateau?", "", PLATEAU, "", *plateau_table(args, found)]
     return [*lines, "", "## Claims", "", CLAIMED, "", *claim_table(result)]
 
 
 # ---- pictures ----
-
-def draw_gains(result, zero, suite):
-    """Delta_m against a zero line of the rows that have one, on both kinds of test scenes."""
-    rows = [v for name, v in result["variants"].items() if zero in suite.against(name)]
-    if not any(s[zero.key] for v in rows for s in v["seeds"].values()):
-        return None
-    panels = {TITLES[where]: [[s[zero.key][where] for s in v["seeds"].values() if s[zero.key]] for v in rows]
-              for where in WORLDS}
-    return draw_intervals([v["title"] for v in rows], panels, zero.column.replace(" ↑", ""))
-
 
 def draw_losses(args, found):
     """Training losses of one system each, relative to their beginning, a panel per task. found: `curves`."""
