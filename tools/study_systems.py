@@ -15,6 +15,7 @@ CLASSES = ",".join(t for t in TASKS if TASKS[t].categorical)
 DEPTH = ",".join(t for t in TASKS if TASKS[t].dense_loss == "scale-shift")
 DDIM_STEPS = 10     # of a prediction; each costs what a prediction of the others costs
 PIXEL, DIFFUSE = "--stage 1 --space pixel", f"--objective diffuse --ddim-steps {DDIM_STEPS}"
+SCRATCH = "--widths 32,32,48,64"        # a UNet as wide as the toy base's, with random weights
 GENERALIST = f"{PIXEL} {DIFFUSE} --condition features"
 
 
@@ -57,9 +58,10 @@ VARIANTS = {
     "hitts-features": trunk("HiTTs + features", "hitts --discover features", "hitts"),
     "hitts-labels": trunk("HiTTs + labels", "hitts --discover labels", "hitts"),
     "hitts-both": trunk("HiTTs + both", "hitts --discover both", "hitts"),
-    # UNets, which start from a base that has seen images before
+    # UNets, which start from a base that has seen images before; but one, to tell how much that is worth
     "single-task": Variant("single-task UNets", "--stage 1 --tasks {task}"),
     "single": Variant("StableMTL-S", "--stage 1"),
+    "single-scratch": Variant("StableMTL-S from scratch", f"--stage 1 {SCRATCH}"),
     "single-3": Variant("StableMTL-S, 3 tasks", "--stage 1", tasks=THREE),
     "multi": Variant("StableMTL", "--stage 2 --rho 0.4", "single"),
     "labels": Variant("labels by StableMTL-S", "--to {out}/labels", "single", "tools.discover"),
@@ -85,7 +87,7 @@ VARIANTS = {
     "diffusionmtl-maps": trunk("DiffusionMTL of predictions", "diffusionmtl --options diffuse=predictions"),
     "single-twice": Variant("StableMTL-S, twice the steps", "--stage 1", length="twice"),
     "raw": generalist("Generalist, raw frames", f"{PIXEL} {DIFFUSE} --condition raw"),
-    "scratch": generalist("Generalist from scratch", f"{GENERALIST} --widths 32,32,48,64"),
+    "scratch": generalist("Generalist from scratch", f"{GENERALIST} {SCRATCH}"),
     "scale-0.1": generalist("Generalist, b = 0.1", f"{GENERALIST} --input-scale 0.1"),
     "scale-0.5": generalist("Generalist, b = 0.5", f"{GENERALIST} --input-scale 0.5"),
     "scale-1": generalist("Generalist, b = 1", f"{GENERALIST} --input-scale 1"),
@@ -94,7 +96,8 @@ VARIANTS = {
 }
 EXTRA = tuple(VARIANTS)[list(VARIANTS).index("stl-pseudo"):]
 TRUNKS = tuple(name for name, v in VARIANTS.items() if "--system " in v.flags)
-CURVES = ("stl", "mtl", "jtr", "diffusionmtl", "hitts", "single", "pixel-regress")     # whose losses one picture shows
+# whose losses one picture shows
+CURVES = "stl", "mtl", "jtr", "diffusionmtl", "hitts", "single", "single-scratch", "pixel-regress"
 
 # ---- claims ----
 
@@ -127,6 +130,9 @@ CLAIMS = [
     Claim("StableMTL beats StableMTL-S", "multi", "single", 4.78 + 1.57),
     Claim("StableMTL beats the single-task models", "multi", "single-task", 4.78),
     # ours: no paper has them
+    Claim("StableMTL-S beats the shared trunk", "single", "mtl"),
+    Claim("StableMTL-S from scratch beats the shared trunk", "single-scratch", "mtl"),
+    Claim("what has seen images beats scratch", "single", "single-scratch"),
     Claim("discovered labels help StableMTL-S on shading and albedo", "pseudo-half", "single", tasks=INTRINSIC),
     Claim("the surest half is worth more than all", "pseudo-half", "pseudo-all"),
     Claim("weighing is worth more than taking all", "pseudo-weighted", "pseudo-all"),

@@ -93,8 +93,8 @@ def plateau_table(args, found):
 
 
 ABOUT = """\
-All systems but StableMTL are our adaptations at toy scale. UNets start from a base that has seen images before, trunks
-from random weights: part of any difference is that.
+All systems but StableMTL are our adaptations at toy scale. UNets start from a base that has seen images before, unless
+they say "from scratch", and trunks from random weights: part of any difference is that.
 
 There are two zero lines. Against the single-task UNets all rows can be compared; against the STL trunk only what is
 built on the trunk. A row of 3 tasks has a Delta_m over these, the same number of images, and so more steps of each."""
