@@ -36,8 +36,9 @@ class Config:
     teacher: str = setting("", "a finished checkpoint of the same system: a new one learns what it predicts where an "
                            "image has no label")
     discover: str = setting("", "what it learns there: the teacher's labels, features or both, or true labels, which "
-                            "the toy worlds have (default, with --teacher: all that the system can)",
-                            ("labels", "features", "both", "true"))
+                            "the toy worlds have; light = nothing, but images in the changed light that students see "
+                            "(default, with --teacher: all that the system can)",
+                            ("labels", "features", "both", "true", "light"))
     options: str = setting("", "of that other system, key=value,...: " + baselines.options_help())
     out: str = setting("out", "folder of the checkpoint")
     preset: str = setting("auto", "defaults: toy, toy-gpu (larger images, wider UNet, longer) or paper; "

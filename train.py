@@ -153,14 +153,15 @@ def build_model(cfg, tasks, stages):
         return StableMTL.load(cfg.init, stage=1)
     if cfg.stage == 1:
         model = from_base(base, tasks, cfg.palette, cfg.second_frame)
+        torch.manual_seed(cfg.seed)     # of a fresh UNet, or of fresh convolutions
         if cfg.widths:
             model.unet = new_unet(parse_widths(cfg.widths), model.unet.config.cross_attention_dim)
-        torch.manual_seed(cfg.seed)     # of fresh convolutions
         return Generalist.fit(model, **axes(cfg)) if axes(cfg) else model
     if not stages:
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
                                 f"run python train.py --stage 1 --out {cfg.out} first")
     model = StableMTL.load(cfg.out, stage=1)
+    torch.manual_seed(cfg.seed)     # of a fresh UNet
     if cfg.main_init == "stage1":
         main = copy.deepcopy(model.unet)
     elif cfg.widths:

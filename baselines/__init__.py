@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-3        # of networks from scratch, unless --lr says otherwi
 
 def build(cfg, tasks, stages):
     """The model of a run at its start."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed + 1000 * bool(cfg.teacher))      # a student's own weights, not its teacher's again
     return SYSTEMS[cfg.system](tasks, cfg.palette, **parse_options(cfg.system, cfg.options))
 
 
@@ -61,10 +61,11 @@ def parse_discover(cfg):
         return ""
     if wanted not in can:
         raise ValueError(f"--discover {wanted}: {cfg.system} can only take {', '.join(can)}")
-    if wanted != "true" and not cfg.teacher:
+    if wanted not in ("true", "light") and not cfg.teacher:
         raise ValueError(f"--discover {wanted} needs a --teacher: a finished checkpoint of {cfg.system}")
-    if wanted == "true" and cfg.teacher and "features" not in can:
-        raise ValueError(f"--teacher would do nothing here: with --discover true {cfg.system} learns nothing from it")
+    if cfg.teacher and (wanted == "light" or wanted == "true" and "features" not in can):
+        raise ValueError(f"--teacher would do nothing here: with --discover {wanted} {cfg.system} learns nothing from "
+                         "it")
     if wanted == "true" and cfg.data:
         raise ValueError("--discover true is for the toy worlds, which know every label: leave out --data")
     if cfg.data and cfg.cache in ("auto", "none"):
@@ -81,7 +82,7 @@ def discovery(model, cfg, mixture):
             raise ValueError(f"--teacher {cfg.teacher} is a {spec['kind']} of {', '.join(spec['tasks'])}: expected a "
                              f"finished {model.kind} of {', '.join(model.tasks)}")
         teacher = load(cfg.teacher, device=next(model.parameters()).device)
-    labels = {"features": None, "true": "true"}.get(cfg.discover, "teacher")
+    labels = {"features": None, "light": None, "true": "true"}.get(cfg.discover, "teacher")
     features = teacher is not None and cfg.discover != "labels" and "features" in model.discovers
     return Discovery(mixture, model.tasks, teacher, labels, features)
 

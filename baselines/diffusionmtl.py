@@ -107,7 +107,7 @@ class DiffusionMTL(MTL):
 
     def both(self, image, next_image, tasks, facts):
         """({task: final (B,P,H,W)}, {task: first, likewise}). facts: of each sample, what its noise follows from."""
-        (height, width), shared = image.shape[-2:], self.trunk(image, next_image)
+        (height, width), shared = image.shape[-2:], self.trunk(*self.pair(image, next_image))
         features = {t: self.heads[t].body(shared) for t in self.tasks}
         first = {t: self.heads[t].out(f) for t, f in features.items()}
         last = {t: self.refine(t, features[t], first, facts) for t in tasks} if self.options.steps else first

@@ -185,7 +185,7 @@ class Options:
 
 class HiTTs(System):
     """Trunk, global tokens, fine tokens."""
-    kind, Options, discovers = "hitts", Options, ("labels", "features", "both", "true")
+    kind, Options, discovers = "hitts", Options, ("labels", "features", "both", "true", "light")
 
     def __init__(self, tasks, palette="cityscapes", **options):
         super().__init__(tasks, palette, **options)
@@ -211,7 +211,7 @@ class HiTTs(System):
 
     def global_tokens(self, image, next_image, tasks):
         """{task: (F_i (B,C,h,w), theta_i (B,C))} after both attentions."""
-        shared, theta = self.trunk(image, next_image), self.theta
+        shared, theta = self.trunk(*self.pair(image, next_image)), self.theta
         scores = torch.einsum("tc,bchw->bthw", theta, self.query(shared)).sigmoid()
         features = scores[:, :, None] * shared[:, None]                                 # (B,T,C,h,w)
         if self.inter is not None:

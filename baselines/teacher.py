@@ -30,11 +30,10 @@ def with_true_labels(readers):
 
 
 def relit(frames, keys):
-    """The frames (B,3,H,W) of each sample in other light, alike: contrast, brightness and balance of colours are drawn
-    anew in each step."""
+    """The frames (B,3,H,W) of each sample in other light, alike: contrast and brightness are drawn anew in each step;
+    the balance of colours stays, for labels of albedo follow it."""
     facts, device, out = of_step(keys), frames[0].device, []
-    contrast, gain = (1 + 0.3 * noise(facts, what, (n, 1, 1), device).clamp(-1, 1)
-                      for what, n in (("contrast", 1), ("gain", 3)))
+    contrast, gain = (1 + 0.3 * noise(facts, what, (1, 1, 1), device).clamp(-1, 1) for what in ("contrast", "gain"))
     for frame in frames:
         x = (frame + 1) / 2
         mean = x.mean((1, 2, 3), keepdim=True)
@@ -46,7 +45,8 @@ class Discovery:
     """What a batch of the mixture has beside its labels.
 
     teacher: a System, or None; labels: "teacher", "true" (of the toy worlds, which know them all: the upper bound) or
-    None; features: whether the student follows the teacher's. ValueError if a training image cannot be read.
+    None; features: whether the student follows the teacher's. With neither, what is left is other light: the control
+    of a student. ValueError if a training image cannot be read.
     """
 
     def __init__(self, mixture, tasks, teacher=None, labels="teacher", features=False):
@@ -80,7 +80,7 @@ class Discovery:
         lacks = {t: torch.tensor([self.lacks(key, t) for key in b["keys"]], device=device) for t in self.every}
         lacking = {t: lacks[t].view(-1, 1, 1, 1) for t in self.tasks if lacks[t].any()}
         if self.labels == "true":
-            for t in lacking.keys() & b["labels"].keys():
+            for t in (t for t in lacking if t in b["labels"]):
                 pseudo[t], valid[t] = (b["labels"][t], valid[t] & lacking[t]), valid[t] & ~lacking[t]
         elif self.labels:
             guesses = self.teacher.guess(*b["frames"], [t for t in lacking if t in self.least])

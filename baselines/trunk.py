@@ -89,6 +89,8 @@ def to_code(codec, x):
     if codec.categorical:
         ids = x.argmax(1, keepdim=True)
         return codec.encode(ids, torch.ones_like(ids, dtype=torch.bool))
+    if codec.dense_loss == "cosine":
+        x = F.normalize(x, dim=1, eps=1e-6)     # its loss leaves the length free, and a cut would turn a long one
     return x[:, [i % codec.channels for i in range(3)]].clamp(-1, 1)     # one channel three times, or u, v, u
 
 
@@ -151,7 +153,7 @@ class System(nn.Module):
     kind: its name; Options: the dataclass of its --options; discovers: what --discover may be (teacher.py).
     ValueError for a palette or task there is not.
     """
-    kind, Options, discovers = "", NoOptions, ("labels", "true")
+    kind, Options, discovers = "", NoOptions, ("labels", "true", "light")
     main, multi, decoder, second_frame = None, None, None, "concat"     # as StableMTL has them
     factor, out_channels, coding = 1, 3, "images"                   # of its latents, which are images here
 
@@ -166,6 +168,10 @@ class System(nn.Module):
     def maps(self, image, next_image, tasks):
         """Frames (B,3,H,W) -> {task: prediction (B,P,H,W)}."""
         raise NotImplementedError
+
+    def pair(self, image, next_image):
+        """What a trunk sees: the frame twice where none of its tasks is of two, as StableMTL sees it of such a task."""
+        return image, next_image if any(codec.frames == 2 for codec in self.codecs.values()) else image
 
     def use_decoder(self, decoder):
         raise ValueError("--decoder would do nothing here: this checkpoint has no VAE")
@@ -304,7 +310,7 @@ class MTL(System):
         self.heads = nn.ModuleDict({t: Head(outputs(self.codecs[t])) for t in tasks})
 
     def maps(self, image, next_image, tasks):
-        (height, width), shared = image.shape[-2:], self.trunk(image, next_image)
+        (height, width), shared = image.shape[-2:], self.trunk(*self.pair(image, next_image))
         return {t: self.heads[t](shared)[..., :height, :width] for t in tasks}
 
 

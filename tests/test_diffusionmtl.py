@@ -77,7 +77,7 @@ def test_who_gets_gradient(diffuse):
 def test_what_is_conditioned_on_what(condition, seen):
     """A task's refinement changes with the first predictions of all tasks, of its own, or of none."""
     model = new(condition=condition).eval()
-    shared = model.trunk(*batch(THREE)["frames"])
+    shared = model.trunk(*model.pair(*batch(THREE)["frames"]))
     feature = model.heads["normal"].body(shared)
     first = {t: model.heads[t].out(model.heads[t].body(shared)) for t in THREE}
     plain = model.refine("normal", feature, first, [0, 1])

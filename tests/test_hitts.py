@@ -50,7 +50,7 @@ def test_global_tokens_by_their_definition(model):
     """The query, then both attentions, one task and one image at a time; intra-task attention is a softmax over the
     halved feature's cells and the token."""
     pair = batch(THREE)["frames"]
-    found, shared = model.global_tokens(*pair, THREE), model.trunk(*pair)
+    found, shared = model.global_tokens(*pair, THREE), model.trunk(*model.pair(*pair))
     a = model.inter.affinity(model.theta)
     for b in range(2):
         seen = model.query(shared)[b]

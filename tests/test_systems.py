@@ -140,11 +140,12 @@ def test_options_are_kept(go, tmp_path, system, options):
 
 # ---- teachers ----
 
-@pytest.mark.parametrize("system, wanted", [("stl", "labels"), ("mtl", "labels"), ("mtl", "true"), ("hitts", "labels"),
+@pytest.mark.parametrize("system, wanted", [("stl", "labels"), ("mtl", "labels"), ("mtl", "true"), ("mtl", "light"),
+                                            ("hitts", "light"), ("hitts", "labels"),
                                             ("hitts", "features"), ("hitts", "both"), ("hitts", "true")])
 def test_discovery(trained, go, tmp_path, capsys, system, wanted):
     """A new network from scratch learns what there is to discover; evaluate.py says so."""
-    teacher = "" if (system, wanted) == ("mtl", "true") else f"--teacher {trained(system)}"
+    teacher = "" if wanted == "light" or (system, wanted) == ("mtl", "true") else f"--teacher {trained(system)}"
     discover = "" if wanted == "labels" and system != "hitts" else f"--discover {wanted}"
     flags = f"--system {system} {FEWER.get(system, '')} {teacher} {discover}"
     assert go(f"{flags} --batch 6 --steps 1 --val-samples 0")[0] == 0
@@ -152,10 +153,31 @@ def test_discovery(trained, go, tmp_path, capsys, system, wanted):
     assert settings["discover"] == wanted
     entry = log_lines(tmp_path / "out")[0]
     terms = {k.removeprefix("loss/").split()[0] for k in entry if k.startswith("loss/")} - set(TASKS)
-    features = {"feature"} if system == "hitts" and wanted != "labels" else set()
-    assert terms == features | ({"pseudo"} if wanted != "features" else set())
+    features = {"feature"} if system == "hitts" and wanted in ("features", "both", "true") else set()
+    assert terms == features | ({"pseudo"} if wanted not in ("features", "light") else set())
     assert evaluate.main(f"--ckpt {tmp_path / 'out'} --limit 1 --trivial 0 --workers 0".split()) == 0
     assert f"discover {wanted}" in capsys.readouterr().out
+
+
+def test_a_student_is_not_its_teacher_again(trained, tmp_path):
+    """It starts from weights of its own: with the teacher's, its features would agree from the first step on."""
+    flags = f"{TINY} --system mtl --seed 3 --out {tmp_path / 'out'}".split()
+    cfg = [train.parse_args([*flags, *more]) for more in ([], ["--teacher", str(trained("mtl"))])]
+    teacher, again, student = (baselines.build(c, ("normal", "depth"), 0).state_dict() for c in (cfg[0], *cfg))
+    assert all(torch.equal(x, again[name]) for name, x in teacher.items())
+    assert not any(torch.equal(x, student[name]) for name, x in teacher.items() if x.ndim > 1)
+
+
+def test_a_control_sees_the_light_of_students(go, tmp_path, monkeypatch):
+    """--discover light: the frames of a student, its labels, and nothing else."""
+    assert go("--system mtl --steps 1 --val-samples 0")[0] == 0
+    plain = log_lines(tmp_path / "out")[0]
+    assert go("--system mtl --steps 1 --val-samples 0 --discover light --overwrite")[0] == 0
+    light = log_lines(tmp_path / "out")[0]
+    assert plain["task"] == light["task"] and plain.keys() == light.keys() and plain["loss"] != light["loss"]
+    monkeypatch.setattr(baselines.teacher, "relit", lambda frames, keys: frames)
+    assert go("--system mtl --steps 1 --val-samples 0 --discover light --overwrite")[0] == 0
+    assert log_lines(tmp_path / "out")[0]["loss"] == plain["loss"]
 
 
 def test_discovery_resumes(trained, go, tmp_path, monkeypatch):
@@ -171,8 +193,9 @@ def test_discovery_resumes(trained, go, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, says", {
     "--system jtr --teacher TEACHER": "jtr discovers nothing; it is for stl, mtl, hitts",
     "--system mtl --discover labels": "--discover labels needs a --teacher: a finished checkpoint of mtl",
-    "--system mtl --discover both --teacher TEACHER": "--discover both: mtl can only take labels, true",
+    "--system mtl --discover both --teacher TEACHER": "--discover both: mtl can only take labels, true, light",
     "--system mtl --discover true --teacher TEACHER": "--teacher would do nothing here",
+    "--system mtl --discover light --teacher TEACHER": "with --discover light mtl learns nothing from it",
     "--system mtl --discover true --data x": "--discover true is for the toy worlds",
     "--system mtl --teacher TEACHER --data x": "give their cache a --cache <folder>",
     "--system mtl --teacher nowhere": "no checkpoint in nowhere",

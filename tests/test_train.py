@@ -293,6 +293,18 @@ def config(tiny_base, out, text):
     return settings.parse_args([*f"--base {tiny_base} --out {out} {TINY}".split(), *text.split()])
 
 
+def test_a_seed_settles_every_weight(tiny_base, second, tmp_path):
+    """Whatever was drawn before, also of a fresh UNet: processes of one run start alike, and a run again as it did."""
+    fresh, main = "--stage 1 --widths 8,8,16,16", "--stage 2 --main-init base"
+    for flags, out in ((fresh, tmp_path), (f"{fresh} --space pixel", tmp_path), (main, second)):
+        found = []
+        for drawn in (1, 2):
+            torch.manual_seed(drawn)
+            cfg = config(tiny_base, out, f"{flags} --seed 5")
+            found.append(train.build_model(cfg, THREE.split(","), 1).state_dict())
+        assert same(*found)
+
+
 def test_main_stream_starts_where_asked(tiny_base, second):
     """--main-init stage1 copies stage 1's UNet, --main-init base the base's; --shared-qkv has one projection, else one
     per task."""

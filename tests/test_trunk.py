@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from made import Made, mixture
 from runs import close, same
 
+from baselines.diffusionmtl import DiffusionMTL
+from baselines.hitts import HiTTs
+from baselines.jtr import JTR
 from baselines.trunk import MTL, STL, outputs, task_errors, to_code
 from tasks import TASKS, registry
 from training.losses import accumulate
@@ -92,8 +95,9 @@ def test_who_gets_gradient(mtl):
 
 def test_one_task_alone_is_the_others_deleted(mtl):
     """An mtl of one task, and each part of an stl: loss and gradient of the mtl whose other heads are deleted, from the
-    same initial weights; the 1/T before the loss apart."""
+    same initial weights; the 1/T before the loss apart. (Frames are alike: alone, such a task sees no second one.)"""
     b, stl = batch(("normal",)), STL(THREE)
+    b["frames"] = b["frames"][:1] * 2
     kept = {k: v for k, v in mtl.state_dict().items() if k.startswith(("trunk.", "heads.normal."))}
     alone = MTL(["normal"])
     alone.load_state_dict(kept)
@@ -102,7 +106,7 @@ def test_one_task_alone_is_the_others_deleted(mtl):
     assert loss == loss_1 == loss_s
     assert close(grads_1, {n: 3 * g for n, g in grads.items()}, 1e-6)
     assert same({n.removeprefix("alone.normal."): g for n, g in grads_s.items()}, grads)
-    pair = batch()["frames"]
+    pair = batch()["frames"][:1] * 2
     assert torch.equal(mtl.eval().predict(*pair)["normal"], stl.eval().predict(*pair, tasks=["normal"])["normal"])
 
 
@@ -113,11 +117,38 @@ def test_a_prediction_stands_for_its_code(task, palette):
     codec, valid = registry(palette)[task], torch.ones(2, 1, 8, 12, dtype=torch.bool)
     native = torch.randn(2, codec.channels, 8, 12, generator=torch.Generator().manual_seed(0))
     native = native.abs() * 2 % 8 // 1 if codec.categorical else native
+    native = F.normalize(native, dim=1) if codec.dense_loss == "cosine" else native
     code = codec.encode(native, valid)
     x = 50.0 * (native == torch.arange(8).view(1, -1, 1, 1)) if codec.categorical else code[:, :outputs(codec)]
     assert x.shape[1] == outputs(codec)
     assert task_errors(codec, x, code).abs().max() < 1e-5
-    assert torch.equal(to_code(codec, x), code) and torch.equal(codec.decode(to_code(codec, x)), codec.decode(code))
+    for found, wanted in ((to_code(codec, x), code), (codec.decode(to_code(codec, x)), codec.decode(code))):
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_the_length_of_a_vector_says_nothing(mtl):
+    """The loss of normals knows no length, so the prediction knows none: long ones were cut at the unit cube, which
+    turned them, and their confidence was that of their length."""
+    pair, head = batch()["frames"], mtl.heads["normal"].out
+    found = []
+    for scale in (1, 30):
+        with torch.no_grad():
+            head.weight *= scale
+            head.bias *= scale
+        found.append((mtl.eval().predict(*pair)["normal"], *mtl.guess(*pair, ["normal"])["normal"]))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("system", [MTL, STL, HiTTs, DiffusionMTL, JTR])
+def test_who_sees_the_second_frame(system):
+    """A trunk with a task of motion; others see the first one twice, in training and at test alike."""
+    (first, second), still = batch()["frames"], ("normal", "depth")
+    for tasks in (still, (*still, "optical_flow")):
+        torch.manual_seed(0)
+        model = system(tasks).eval()
+        one, other = (model.predict(first, x, still) for x in (first, second))
+        assert all(torch.equal(one[t], other[t]) for t in still) == (system is STL or len(tasks) == 2)
 
 
 def test_a_step_takes_every_label_of_an_image():

@@ -34,7 +34,7 @@ def errors(labels, model, truth, count):
         true = truth[reader.name]
         for t in labels.about["cells"][reader.name]:
             latents, doubts = (labels.array(reader, name) for name in (t, f"{t}_doubt"))
-            middle = np.median(doubts[:, 0].astype(np.float32))
+            middle = labels.median(t)
             kind, metric, lower = METRICS[TASKS[t].metric]
             scores = {"all": kind(clip=reader.depth_range), "surest half": kind(clip=reader.depth_range)}
             for i in range(min(count, len(reader))):

@@ -97,7 +97,8 @@ All systems but StableMTL are our adaptations at toy scale. UNets start from a b
 they say "from scratch", and trunks from random weights: part of any difference is that.
 
 There are two zero lines. Against the single-task UNets all rows can be compared; against the STL trunk only what is
-built on the trunk. A row of 3 tasks has a Delta_m over these, the same number of images, and so more steps of each."""
+built on the trunk. A row of 3 tasks has a Delta_m over these and the same number of images: 7/3 as many steps of each
+task for a UNet, whose steps have one task; hardly more labels for a trunk, whose steps take all that an image has."""
 
 COST = """\
 Images and labels, with those of what a row starts from (a teacher, a single stream) behind a plus. A step of a UNet
@@ -105,7 +106,7 @@ takes one label per image, a discovered one counting as one; a step of a trunk t
 ones not counted. Weights include a VAE and what only training needs; the single-task UNets are taken together.
 Operations are counted, 1 multiply-add = 2: of a step, from cached latents, of a trunk's at most (every label), a
 teacher's answers included; of all maps of one pair of images; and of all training, with what a row starts from, but
-without labelling by tools.discover."""
+without labelling by tools.discover, and without the VAE's encoder, which sees images of discovered labels anew."""
 
 PLATEAU = """\
 Mean loss of the last twentieth of a run, as a share of that of the first: a task that stays at 1 was not learned, and
@@ -115,8 +116,9 @@ CLAIMED = """\
 Differences of Delta_m, paired by seed; of claims about some tasks over these. Claims about trunks alone are against the
 STL trunk, all others against the single-task UNets; one may be about the difference of two differences. Reproduced: the
 95% confidence interval of their mean (Student's t) lies above 0; not reproduced: below 0; else undecided, with an
-estimate of how many seeds it would take if mean and spread stayed as they are. The papers' numbers are of other data,
-and where they are no Delta_m they are given as they are."""
+estimate of how many seeds it would take if mean and spread stayed as they are. Students of a trunk see images in other
+light; of the rows that they are compared with, those of twice the steps do so, too. The papers' numbers are of other
+data, and where they are no Delta_m they are given as they are."""
 
 
 def tables(args, result, found):

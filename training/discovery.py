@@ -109,11 +109,14 @@ class PseudoLabels(LatentCache):
 
     def begin(self, cells, mask):
         """Those of `cells`, each a Cell, of which `mask` leaves a part."""
-        self.cells, self.mask, self.middle = cells, mask, {}
-        for t in {c.tasks[0] for c in cells}:
-            doubts = [self.doubt(c)[:, 0].ravel() for c in cells if c.tasks == (t,)]
-            self.middle[t] = float(np.median(np.concatenate([d[np.isfinite(d)] for d in doubts]).astype(np.float32)))
+        self.cells, self.mask, self.middle = cells, mask, {t: self.median(t) for c in cells for t in c.tasks}
         return self
+
+    def median(self, task):
+        """The median doubt of a task's latent cells, over all datasets."""
+        doubts = [self.array(r, f"{task}_doubt")[:, 0].ravel() for r in self.readers
+                  if task in self.about["cells"][r.name]]
+        return float(np.median(np.concatenate([d[np.isfinite(d)] for d in doubts]).astype(np.float32)))
 
     def doubt(self, cell):
         return self.array(cell.reader, f"{cell.tasks[0]}_doubt")
