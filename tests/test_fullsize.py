@@ -1,4 +1,6 @@
 """tools/fullsize.py: its commands, on a base of a few thousand weights in place of a billion."""
+from pathlib import Path
+
 import pytest
 import raw
 import torch
@@ -24,7 +26,7 @@ def in_process(monkeypatch):
     def launch(argv):
         name, *rest = argv[1:] if argv[0] == "-m" else argv
         started.append(name)
-        return run(lambda: MAINS[name](rest)), 1.0, 2.0
+        return run(lambda: MAINS[name](rest)), 1.0, 2.0, 1.5
     monkeypatch.setattr(fullsize, "launch", launch)
     monkeypatch.setattr(fullsize, "make_photo", lambda path: Image.new("RGB", (48, 32), (90, 60, 30)).save(path))
     return started
@@ -35,7 +37,7 @@ def test_every_command_runs(in_process, tiny_base, tmp_path, capsys):
     raw.own_folder(tmp_path / "data", h=16, w=24)
     argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--base", str(tiny_base)]
     assert run(lambda: fullsize.main(argv)) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" 2.00 GB")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "2.00 GB at most, 1.50 GB" in line]
     assert [line.split()[:2] for line in lines] == [[name, "done"] for name in fullsize.COMMANDS]
     assert len(in_process) == len(fullsize.COMMANDS)
     ours, theirs = (StableMTL.load(tmp_path / "out" / name).state_dict() for name in ("run", "imported"))
@@ -53,6 +55,17 @@ def test_failures_and_a_lack_of_memory_are_told(in_process, monkeypatch, tmp_pat
     assert "evaluate    failed (2)" in out
     assert run(lambda: fullsize.main([*argv, "--only", "all"])) == 2
     assert "--only all: choose from stage-1, resume" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells it there")
+def test_memory_of_files_is_told_apart(tmp_path):
+    """A process that fills 100 MB and reads as much of a mapped file has both at most, and one of its own."""
+    (tmp_path / "file").write_bytes(bytes(100_000_000))
+    program = (f"import mmap, time; x = bytearray(100_000_000); f = open({str(tmp_path / 'file')!r}, 'rb'); "
+               "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ); sum(m[::4096]); time.sleep(1); "
+               "raise SystemExit(3)")
+    code, _, peak, own = fullsize.launch(["-c", program])
+    assert code == 3 and peak > 0.2 and 0.1 < own < peak - 0.09
 
 
 def test_the_base_is_a_base(monkeypatch, tmp_path):

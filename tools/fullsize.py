@@ -88,19 +88,28 @@ def make_photo(path):
 # ---- one command ----
 
 def launch(argv):
-    """Run Python with these arguments in the project's folder -> (exit code, seconds, peak gigabytes)."""
-    start = time.perf_counter()
+    """Run Python with these arguments in the project's folder -> (exit code, seconds, peak gigabytes, those of them
+    that are no pages of files, which a system takes back when it is short of memory)."""
+    start, own = time.perf_counter(), 0.0
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+    while True:
+        done, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if done:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9, own
+        own = max(own, kilobytes(f"/proc/{process.pid}/status", "RssAnon") * 1024 / 1e9)
+        time.sleep(0.2)
+
+
+def kilobytes(path, key):
+    """A line's number in one of the system's tables; 0 where there is no such table, or line."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def free_memory():
     """Gigabytes that programs could have; infinite where the system does not say."""
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    return found[0] * 1024 / 1e9 if found else float("inf")
+    return kilobytes("/proc/meminfo", "MemAvailable") * 1024 / 1e9 or float("inf")
 
 
 def main(argv=None):
@@ -130,8 +139,9 @@ def main(argv=None):
             failed.append(name)
             continue
         filled = [word.format(data=Path(args.data).absolute(), out=out, base=base) for word in command.split()]
-        code, seconds, peak = launch(filled)
-        print(f"{name:12}{'done' if code == 0 else f'failed ({code})':12}{seconds:9.1f} s{peak:8.2f} GB", flush=True)
+        code, seconds, peak, own = launch(filled)
+        print(f"{name:12}{'done' if code == 0 else f'failed ({code})':12}{seconds:9.1f} s{peak:8.2f} GB at most, "
+              f"{own:.2f} GB without pages of files", flush=True)
         failed += [name] * (code != 0)
     return 1 if failed else 0
 
