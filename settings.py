@@ -48,8 +48,8 @@ class Config:
     base: str = setting("", "diffusers folder or hub id of Stable Diffusion 1.x/2.x shape; empty = the toy base")
     cache: str = setting("auto", "folder of the latent cache; auto = <out>/cache on the toy worlds, none with --data; "
                          "none = encode on the fly")
-    stream_gb: float = setting(4.0, "gigabytes of auxiliary streams that the cache may hold in stage 2 "
-                               "(the toy preset fills 2.8)", kind=cli.number(0))
+    stream_gb: float = setting(5.0, "gigabytes of auxiliary streams that the cache may hold in stage 2 "
+                               "(the toy preset fills 4.2)", kind=cli.number(0))
     scenes: int = setting(None, "toy training scenes per world", kind=cli.whole(1))
     size: str = setting(None, "HxW of toy images and of one's own, a multiple of the VAE's factor; other data has the "
                         "paper's sizes")
@@ -154,7 +154,7 @@ SETTLED = ("base", "tasks", "palette", "second_frame", *AXES)      # of these, w
 # settings that mean nothing to the other systems
 OURS = ("base", "palette", "widths", "second_frame", *AXES, "pseudo", "pseudo_mask", "pseudo_weight", "init",
         "isolation", "loss", "compile", "checkpointing")
-ANYTIME = ("resume", "out", "processes", "threads", "workers", "steps", "track")     # what --resume may set anew
+ANYTIME = "resume", "out", "micro", "processes", "threads", "workers", "steps", "track"   # what --resume may set anew
 
 
 # ---- the command line ----

@@ -4,7 +4,7 @@ A Task holds everything that differs from one task to the next; every other file
 map labels to a 3-channel code in [-1, 1] and back, on batches and on any device (StableMTL, arXiv 2506.08013, section
 3.1 and appendix B.4). Axes are OpenCV camera axes throughout: x right, y down, z forward.
 
-An eighth task is one entry in TASKS below, one metric in evaluate.py, and a reader that delivers its labels.
+An eighth task is one entry in TASKS below, one metric in metrics.py, and a reader that delivers its labels.
 """
 import math
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 """What makes training fit a smaller GPU: frozen weights in bfloat16, a main stream of low rank (LoRA), and an Adam with
-moments in bfloat16. What each saves is in docs/cost.md, what it costs in docs/log.md.
+moments in bfloat16. What each saves and costs is in docs/cost.md.
 
 Weights that are trained stay float32. Files hold diffusers' own names and float32, whatever was chosen here.
 """

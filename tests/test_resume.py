@@ -45,6 +45,17 @@ def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypa
     assert compare(undisturbed[stage], tmp_path / "out") == []
 
 
+def test_a_run_that_is_too_large_goes_on_with_smaller_parts(go, undisturbed, tmp_path, monkeypatch):
+    """--resume --micro 1, what one does when memory is short: the losses of the undisturbed run, and the config says
+    it."""
+    stop_at(monkeypatch, "within", 2)
+    assert go(f"--stage 1 --tasks {THREE} --steps 4")[0] == 130
+    assert go("--resume --micro 1")[0] == 0
+    ours, theirs = ([e["loss"] for e in log_lines(out)] for out in (tmp_path / "out", undisturbed[1]))
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == 4
+    assert json.loads((tmp_path / "out/config.json").read_text())["train"]["micro"] == 1
+
+
 def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp_path, monkeypatch):
     """A truncated state file is noticed, named, and replaced by the checkpoint before it; the result is still the
     same."""

@@ -19,7 +19,7 @@ from checkpoint import write_json
 from cli import run
 from tasks import TASKS
 from tools import oracle, study, study_report
-from tools.study_report import draw_gains, draw_isolation, draw_losses, seeds_needed, verdict
+from tools.study_report import draw_gains, draw_isolation, draw_losses, verdict
 from tools.study_variants import CLAIMS, EXTRA, STABLEMTL, VARIANTS, WORLDS
 
 FLAGS = "--scenes 2 --size 16x24 --batch 2 --micro 2 --picture-every 0 --workers 0 --warmup 2 --threads 1 --processes 1"
@@ -447,16 +447,3 @@ def test_foreign_json_is_named(made_up, capsys, name, text, says):
     assert made_up("--seeds 1 --only single") == 2
     error = capsys.readouterr().err
     assert re.search(says, error) and "Traceback" not in error
-
-
-def test_verdict():
-    """The 95% interval of the mean decides, as a trusted t test does; one seed never does, and more seeds need a
-    smaller difference."""
-    cases = {(5.0,): "undecided", (1.0, 1.2, 0.9): "reproduced", (-1.0, -1.2, -0.9): "not reproduced",
-             (1.0, -0.5, 0.3): "undecided", (0.0, 0.0): "undecided"}
-    assert {d: verdict(d) for d in cases} == cases
-    assert [seeds_needed(d) for d in cases] == [None, 3, 3, 41, None]      # (2.26 x 0.7506 / 0.2667)^2 = 40.5
-    stats, rng = pytest.importorskip("scipy.stats"), random.Random(0)
-    for n in [k for k in range(2, 11) for _ in range(20)]:
-        d = [rng.gauss(0.7, 0.5) for _ in range(n)]
-        assert (verdict(d) != "undecided") == (stats.ttest_1samp(d, 0).pvalue < 0.05)
