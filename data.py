@@ -209,8 +209,8 @@ class Mixture(Dataset):
         cycle, place = divmod(step, len(self.tasks))
         return self.tasks[np.random.default_rng([self.seed, 1, cycle]).permutation(len(self.tasks))[place]]
 
-    def plan(self, step):
-        """The samples of a step: [(tasks, reader, index, flips, sample seed)], grouped by task and dataset."""
+    def draw(self, step):
+        """The samples of a step, of all processes: [(tasks, reader, index, flips, sample seed)]."""
         rng, out = np.random.default_rng([self.seed, 2, step]), []
         for _ in range(self.batch):
             task = self.task_of(step) if self.isolation else self.tasks[rng.integers(len(self.tasks))]
@@ -220,8 +220,12 @@ class Mixture(Dataset):
             flips, seed = rng.random(2) < 0.5, int(rng.integers(2 ** 31))
             tasks = self.together(task, reader, index) if self.joint else (task,)
             out.append((tasks, reader, index, (bool(flips[0]), bool(flips[1]) and reader.vflip), seed))
-        out = out[self.rank::self.world]
-        return sorted(out, key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
+        return out
+
+    def plan(self, step):
+        """Those of this process, grouped by task and dataset."""
+        mine = self.draw(step)[self.rank::self.world]
+        return sorted(mine, key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
 
     def together(self, task, reader, index):
         """N-to-N: every available label of the image at once; a task with a crop of its own sees another image."""

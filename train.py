@@ -409,14 +409,15 @@ def train(rank, world, device, cfg, saved, tensors):
                 skipped += fetched["skipped"]
                 done = optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler, stops)
                 in_vain = 0 if done.finite else in_vain + 1     # fp16's scaler skips such a step and scales down
+                drawn = mixture.draw(step)      # by all processes
                 if not done.finite and (not scaler or in_vain >= PATIENCE):
-                    raise FloatingPointError(diverged(step, batches, done.losses, done.norm, in_vain, out))
+                    raise FloatingPointError(diverged(step, drawn, done.losses, done.norm, in_vain, out))
 
                 # one log line per step
                 seen += cfg.batch
                 loss = sum(objective.weights[k] * v for k, v in done.losses.items())
-                entry = {"stage": cfg.stage, "step": step, "task": in_order(t for b in batches for t in b["tasks"]),
-                         "dataset": sorted({key[0] for b in batches for key in b["keys"]}),
+                entry = {"stage": cfg.stage, "step": step, "task": in_order(t for tasks, *_ in drawn for t in tasks),
+                         "dataset": sorted({reader.name for _, reader, *_ in drawn}),
                          "loss": loss if done.finite else None, "lr": done.lr,
                          "grad_norm": done.norm if done.finite else None,
                          "img_per_s": round(seen / (time.time() - start), 1)}
@@ -442,6 +443,10 @@ def train(rank, world, device, cfg, saved, tensors):
                     break
         if step < cfg.steps:
             save()
+        if world > 1:
+            everybodys = [None] * world
+            dist.all_gather_object(everybodys, skipped)
+            skipped = sum(everybodys, [])
     if chief and step < cfg.steps:
         print(f"stopped at step {step} of {cfg.steps}; continue with: python train.py --resume --out {cfg.out}",
               file=sys.stderr)
@@ -469,11 +474,11 @@ def check_length(cfg, saved):
 PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up
 
 
-def diverged(step, batches, losses, norm, in_vain, out):
-    """The sentence for a loss or gradient that is not finite."""
-    names = ", ".join(f"{name}:{index}" for b in batches for name, index, _ in b["keys"])
+def diverged(step, drawn, losses, norm, in_vain, out):
+    """The sentence for a loss or gradient that is not finite; drawn: Mixture.draw."""
+    names = ", ".join(f"{reader.name}:{index}" for _, reader, index, *_ in drawn)
     often = f", for the {in_vain}th step in a row" if in_vain > 1 else ""
-    tasks = "+".join(in_order(t for b in batches for t in b["tasks"]))
+    tasks = "+".join(in_order(t for tasks, *_ in drawn for t in tasks))
     return (f"step {step}, task {tasks}: loss {losses}, gradient norm {norm}{often}; samples {names}. The last good "
             f"checkpoint is in {out}: lower --lr, look at these samples, or after fp16 try --precision fp32")
 

@@ -59,7 +59,7 @@ def test_the_number_of_processes_changes_nothing(tiny_base, stage1, tmp_path, mo
         assert saved(out)["held_out"] == pytest.approx(held_out, rel=1e-5) and (out / "best" / "model.json").is_file()
         assert len(log_lines(one)) == 3
         for a, b in zip(log_lines(one), log_lines(out), strict=True):
-            assert a["task"] == b["task"]
+            assert (a["task"], a["dataset"]) == (b["task"], b["dataset"])
             assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-5)
             for name in (k for k in a if k.startswith("attention_")):       # of stage 2
                 assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7)
