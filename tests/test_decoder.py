@@ -167,6 +167,13 @@ def test_distil_learns(tiny_ckpt_1, tmp_path):
     assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
 
 
+def test_lessons_are_joined_without_a_copy():
+    """As torch.cat does it, while the parts are let go."""
+    parts = [torch.randn(n, 3, 2, 2).half() for n in (2, 1, 4)]
+    whole, rest = torch.cat(parts), list(parts)
+    assert torch.equal(distil.joined(rest), whole) and rest == []
+
+
 def test_classes_count_beside_colours():
     """The loss by hand: of a map of classes the cross-entropy of what the VAE's decoder shows is added; of one colour,
     the same error in another map costs its square and a tenth of its size."""
@@ -188,8 +195,9 @@ def test_classes_count_beside_colours():
 
 
 def test_the_command(tiny_ckpt_1, folder, tmp_path, go):
-    """From random weights and from another decoder; what it writes is taken by --decoder, and by diffusers."""
-    code, out, error = go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")
+    """From random weights and from another decoder; what it writes is taken by --decoder, and by diffusers. A slash
+    after the folder's name changes nothing."""
+    code, out, error = go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out {tmp_path}/a/")
     assert code == 0 and "difference from the VAE's decoder" in out, error
     about = json.loads((tmp_path / "a/distilled.json").read_text())
     assert about["steps"] == 3 and about["error"] > 0 and about["maps"] >= 2 * len(TASKS)

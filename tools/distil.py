@@ -72,8 +72,19 @@ def lessons(model, readers, images, batch, seed, workers=0):
                 for t, z in latents:
                     kinds = torch.full((len(z),), model.tasks.index(t))
                     maps = z.half().cpu(), model.decode(z).half().cpu(), kinds
-                    seen.setdefault(tuple(z.shape[2:]), []).append(maps)
-    return {size: tuple(map(torch.cat, zip(*some, strict=True))) for size, some in seen.items()}
+                    columns = seen.setdefault(tuple(z.shape[2:]), ([], [], []))
+                    for column, x in zip(columns, maps, strict=True):
+                        column.append(x)
+    return {size: tuple(map(joined, columns)) for size, columns in seen.items()}
+
+
+def joined(parts):
+    """torch.cat of a list of tensors, which is empty afterwards: each is freed as soon as it is copied, for all of them
+    twice would be the most memory that a distillation takes."""
+    out = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for rows in out.split([len(part) for part in parts]):
+        rows.copy_(parts.pop(0))
+    return out
 
 
 def distance(tiny, z, images, kinds, codecs):
@@ -136,7 +147,8 @@ def train(tiny, seen, codecs, steps, batch=8, lr=2e-3, seed=0):
 
 def save(tiny, about, out):
     """Write the folder, which must not be there yet, in one piece or not at all; OSError says why not."""
-    temporary = Path(f"{out}.tmp")
+    out = Path(out)
+    temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -205,6 +217,7 @@ def main(argv=None):
     readers = train_readers("" if root == "toy" else root, size, trained.get("scenes", 400))
     codecs = [model.codecs[t] for t in model.tasks]
     seen = lessons(model, readers, args.images, 8, args.seed, args.workers)
+    del model       # its memory is training's now
     before, maps = measure(tiny, seen, codecs), sum(len(z) for z, *_ in seen.values())
     train(tiny, seen, codecs, args.steps, args.batch, args.lr, args.seed)
     if bad := not_finite(tiny.state_dict()):
