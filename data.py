@@ -59,10 +59,13 @@ def train_readers(root="", size=(32, 48), scenes=800, split="train"):
     return found(root, split, size)
 
 
-def test_readers(root="", size=(32, 48), scenes=64, split="test", kitti_baseline="calibration"):
-    """The held-out datasets: the worlds' test split and the unseen world, or those found under `root`."""
+def test_readers(root="", size=(32, 48), scenes=64, split="test", kitti_baseline="calibration", limit=None):
+    """The held-out datasets: the worlds' test split and the unseen world, or those found under `root`.
+
+    limit: how many samples of each are wanted; a toy world has as many `scenes`, or more if more are wanted.
+    """
     if not root:
-        return [ToyWorld(w, split, scenes, size) for w in TOY_TEST]
+        return [ToyWorld(w, split, max(scenes, limit or 0), size) for w in TOY_TEST]
     readers = found(root, split, size)
     for reader in readers:
         if reader.name == "kitti_2015":

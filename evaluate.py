@@ -354,9 +354,11 @@ def choose(data, home, size, whose):
     return data, tuple(size or (32, 48)) if size or data == "toy" else None
 
 
-def test_sets(data, size, split, tasks, whose, kitti_baseline="calibration"):
-    """The readers of the test sets in `data`, as `choose` gives it, that label any of these tasks."""
-    readers = test_readers(data if data != "toy" else "", size, split=split, kitti_baseline=kitti_baseline)
+def test_sets(data, size, split, tasks, whose, kitti_baseline="calibration", limit=None):
+    """The readers of the test sets in `data`, as `choose` gives it, that label any of these tasks; limit: how many
+    samples of each are wanted."""
+    root = data if data != "toy" else ""
+    readers = test_readers(root, size, split=split, kitti_baseline=kitti_baseline, limit=limit)
     readers = [r for r in readers if labelled(r, tasks)]
     if not readers:
         raise ValueError(f"no test set of {data} is labelled for what {whose} predicts, {', '.join(tasks)}")
@@ -476,7 +478,7 @@ def main(argv=None):
         home = place((config["train"] or {}).get("data"))
     args.data, size = choose(args.data, home, config["size"], whose)
     root = args.data if args.data != "toy" else ""
-    readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline)
+    readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline, args.limit)
     if args.predictions:
         readers = model.covered(readers)
     train = []

@@ -272,7 +272,7 @@ def predict_testset(args):
     config, whose, output = read_config(args.ckpt), str(args.ckpt), Path(args.output or "predictions")
     home = place((config["train"] or {}).get("data"))
     data, size = choose(args.testset, home, config["size"], whose)
-    readers = test_sets(data, size, split, asked, whose)
+    readers = test_sets(data, size, split, asked, whose, limit=args.limit)
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
                                "stage": 2 if model.multi else 1, "key": digest(settings(args, model))}, args.overwrite)
     tally, skipped = Counter(), []

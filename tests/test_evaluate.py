@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import toy
 import train
 from cli import run
 from model import StableMTL
@@ -301,3 +302,16 @@ def test_confidence_and_pixels_come_beside_the_metrics(tiny_ckpt_1, tmp_path, ca
             assert f"| {world} | {task} | " in said
     assert "| oracle 25% |" in said and "| streets | optical_flow | " in said.split("| pairs |")[1]
     assert run(lambda: evaluate.main([*flags, "--oracle", "--confidence"])) == 2
+
+
+def test_a_limit_makes_as_many_scenes(monkeypatch):
+    """--limit 70 asks each toy world for 70 scenes; below 64 they are as many as ever, for `real` has classes outdoors
+    only, and a limit counts those that have them."""
+    def numbers(limit):
+        return {r.name: len(r) for r in evaluate.test_sets("toy", (16, 24), "test", tuple(TASKS), "it", limit=limit)}
+    worlds = "rooms", "streets", "things", "real"
+    assert numbers(70) == dict.fromkeys(worlds, 70) and numbers(5) == numbers(None) == dict.fromkeys(worlds, 64)
+    seen = []
+    monkeypatch.setattr(evaluate, "test_readers", lambda *_, limit, **__: seen.append(limit) or [])
+    code = run(lambda: evaluate.main(["--data", "toy", "--ckpt", str(toy.MODEL), "--limit", "70"]))
+    assert code == 2 and seen == [70]

@@ -42,8 +42,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     classes, task = tiny.model(tasks=("semantic", "depth")), TASKS["semantic"]
     classes.save(tmp_path / "a")
     tiny.model(tasks=("depth",)).save(tmp_path / "b")
-    monkeypatch.setattr(regions, "test_readers", lambda *_: [ToyWorld(w, "test", 2, (16, 24))
-                                                             for w in ("rooms", "streets")])
+    monkeypatch.setattr(regions, "test_readers", lambda *_, limit: [ToyWorld(w, "test", limit, (16, 24))
+                                                                    for w in ("rooms", "streets")])
     assert regions.main(f"--ckpt {tmp_path / 'a'} --limit 2".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "streets" in lines[2] and lines[2].count("%") == 2

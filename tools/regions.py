@@ -90,7 +90,7 @@ def main(argv=None):
         classes = [t for t in model.tasks if TASKS[t].categorical]
         if not classes:
             raise ValueError(f"{folder} predicts no classes: it has {', '.join(model.tasks)}")
-        for reader in test_readers("", tuple(read_config(folder)["size"] or (32, 48))):
+        for reader in test_readers("", tuple(read_config(folder)["size"] or (32, 48)), limit=args.limit):
             for task in classes if labelled(reader, classes) else ():
                 found = read_out(model, reader, task, args.limit)
                 rows.append({"checkpoint": folder, "palette": model.palette, "test set": reader.name})
