@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -287,6 +288,25 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
         multi.unet.conv_in.bias += 1
     fetch(StreamCache(tmp_path, toys, multi, 1e9))
     assert len(list(tmp_path.glob("streams-*"))) == 2
+
+
+def test_streams_of_a_precision(tmp_path, toys, multi):
+    """What was computed under autocast is never read by a run in float32, nor the other way round."""
+    autocast, keys, z = partial(torch.autocast, "cpu", torch.bfloat16), [("rooms", 0, False)], tiny.latents(1, (8, 12))
+    exact = StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, *z)
+    with autocast():
+        rough = StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, *z)
+    assert not same(rough, exact)
+    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, *z), exact)
+    assert same(StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, *z), rough)
+
+
+def test_no_streams_are_kept_of_a_skipped_sample(tmp_path, toys, multi):
+    """With --skip-bad its latents are zeros until its file is mended; then its streams are those of the image."""
+    keys, z, empty = [("rooms", 0, False)], tiny.latents(1, (8, 12)), torch.zeros(1, 4, 8, 12)
+    expected = StreamCache(tmp_path / "whole", toys, multi, 1e9).fetch(keys, *z)
+    StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, empty, empty)
+    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, *z), expected)
 
 
 def test_known_streams_change_no_loss(multi):

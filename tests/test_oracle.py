@@ -76,6 +76,28 @@ def test_what_the_streams_are_told(tmp_path):
     assert torch.equal(flips[0]["frames"][0], flips[0]["frames"][1])        # training's rooms have no second frame
 
 
+@torch.no_grad()
+def test_streams_that_are_not_kept_see_the_truth_too(tmp_path):
+    """A cache with room for the first of two scenes gives for the second what the model computes from its truth, as
+    without a cache, whatever truth was told before; for both together the streams of both."""
+    m = tiny.model(multi=True, unet=tiny.thin_unet)
+    readers = [r.complete() for r in train_readers(size=(16, 24), scenes=2)]
+    cache = LatentCache(tmp_path, readers, fingerprint(m.vae.state_dict()), "cityscapes")
+    cache.create(readers, m)
+    cache.build(readers, m, registry("cityscapes"))
+    truth, z = oracle.Truth(m, cache, readers), tiny.latents(1, (4, 6))
+    m.truth = dict.fromkeys(ALL, torch.zeros(1, 4, 4, 6))
+    one = sum(x.numel() for features in m.streams(*z, ALL).values() for x in features.values())
+    streams = oracle.TrueStreams(truth, tmp_path, readers, m, len(readers) * 4 * one)
+    assert set(streams.kept.values()) == {1}
+    for numbers in ((0,), (1,), (0, 1), (1,)):
+        keys = [("streets", n, False) for n in numbers]
+        z_i, z_j = tiny.latents(len(keys), (4, 6))
+        found = m(z_i, z_j, ["depth"], streams=streams.fetch(keys, z_i, z_j))["depth"]
+        assert truth.fetch(keys, z_i, z_j) is None
+        assert torch.allclose(found, m(z_i, z_j, ["depth"])["depth"], atol=2e-2), numbers
+
+
 @pytest.fixture
 def go(second, tmp_path, capsys):
     """go(flags, flags of train.py) -> (exit code, stdout, stderr) of a small oracle on tmp_path/out."""
@@ -138,7 +160,10 @@ def test_the_auxiliary_unet_learns_to_repeat(go, tmp_path, monkeypatch):
 
 def test_a_stopped_oracle_starts_anew(go, tmp_path, monkeypatch):
     """No result is left behind; the same command gives what it would have given."""
+    nothing = dict.fromkeys(["attention_entropy", "attention_largest", "attention_term"])
+    monkeypatch.setattr(oracle, "watched", lambda totals: nothing)      # as of what is not finite
     whole = go()
+    assert "real: entropy none, largest weight none, term none" in whole[1]
     report = json.loads((tmp_path / "oracle/results.json").read_text())
     shutil.rmtree(tmp_path / "oracle")
     assert whole[0] == 0

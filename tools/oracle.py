@@ -81,6 +81,10 @@ class TrueStreams(StreamCache):
         self.truth = truth
         super().__init__(*args)
 
+    def fetch(self, keys, z_i, z_j):
+        given = super().fetch(keys, z_i, z_j)
+        return self.truth.fetch(keys, z_i, z_j) if given is None else given    # none kept: the model computes them
+
     def one(self, name, index, flip, z_i, z_j):
         self.truth.fetch([(name, index, flip)], z_i, z_j)
         return super().one(name, index, flip, z_i, z_j)
@@ -141,6 +145,11 @@ def measure(model, reader, limit, batch=16):
     return {t: counted.result() for t, counted in scores.items()}
 
 
+def short(x):
+    """A number of network.attention.watched, None where it is not finite, as text."""
+    return "none" if x is None else f"{x:.3f}"
+
+
 # ---- the command ----
 
 # flags of train.py that are set here; of the others those of the recipe act, not those of checkpoints and logs
@@ -163,7 +172,8 @@ def parse(argv):
     if taken := OURS & {f.split("=")[0] for f in flags}:
         raise ValueError(f"{', '.join(sorted(taken))} after --: tools.oracle sets this itself")
     steps = ["--steps", str(args.steps)] if args.steps else []
-    cfg = settings.parse_args(["--stage", "2", "--out", args.ckpt, "--seed", str(args.seed), *steps, *flags])
+    cache = ["--cache", str(Path(args.out) / "cache")]      # whichever stage 1 had
+    cfg = settings.parse_args(["--stage", "2", "--out", args.ckpt, "--seed", str(args.seed), *cache, *steps, *flags])
     if cfg.data:
         raise ValueError(f"{args.ckpt} was trained on {cfg.data}: every task's truth is known in the toy worlds only")
     if (cfg.attention, cfg.loss, cfg.frozen) != ("n-to-1", "latent", "fp32"):
@@ -185,7 +195,7 @@ def main(argv=None):
     everything = [r.complete() for r in readers]
     with locked(out), (out / "log.jsonl").open("w", buffering=1) as log:
         # ---- the truth of all training scenes; kept until all is done, for a run that was stopped ----
-        cache = LatentCache(out / "cache", everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
+        cache = LatentCache(cfg.cache, everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
         cache.create(everything, auxiliary)
         cache.build(everything, auxiliary, registry(cfg.palette))
         options = {"codecs": auxiliary.codecs, "batch": cfg.batch, "micro": cfg.micro, "cache": cache}
@@ -199,14 +209,15 @@ def main(argv=None):
         model.unet.load_state_dict(auxiliary.unet.state_dict())
         streams = Truth(model, cache, everything)
         if cfg.stream_gb:
-            streams = TrueStreams(streams, out / "cache", everything, model, cfg.stream_gb * 1e9)
+            streams = TrueStreams(streams, cfg.cache, everything, model, cfg.stream_gb * 1e9,
+                                  train.precision(cfg, device)[0])
         mixture = Mixture(readers, model.tasks, seed=cfg.seed + 2000, isolation=cfg.isolation,
                           drop=parse_drop(cfg.drop, [r.name for r in readers]), **options)
         fit(model, mixture, streams, cfg, log)
 
         # ---- what came out ----
         results, attention = {}, {}
-        for reader in (r for r in test_readers(size=size) if labelled(r, model.tasks)):
+        for reader in (r for r in test_readers(size=size, limit=args.limit) if labelled(r, model.tasks)):
             model.watch = torch.zeros(len(WATCHED), device=device)
             results[reader.name] = measure(model, reader, args.limit)
             attention[reader.name] = watched(dict(zip(WATCHED, model.watch.tolist(), strict=True)))
@@ -215,9 +226,10 @@ def main(argv=None):
             "commit": train.commit(), "settings": dataclasses.asdict(cfg), "aux_steps": args.aux_steps,
             "stage1": settings.stage1_settings(args.ckpt), "results": results, "trivial": {}, "skipped": [],
             "made_from": {}, "unfinished": [], "attention": attention})
-        shutil.rmtree(out / "cache")
-    told = [f"{name}: entropy {x['attention_entropy']:.3f}, largest weight {x['attention_largest']:.3f}, "
-            f"term {x['attention_term']:.3f}" for name, x in attention.items()]
+        shutil.rmtree(cfg.cache)
+    named = {"entropy": "attention_entropy", "largest weight": "attention_largest", "term": "attention_term"}
+    told = [f"{name}: " + ", ".join(f"{what} {short(x[key])}" for what, key in named.items())
+            for name, x in attention.items()]
     print("\n".join(["", *table(results, {}), "", "what the attention over tasks does:", *told, "",
                      f"the truth in the streams of {args.ckpt}; written to {out / 'results.json'}"]))
     return 0

@@ -1,4 +1,5 @@
 """What training computes once and reads back: latents of images and labels, and the auxiliary streams of stage 2."""
+import contextlib
 import hashlib
 import os
 import shutil
@@ -207,13 +208,19 @@ class StreamCache:
     A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
     or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
     records of its first samples. Micro-batches of others are left to the model, which computes what it needs, at once.
+
+    autocast: what opens its context in training; the name of a folder that was filled under one ends in its precision.
     """
 
-    def __init__(self, folder, readers, model, limit):
+    def __init__(self, folder, readers, model, limit, autocast=contextlib.nullcontext):
         self.model, self.shapes, self.records, self.kept = model, {}, {}, {}
         tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
-        folder = Path(folder) / f"streams-{fingerprint(model.unet.state_dict() | tokens)}"
         weight, known = next(model.unet.parameters()), {}
+        name, device = f"streams-{fingerprint(model.unet.state_dict() | tokens)}", weight.device.type
+        with autocast():
+            if torch.is_autocast_enabled(device):
+                name += f"-{torch.get_autocast_dtype(device)}".replace("torch.", "")
+        folder = Path(folder) / name
         for size in {tuple(reader.size) for reader in readers}:
             z = weight.new_zeros(1, model.unet.config.out_channels, *(s // model.factor for s in size))
             known[size] = {block: f[model.tasks[0]].shape[1:] for block, f in model.streams(z, z, model.tasks).items()}
@@ -231,16 +238,17 @@ class StreamCache:
             return None
         rows = [self.one(*key, z_i[k:k + 1], z_j[k:k + 1]) for k, key in enumerate(keys)]
         shapes, tasks = self.shapes[keys[0][0]], self.model.tasks
-        parts = torch.stack(rows).float().split([len(tasks) * shape.numel() for shape in shapes.values()], 1)
+        parts = torch.stack(rows).split([len(tasks) * shape.numel() for shape in shapes.values()], 1)
         blocks = zip(shapes.items(), parts, strict=True)
         return {block: dict(zip(tasks, part.unflatten(1, (len(tasks), *shape)).unbind(1), strict=True))
                 for (block, shape), part in blocks}
 
     def one(self, name, index, flip, z_i, z_j):
-        """The record of one image, a float16 vector."""
+        """The record of one image, a vector of float16's values, in float32: autocast on a CPU stacks no others."""
         record = self.records[name].read(2 * index + flip)
         if record is None:
             feats = self.model.streams(z_i, z_j, self.model.tasks)
             record = torch.cat([torch.stack(list(f.values())).flatten() for f in feats.values()]).half().cpu().numpy()
-            self.records[name].write(2 * index + flip, record)
-        return torch.from_numpy(record).to(z_i.device)
+            if z_i.any():       # else --skip-bad left it out of the latents, to be tried again next time
+                self.records[name].write(2 * index + flip, record)
+        return torch.from_numpy(record).to(z_i.device).float()
