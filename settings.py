@@ -136,6 +136,17 @@ class Config:
     resume: bool = setting(False, "continue the run in --out with its own settings")
     overwrite: bool = setting(False, "replace the checkpoint of this stage in --out")
 
+    @property
+    def decoded(self):
+        """The terms of --loss that compare images, after the decoder; other systems have losses of their own."""
+        return parse_loss(self.loss).keys() - {"latent"} if self.loss else set()
+
+    @property
+    def cache_folder(self):
+        """Where the latent cache is; "" for none."""
+        auto = "" if self.data or self.decoded else str(Path(self.out) / "cache")
+        return {"auto": auto, "none": ""}.get(self.cache, self.cache)
+
 
 KINDS = {f.name: (None, f.type) for f in dataclasses.fields(Config)}    # as checkpoint.misfit reads it
 TOY = dict(scenes=600, size="32x48", widths="", batch=8, micro=8, lr={1: 7e-4, 2: 3.5e-4}, attention_lr=10.0,
@@ -241,7 +252,7 @@ def idle_flags(cfg):
         (OURS, cfg.system != "stablemtl" and f"it belongs to StableMTL, and this is --system {cfg.system}"),
         (("options", "teacher", "discover"),
          cfg.system == "stablemtl" and "it belongs to the other systems: name one with --system"),
-        ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "workers")],
+        ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
           "rho_after", "main_lr", "freeze_main", "clip_apart", "lora", "frozen"),
@@ -259,6 +270,8 @@ def idle_flags(cfg):
         (("main_lr",), cfg.freeze_main >= cfg.steps and "--freeze-main lasts to the last step"),
         (("scenes",), cfg.data and "it counts scenes of the toy worlds, and --data names others"),
         (("stream_gb",), cfg.attention == "n-to-n" and "n-to-n has no frozen streams"),
+        (("stream_gb",), not cfg.cache_folder and "streams are kept beside the latents, and this run has no --cache"),
+        (("processes",), "RANK" in os.environ and "torchrun has started them"),
         (("palette",), not any(TASKS[t].categorical for t in parse_tasks(cfg.tasks))
          and "it colours classes, and --tasks leaves them out"),
     ]
@@ -284,8 +297,8 @@ def check(cfg, given=()):
     if cfg.system != "stablemtl":       # every label of an image at once, losses of their own
         baselines.parse_options(cfg.system, cfg.options)
         cfg.isolation, cfg.loss, cfg.discover = False, "", baselines.parse_discover(cfg)
-    else:
-        parse_loss(cfg.loss)
+    elif cfg.decoded and cfg.cache_folder:
+        raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
     cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
     cli.parse_device(cfg.device)

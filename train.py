@@ -39,7 +39,7 @@ import baselines
 import toy
 from baselines.teacher import with_true_labels
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
-from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers
+from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers, unreadable
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from metrics import aligned
 from model import StableMTL, from_base, load_base
@@ -281,7 +281,7 @@ def number_of_processes(cfg):
 def ranked(rank, world, cfg, saved, tensors, meeting="env://"):
     """`train` as one of `world` processes, which meet at the address `meeting`."""
     device = cli.parse_device(cfg.device)
-    if device.type == "cpu" and (cfg.threads or world > 1 or not cfg.base):
+    if cfg.threads or device.type == "cpu" and (world > 1 or not cfg.base):
         torch.set_num_threads(cfg.threads or 1)
     if world == 1:
         return train(0, 1, device, cfg, saved, tensors)
@@ -318,7 +318,7 @@ def train(rank, world, device, cfg, saved, tensors):
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
     if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
-    decoded, codecs = cfg.loss and parse_loss(cfg.loss).keys() - {"latent"}, model.codecs
+    codecs = model.codecs
     model.to(device)
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -327,12 +327,9 @@ def train(rank, world, device, cfg, saved, tensors):
         (model.main or model.unet).enable_gradient_checkpointing()
 
     # ---- one task per optimizer step; some samples held out; what is computed once ----
-    place = {"auto": "" if cfg.data or decoded else str(out / "cache"), "none": ""}
-    place = place.get(cfg.cache, cfg.cache)
+    place = cfg.cache_folder
     if cfg.pseudo and not place:
         raise ValueError(f"--pseudo {cfg.pseudo} are latents, and go with a latent cache: add --cache <folder>")
-    if place and decoded:
-        raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
     drop = parse_drop(cfg.drop, [r.name for r in readers])
     joint = system.joint or cfg.stage == 2 and cfg.attention == "n-to-n"
     options = {"skip_bad": cfg.skip_bad, "with_next": joint or cfg.stage == 2, "rank": rank, "world": world}
@@ -344,7 +341,7 @@ def train(rank, world, device, cfg, saved, tensors):
     if cfg.val_samples:
         try:
             shown = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes, "val")
-            known = [t for t in mixture.tasks if any(labelled(r, [t]) for r in shown)]
+            known = [t for t in mixture.tasks if any(labelled(r, {t} - drop.get(r.name, set())) for r in shown)]
             held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
@@ -364,13 +361,13 @@ def train(rank, world, device, cfg, saved, tensors):
             mixture.cache = pseudo.beside(mixture.cache, model)
         if cfg.frozen == "bf16":        # now: a cache is the same with and without it
             freeze_in_bf16(model)
+        autocast, scaler = precision(cfg, device)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
-            streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9)
+            streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9, autocast)
         objective = system.objective(model, cfg, mixture, streams)
 
         # ---- optimizer, schedule, resume ----
         optimizer = make_optimizer(cfg, parts)
-        autocast, scaler = precision(cfg, device)
         about = about_run(cfg, model, readers, saved)
         step = 0
         if saved:
@@ -438,7 +435,8 @@ def train(rank, world, device, cfg, saved, tensors):
                     log.flush()
                     save()
                 if chief and cfg.picture_every and (step % cfg.picture_every == 0 or step == cfg.steps):
-                    save_picture(model, shown, out / "pictures" / f"stage{cfg.stage}_{step:06d}.png")
+                    picture_file = out / "pictures" / f"stage{cfg.stage}_{step:06d}.png"
+                    save_picture(model, shown, picture_file, cfg.skip_bad)
                 if done.stop or (world == 1 and stops):
                     break
         if step < cfg.steps:
@@ -532,18 +530,30 @@ def about_run(cfg, model, readers, saved):
     return about
 
 
+def first_sample(reader, wanted, codecs, skip_bad):
+    """(tasks, what data.prepare makes of it) of the first sample with a label of the wanted tasks; None if there is
+    none. ValueError if it cannot be read, or with skip_bad the next one is taken."""
+    tasks = labelled(reader, wanted)
+    for index in (i for t in tasks for i in reader.indices(t)):
+        own = tuple(t for t in tasks if index in reader.indices(t))
+        try:
+            return own, prepare(reader, index, own, codecs)
+        except (OSError, ValueError) as error:
+            if not skip_bad:
+                raise unreadable(reader, index, error, "for a picture, ") from error
+    return None
+
+
 @torch.no_grad()
-def save_picture(model, readers, path):
+def save_picture(model, readers, path, skip_bad=False):
     """A sample of every dataset: its frames, then every label beside the prediction, fitted as for the metric."""
     training, device, cells = model.training, next(model.parameters()).device, []
     model.eval()
     for reader in readers:
-        tasks = labelled(reader, model.tasks)
-        index = next((i for t in tasks for i in reader.indices(t)), None)
-        tasks = tuple(t for t in tasks if index in reader.indices(t))
-        if not tasks:
+        sample = first_sample(reader, model.tasks, model.codecs, skip_bad)
+        if not sample:
             continue
-        item, pairs = prepare(reader, index, tasks, model.codecs), []
+        (tasks, item), pairs = sample, []
         maps = model.predict(*(f[None].to(device) for f in item["frames"]), tasks)
         for t in tasks:
             codec, predicted, valid = model.codecs[t], maps[t][0].float().cpu(), item["valid"][t][0]
@@ -552,8 +562,9 @@ def save_picture(model, readers, path):
         titles = [f"{reader.name} {reader.split}", "second frame"][:1 if torch.equal(*item["frames"]) else 2]
         frames = [(title, cell(picture(f))) for title, f in zip(titles, item["frames"], strict=False)]
         cells += sample_rows(frames, pairs, 5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
+    if cells:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
     set_mode(model, training)
 
 

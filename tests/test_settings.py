@@ -93,6 +93,8 @@ def test_stage_two_takes_over_the_data_of_stage_one(go, tmp_path):
     ("--stage 2 --freeze-main 1 --main-lr 2", "--main-lr would do nothing here: --freeze-main lasts to the last step"),
     ("--main-lr 2 --clip-apart", "--main-lr, --clip-apart would do nothing here: it belongs to --stage 2"),
     ("--stage 2 --attention n-to-n --stream-gb 1", "--stream-gb would do nothing here"),
+    ("--stage 2 --cache none --stream-gb 1", "--stream-gb would do nothing here: streams are kept beside the latents"),
+    ("--stage 2 --cache auto --loss pixel --stream-gb 1", "--stream-gb would do nothing here: streams are kept beside"),
     ("--init {out} --tasks normal", "--tasks normal contradicts"),
     ("--init {out} --palette corners", "--palette corners contradicts"),
     ("--init {out} --widths 8,8,8,8", "--widths would do nothing here"),
@@ -101,6 +103,7 @@ def test_stage_two_takes_over_the_data_of_stage_one(go, tmp_path):
     ("--stage 2 --lora 4 --main-init base", "--lora would do nothing here: a low rank starts from stage 1"),
     ("--tasks depth --palette corners", "--palette would do nothing here: it colours classes"),
     ("--stage 0 --steps 10", "would do nothing here: --stage 0 has its settings in toy/make.py"),
+    ("--stage 0 --workers 1", "--size, --workers, --steps"),
     ("--data somewhere", "--scenes would do nothing here: it counts scenes of the toy worlds"),
     ("--lr inf", "--lr: 'inf' is not a finite number"),
     ("--lr nan", "--lr: 'nan' is not a finite number"),
@@ -119,6 +122,13 @@ def test_a_flag_acts_or_is_refused(go, second, tmp_path, flags, told):
     code, _, error = go(flags.format(out=second))
     assert code == 2 and told in error and error.count("\n") == 1
     assert before == {p: p.read_bytes() for p in second.rglob("*") if p.is_file()}
+
+
+def test_torchrun_starts_the_processes(go, second, monkeypatch):
+    """Beside its number of processes, --processes has nothing to say."""
+    monkeypatch.setenv("RANK", "0")
+    code, _, error = go("--stage 2 --processes 2")
+    assert code == 2 and "--processes would do nothing here: torchrun" in error
 
 
 @pytest.mark.parametrize("flag", ["--palette corners", "--second-frame none", "--tasks depth"])

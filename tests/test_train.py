@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from kill import log_lines
+from made import Made
 from runs import THREE, TINY, close, same
 from safetensors.torch import load_file
 
@@ -41,6 +42,29 @@ def gradients(model, batches, kinds, encode=True):
     found = losses.accumulate(losses.LatentObjective(model, kinds, encode), batches, CPU, *PLAIN)
     params = [named for own in train.trainable(model).values() for named in own.items()]
     return found, {n: p.grad.clone() for n, p in params if p.grad is not None}
+
+
+# ---- samples held out ----
+
+def test_a_picture_of_what_can_be_read(tiny_model, tmp_path):
+    """With --skip-bad a picture shows the first sample that is whole, and there is none where none is; else a sentence
+    names what is not."""
+    path, bad = tmp_path / "pictures" / "a.png", Made(n=3, broken=0)
+    with pytest.raises(ValueError, match="for a picture, made sample 0: made/0.png is truncated.*--skip-bad"):
+        train.save_picture(tiny_model, [bad], path)
+    train.save_picture(tiny_model, [Made(n=1, broken=0)], path, skip_bad=True)
+    assert not path.exists()
+    train.save_picture(tiny_model, [bad], path, skip_bad=True)
+    assert path.is_file() and 1 in bad.loads and 2 not in bad.loads
+    tiny_model.eval()
+
+
+def test_labels_left_out_are_not_held_out_either(go, monkeypatch):
+    """A task that the held-out samples have in a dataset alone where it is dropped is not looked for."""
+    monkeypatch.setattr(train, "train_readers", lambda *args: train_readers(*args)[:1 if "val" in args else 3])
+    few = "--tasks depth,normal --drop rooms:depth"
+    code, _, error = go(few, TINY.replace("--val-samples 0", "--val-samples 1"))
+    assert code == 0, error
 
 
 # ---- one task at a time ----
