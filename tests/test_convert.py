@@ -19,6 +19,7 @@ import train
 from checkpoint import read_config, read_json
 from cli import run
 from model import StableMTL, TaskAttention, transformer_blocks
+from network.generalist import Generalist
 from settings import parse_args
 from tasks import TASKS
 from tools import convert
@@ -296,6 +297,11 @@ def test_what_the_format_cannot_hold_is_not_exported(tmp_path):
     tiny.model(multi=True, heads=2, shared=True).save(tmp_path / "out")
     with pytest.raises(ValueError, match=r"heads 2 \(released: 4\), shared True"):
         convert.export(tmp_path / "out", tmp_path / "back")
+    axes = {"space": "latent", "objective": "diffuse", "condition": "latent", "input_scale": 0.5, "ddim_steps": 2}
+    Generalist.fit(tiny.model(unet=tiny.thin_unet), **axes).save(tmp_path / "noise")
+    with pytest.raises(ValueError, match=r"no room for objective diffuse \(released: regress\)$"):
+        convert.export(tmp_path / "noise", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 # ---- what an import is good for ----

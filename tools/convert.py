@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from checkpoint import RELEASED_SIZE, save_model, write_json
 from model import StableMTL, from_base
+from network.generalist import STABLEMTL
 from network.loading import grouped, mismatch, not_finite, reason
 from tasks import TASKS
 from tools.hub import push
@@ -117,9 +118,11 @@ def export(ckpt, folder):
     ValueError if the model has an ablation that the released format cannot express; OSError if the disk is full.
     """
     model, folder = StableMTL.load(ckpt), Path(folder)
-    own = {"palette": model.palette, "second_frame": model.second_frame, **(model.multi or {})}
-    released = {"palette": PALETTE, "second_frame": "concat", "heads": HEADS, "shared": False, "attention": "n-to-1"}
-    differs = [f"{k} {v} (released: {released[k]})" for k, v in own.items() if v != released[k]]
+    facts = model.facts()
+    own = {k: facts[k] for k in ("palette", "second_frame")} | (facts["multi"] or {}) | facts.get("generalist", {})
+    released = {"palette": PALETTE, "second_frame": "concat", "heads": HEADS, "shared": False, "attention": "n-to-1",
+                **STABLEMTL}
+    differs = [f"{k} {own[k]} (released: {v})" for k, v in released.items() if own.get(k, v) != v]
     if differs:
         raise ValueError(f"{ckpt} cannot be exported: the released format has no room for {', '.join(differs)}")
     states = {"single.pth": model.unet.state_dict()} | ({"multi.pth": multi_state(model)} if model.multi else {})
