@@ -254,10 +254,26 @@ def test_report(short_report, tmp_path, capsys):
     assert "| multi | bf16, plain | ms |" in text and "| stage 2, images | channels-last, compiled |" in text
 
 
-def test_a_report_without_time(short_report, capsys):
-    """Nothing starts after the minutes given, and the table names what is missing."""
-    assert run(lambda: gpu_report.main([*REPORT, "--minutes", "0"])) == 0
+def test_a_report_without_time(short_report, tmp_path, capsys):
+    """Nothing starts after the minutes given, and the table and the file name what is missing."""
+    assert run(lambda: gpu_report.main([*REPORT, "--minutes", "0", "--json", str(tmp_path / "out.json")])) == 0
     assert "did not suffice for all of: agreement, prediction, training, toy." in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())["left out"]) == 4
+
+
+def test_a_report_without_memory(monkeypatch, capsys):
+    """Of networks that do not fit, of a single stream or of all: a row that says so, and the sections that follow."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_report, "SECTIONS", {"agreement": gpu_report.agreement, "toy": lambda *_: (),
+                                                 "prediction": gpu_report.prediction, "training": lambda *_: ()})
+
+    def much(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(bench, "networks", much)
+    assert run(lambda: gpu_report.main(REPORT)) == 0
+    out = capsys.readouterr().out
+    assert all(f"| {kind} | any | ms | out of memory |" in out for kind in bench.KINDS)
+    assert all(f"| {kind} | bf16, compiled | out of memory |" in out for kind in bench.KINDS)
 
 
 def test_a_lack_of_memory_is_a_row(monkeypatch):

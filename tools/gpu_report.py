@@ -67,6 +67,12 @@ def attempt(f, *args, **options):
         return {"failed": "out of memory"}
 
 
+def prediction_of(args, predict, nets, tasks, dtype, multi, decoder):
+    """bench.measured of one way to predict."""
+    model = model_of(nets, tasks, dtype, multi, decoder)
+    return bench.measured(partial(predict, model, *pair_of(args, dtype)), 1, args.device)
+
+
 def model_of(nets, tasks, dtype, multi, decoder=""):
     """bench.assemble, with task attention that does something."""
     model = bench.assemble(nets, tasks, bench.DTYPES[dtype], multi, decoder)
@@ -84,7 +90,10 @@ def pair_of(args, dtype):
 def prediction(args, tasks):
     """Rows of time and memory: which stream, how, how many tasks."""
     for stage, kind, numbers in bench.trials(tasks):
-        nets, multi = bench.networks(args.base, args.device, main=stage == 2), stage == 2
+        nets, multi = attempt(bench.networks, args.base, args.device, main=stage == 2), stage == 2
+        if "failed" in nets:
+            yield {"stream": kind, "how": "any", "tasks": len(tasks)} | nets
+            continue
         ways = [("bf16", "bf16", StableMTL.predict, "", numbers), ("bf16, plain", "bf16", plain, "", numbers),
                 ("bf16, small decoder", "bf16", StableMTL.predict, "new", numbers),
                 ("fp32", "fp32", StableMTL.predict, "", numbers), ("fp32, plain", "fp32", plain, "", numbers[-1:]),
@@ -93,9 +102,19 @@ def prediction(args, tasks):
             for net in nets if how.endswith("compiled") else ():
                 train.compile_blocks(net)
             for n in counts:
-                model = model_of(nets, tasks[:n], dtype, multi, decoder)
-                row = attempt(bench.measured, partial(predict, model, *pair_of(args, dtype)), 1, args.device)
+                row = attempt(prediction_of, args, predict, nets, tasks[:n], dtype, multi, decoder)
                 yield {"stream": kind, "how": how, "tasks": n} | row
+
+
+@torch.no_grad()
+def latents_of(args, tasks, multi, how, dtype):
+    """{"latents": those of all tasks, in float32}, of the same weights each time."""
+    torch.manual_seed(0)
+    model = model_of(bench.networks(args.base, args.device, main=multi), tasks, dtype, multi)
+    if "compiled" in how:
+        train.compile_blocks(model)
+    z = [model.encode(f) for f in pair_of(args, dtype)]
+    return {"latents": torch.cat([*model(*z, tasks).values()]).float()}
 
 
 def agreement(args, tasks):
@@ -103,15 +122,13 @@ def agreement(args, tasks):
     for stage, kind, _ in bench.trials(tasks):
         reference = None
         for how, dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("fp32, compiled", "fp32"), ("bf16, compiled", "bf16")):
-            torch.manual_seed(0)        # the same weights each time
-            model = model_of(bench.networks(args.base, args.device, main=stage == 2), tasks, dtype, stage == 2)
-            if "compiled" in how:
-                train.compile_blocks(model)
-            with torch.no_grad():
-                z = [model.encode(f) for f in pair_of(args, dtype)]
-                found = torch.cat([*model(*z, tasks).values()]).float()
-            reference = found if reference is None else reference
-            yield {"stream": kind, "how": how, "difference": ((found - reference).norm() / reference.norm()).item()}
+            found = attempt(latents_of, args, tasks, stage == 2, how, dtype)
+            reference = reference or found
+            if failed := [x for x in (found, reference) if "failed" in x]:      # nothing, or nothing to compare with
+                yield {"stream": kind, "how": how} | failed[0]
+                continue
+            apart = (found["latents"] - reference["latents"]).norm() / reference["latents"].norm()
+            yield {"stream": kind, "how": how, "difference": apart.item()}
 
 
 def training(args, tasks):
@@ -159,6 +176,8 @@ def gather(args, tasks):
                 break
         if time.monotonic() >= end:
             result["left out"].append(name)
+    if args.json:
+        write_json(args.json, result)       # with what was left out
     return result
 
 
