@@ -33,7 +33,8 @@ def in_process(monkeypatch):
 
 
 def test_every_command_runs(in_process, tiny_base, tmp_path, capsys):
-    """All of them in turn, on a folder of one's own; what was exported is what comes in again."""
+    """All of them in turn, on a folder of one's own; what was exported is what comes in again. Those that write a
+    checkpoint replace it when they run once more."""
     raw.own_folder(tmp_path / "data", h=16, w=24)
     argv = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--base", str(tiny_base)]
     assert run(lambda: fullsize.main(argv)) == 0
@@ -42,6 +43,7 @@ def test_every_command_runs(in_process, tiny_base, tmp_path, capsys):
     assert len(in_process) == len(fullsize.COMMANDS)
     ours, theirs = (StableMTL.load(tmp_path / "out" / name).state_dict() for name in ("run", "imported"))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert run(lambda: fullsize.main([*argv, "--only", "import,stage-1,cache"])) == 0
 
 
 def test_failures_and_a_lack_of_memory_are_told(in_process, monkeypatch, tmp_path, capsys):

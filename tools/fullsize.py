@@ -27,7 +27,7 @@ from toy.make import new_text
 
 TEXT = dict(vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
             max_position_embeddings=77, hidden_act="gelu", projection_dim=512)
-TRAIN = "train.py --data {data} --batch 1 --micro 1 --val-samples 0 --picture-every 0 --workers 0"
+TRAIN = "train.py --data {data} --batch 1 --micro 1 --val-samples 0 --picture-every 0 --workers 0 --overwrite"
 SAMPLE = "sample.py {out}/photo.png --ckpt {out}/run --output {out}/maps --overwrite --rows 1 --vae-tiling"
 COMMANDS = {        # name: (command, gigabytes of memory that it should take, estimated from its weights)
     "stage-1": (f"{TRAIN} --stage 1 --base {{base}} --out {{out}}/run --steps 3 --optimizer adam-bf16", 14),
@@ -64,7 +64,8 @@ def random_weights(module):
 
 def make_base(folder):
     """Write a diffusers folder of Stable Diffusion 2's classes and shapes, fp16 files: 866 million parameters in the
-    UNet, 84 in the VAE, 340 in the text encoder. The tokenizer is the toy base's."""
+    UNet, 84 in the VAE, 340 in the text encoder; the same each time. The tokenizer is the toy base's."""
+    torch.manual_seed(0)
     made = {"unet": (stock.UNet2DConditionModel, SD2_UNET), "vae": (stock.AutoencoderKL, SD2_VAE)}
     for part, (kind, config) in made.items():
         with torch.device("meta"):
@@ -131,6 +132,8 @@ def main(argv=None):
         make_base(out / "base.tmp")
         os.replace(out / "base.tmp", base)
     make_photo(out / "photo.png")
+    if "import" in names:       # the one command that replaces nothing
+        shutil.rmtree(out / "imported", ignore_errors=True)
     failed = []
     for name in names:
         command, need = COMMANDS[name]
