@@ -148,7 +148,10 @@ def infer(model, image, next_image=None, tasks=None, size=None, rows=None, confi
         raise ValueError(f"size {size}: expected the longer side in pixels, 0 for the image's own, or None")
     if camera is not None and not pixels:
         raise ValueError("a camera is what metres of motion take: it goes with pixels=True")
-    camera = None if camera is None else Camera(*camera)
+    try:
+        camera = None if camera is None else Camera(*camera)
+    except TypeError:
+        raise ValueError(f"camera {camera}: expected five numbers, focal length, cx, cy, near, far") from None
     groups, out = defaultdict(list), [{} for _ in images]
     for i, pair in enumerate(zip(images, after, strict=True)):
         frames = [read_frame(source) for source in pair if source is not None]

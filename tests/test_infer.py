@@ -191,5 +191,8 @@ def test_confidence_and_pixels_are_the_files_of_sample(tiny_ckpt, tmp_path, monk
     assert set(alone) == {"depth", "confidence_depth"}
     with pytest.raises(ValueError, match="expected focal length"):
         model.infer(*paths, pixels=True, camera=(80, 50, 37, 20, 1))
+    for wrong in ((80, 50, 37), (80, 50, 37, 1, 20, 5), ("a", "b", "c", "d", "e")):
+        with pytest.raises(ValueError, match="expected five numbers"):
+            model.infer(*paths, pixels=True, camera=wrong)
     with pytest.raises(ValueError, match="it goes with pixels=True"):
         model.infer(*paths, camera=camera)
