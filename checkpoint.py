@@ -96,7 +96,10 @@ def read_lines(path, shape=dict):
 SETTINGS = {"stage": int, "steps": int, "batch": int, "seed": int}     # of a run, at least these
 CONFIG = {"train": (None, SETTINGS), "stage1": (None, SETTINGS), "size": (None, [int, int]), "held_out": (None, dict),
           "imported": (None, {"base": str}), "tasks": (None, [str]), "palette": (None, str)}
-STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int}
+SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
+          "_growth_tracker": int}       # of torch's GradScaler
+STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int, "scaler": (None, SCALER)}
+STATES = "state", "state.tmp", "state.prev"     # newest first; .tmp: complete, but killed before its renaming
 RELEASED_SIZE = [288, 384]      # H x W of Hypersim's training images: the size of imported weights, which say none
 
 
@@ -230,10 +233,15 @@ def save_state(out, about, step, parts, optimizer):
         shutil.rmtree(out / "state.prev", ignore_errors=True)
 
 
+def state_file(out):
+    """state.json of the newest state whose writing was completed; None if there is none, nothing to resume."""
+    return next((path for name in STATES if (path := Path(out) / name / "state.json").is_file()), None)
+
+
 def read_state(out):
     """The newest undamaged state: (what state.json says, {name: tensor}). FileNotFoundError if there is none."""
     unusable = []
-    for name in ("state", "state.tmp", "state.prev"):   # .tmp: complete, but killed before its renaming
+    for name in STATES:
         folder = Path(out) / name
         if not folder.is_dir():
             continue
@@ -266,6 +274,9 @@ def restore(tensors, parts, optimizer):
         p.copy_(saved[name])
     index, state = {name: i for i, name in enumerate(weights)}, {}
     for (name, moment), value in moments.items():
+        p = weights[name]
+        if value.shape == p.shape:      # in the weight's memory format: fused Adam pairs them by their place in memory
+            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
         state.setdefault(index[name], {})[moment] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import baselines
 import cli
 import toy
-from checkpoint import read_config
+from checkpoint import STATE, read_config, read_json, state_file
 from model import SECOND_FRAMES
 from network.attention import ATTENTIONS, MASKS, QUERY_INITS
 from network.generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
@@ -124,10 +124,11 @@ class Config:
     channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
     compile: bool = setting(False, "torch.compile the blocks that repeat (pays on GPUs)")
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
-    processes: int = setting(0, "on the CPU, processes that share every batch, with the result of one, but for --rho "
-                             "(0 = one per core, of two samples or more, on the toy base)", kind=cli.whole(0, 1024))
-    threads: int = setting(0, "CPU threads of each process (0 = one on the toy base, else torch's choice)",
-                           kind=cli.whole(0, 1024))
+    processes: int = setting(None, "on the CPU, processes that share every batch, with the result of one, but for "
+                             "--rho (default, or 0: one per core, of two samples or more, on the toy base)",
+                             kind=cli.whole(0, 1024))
+    threads: int = setting(None, "CPU threads of each process (default, or 0: one on the toy base, else torch's "
+                           "choice)", kind=cli.whole(0, 1024))
     save_every: int = setting(500, "steps between checkpoints", kind=cli.whole(1))
     val_samples: int = setting(16, "held-out samples per task: the checkpoint with the lowest latent loss on them, "
                                "averaged over tasks, is kept in <out>/best; 0 = none is", kind=cli.whole(0))
@@ -166,7 +167,8 @@ SETTLED = ("base", "tasks", "palette", "second_frame", *AXES)      # of these, w
 # settings that mean nothing to the other systems
 OURS = ("base", "palette", "widths", "second_frame", *AXES, "pseudo", "pseudo_mask", "pseudo_weight", "init",
         "isolation", "loss", "compile", "checkpointing")
-ANYTIME = "resume", "out", "micro", "processes", "threads", "workers", "steps", "track"   # what --resume may set anew
+# what --resume may set anew; all but the first two are None unless given, and stay what they were
+ANYTIME = "resume", "out", "micro", "processes", "threads", "workers", "steps", "track"
 
 
 # ---- the command line ----
@@ -306,7 +308,8 @@ def check(cfg, given=()):
 
 
 def stages_in(cfg):
-    """How many stages --out holds. ValueError: more than this run may replace, or another system's."""
+    """How many stages --out holds. ValueError: more than this run may replace, another system's, or, under a
+    stage 2, an unfinished stage 1."""
     if not (Path(cfg.out) / "model.json").is_file():
         return 0
     there = read_model_json(cfg.out)
@@ -316,6 +319,12 @@ def stages_in(cfg):
     if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, "
                          "or replace it with --overwrite")
+    state = state_file(cfg.out) if cfg.stage == 2 else None     # neither imported weights nor copies have one
+    about = read_json(state, "", STATE) if state else None
+    if about and about["train"]["stage"] == 1 and (step := about["step"]) < about["train"]["steps"]:
+        raise ValueError(f"--stage 2 starts from a finished stage 1, and the one in {cfg.out} has done {step} of "
+                         f"{about['train']['steps']} steps: finish it first with python train.py --resume --out "
+                         f"{cfg.out} (--steps {max(1, step)} ends it there)")
     return stages
 
 

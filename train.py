@@ -109,10 +109,12 @@ def optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, sc
     model.watch = torch.zeros(len(WATCHED), device=device)
     losses = accumulate(objective, batches, device, autocast, scaler)
     attended, model.watch = dict(zip(WATCHED, model.watch.tolist(), strict=True)), None
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     if dist.is_initialized():
-        params = [p for group in optimizer.param_groups for p in group["params"]]
         total, stop = sync_gradients(params, losses | attended, device, bool(stops))
         losses, attended = ({k: total[k] for k in part} for part in (losses, attended))
+    if all(p.grad is None for p in params):     # nothing was valid: a scaler insists on gradients
+        scaler = None
     if scaler:
         scaler.unscale_(optimizer)
     lr, norm = clip_gradients(cfg, optimizer, step)
@@ -222,6 +224,8 @@ def precision(cfg, device):
         return contextlib.nullcontext, None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[kind]
     scaler = torch.amp.GradScaler(device.type) if kind == "fp16" else None
+    if scaler:      # it begins with the first loss it scales, and not every rank has a valid one in every step
+        scaler.scale(torch.zeros((), device=device))
     return partial(torch.autocast, device.type, dtype), scaler
 
 
@@ -271,7 +275,7 @@ def main(argv=None):
 def number_of_processes(cfg):
     """Of the toy base on the CPU one per core, if each gets two samples or more: small networks leave cores idle."""
     cpu = cli.parse_device(cfg.device).type == "cpu"
-    if cfg.processes > 1 and not cpu:
+    if not cpu and (cfg.processes or 1) > 1:
         raise ValueError(f"--processes {cfg.processes} is for the CPU: on GPUs use torchrun --nproc_per_node="
                          f"{cfg.processes} train.py ...")
     alone = not cpu or cfg.base
@@ -374,11 +378,14 @@ def train(rank, world, device, cfg, saved, tensors):
             step = saved["step"]
             restore(tensors, parts, optimizer)
             tensors.clear()
+            if scaler and saved.get("scaler"):
+                scaler.load_state_dict(saved["scaler"])
         settled = out if cfg.stage == 2 else None       # has the files of what is not trained
 
         def save():
             if chief:
-                save_state(out, about, step, parts, optimizer)      # first: from here --resume can do the rest
+                scaling = {"scaler": scaler.state_dict() if scaler else None}
+                save_state(out, about | scaling, step, parts, optimizer)    # first: from here --resume can do the rest
                 save_model(model, out, settled)
             if held_out and (step % cfg.save_every == 0 or step == cfg.steps):      # not where Ctrl-C happened to fall
                 loss, bad = held_out_loss(model, objective, held_out, workers, device, autocast)
@@ -397,6 +404,7 @@ def train(rank, world, device, cfg, saved, tensors):
         # ---- the loop ----
         save()      # also after a kill between the state and the model: what was half-written becomes whole
         start, seen, stops, in_vain = time.time(), 0, [], 0
+        patience = PATIENCE if scaler else 1
         bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
         log = open_log(out / "log.jsonl", cfg.stage, step) if chief else open(os.devnull, "w")
         # Ctrl-C ends the run after the step at hand, whole
@@ -407,7 +415,7 @@ def train(rank, world, device, cfg, saved, tensors):
                 done = optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler, stops)
                 in_vain = 0 if done.finite else in_vain + 1     # fp16's scaler skips such a step and scales down
                 drawn = mixture.draw(step)      # by all processes
-                if not done.finite and (not scaler or in_vain >= PATIENCE):
+                if in_vain == patience:
                     raise FloatingPointError(diverged(step, drawn, done.losses, done.norm, in_vain, out))
 
                 # one log line per step

@@ -3,9 +3,11 @@ import json
 import math
 import resource
 import shutil
+from functools import partial
 
 import kill
 import pytest
+import torch
 from kill import compare, log_lines
 from runs import THREE, TINY, same, saved, stop_at
 
@@ -54,6 +56,40 @@ def test_a_run_that_is_too_large_goes_on_with_smaller_parts(go, undisturbed, tmp
     ours, theirs = ([e["loss"] for e in log_lines(out)] for out in (tmp_path / "out", undisturbed[1]))
     assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == 4
     assert json.loads((tmp_path / "out/config.json").read_text())["train"]["micro"] == 1
+
+
+def test_resume_in_another_memory_format(go, tmp_path, monkeypatch):
+    """--channels-last: Adam's moments meet the weights that they are of, in whatever order both lie in memory."""
+    flags = f"--channels-last --tasks {THREE} --steps 4"
+    assert go(f"{flags} --out {tmp_path / 'whole'}")[0] == 0
+    stop_at(monkeypatch, "within", 2)
+    assert go(flags)[0] == 130
+    assert go("--resume")[0] == 0
+    assert compare(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_resume_with_the_scale_of_fp16(go, tmp_path, monkeypatch):
+    """fp16's scaler, which here doubles its scale after every step, goes on from where it was."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=64.0, growth_interval=1))
+    flags = f"--precision fp16 --tasks {THREE} --steps 4"
+    assert go(f"{flags} --out {tmp_path / 'whole'}")[0] == 0
+    stop_at(monkeypatch, "within", 2)
+    assert go(flags)[0] == 130
+    assert go("--resume")[0] == 0
+    assert compare(tmp_path / "whole", tmp_path / "out") == []
+    scales = [json.loads((tmp_path / out / "state/state.json").read_text())["scaler"] for out in ("whole", "out")]
+    assert scales[0] == scales[1] and scales[0]["scale"] == 64 * 2 ** 4
+
+
+def test_resume_keeps_processes_and_threads(go, tmp_path):
+    """A run begun in one process of one thread goes on so, unless told otherwise."""
+    assert go(f"--tasks {THREE} --processes 1")[0] == 0
+    assert go("--resume")[0] == 0
+    settings = saved(tmp_path / "out")["train"]
+    assert (settings["processes"], settings["threads"], settings["workers"], settings["micro"]) == (1, 1, 0, 4)
+    assert go("--resume --threads 0 --micro 2")[0] == 0
+    settings = saved(tmp_path / "out")["train"]
+    assert (settings["processes"], settings["threads"], settings["workers"], settings["micro"]) == (1, 0, 0, 2)
 
 
 def test_damaged_state_falls_back_to_the_one_before(go, stage1, undisturbed, tmp_path, monkeypatch):

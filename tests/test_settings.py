@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 from kill import compare, log_lines
-from runs import THREE, TINY, saved
+from runs import THREE, TINY, saved, stop_at
 
 import settings
 import train
+from cli import run
 from model import StableMTL
+from tools import oracle
 from training import losses
 
 
@@ -22,6 +24,19 @@ def test_stage_two_keeps_what_stage_one_settled(go, tmp_path):
     assert config["palette"] == config["train"]["palette"] == model.palette == "corners"
     assert config["train"]["second_frame"] == model.second_frame == "average"
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["palette"] == "corners"
+
+
+def test_stage_two_of_an_unfinished_stage_one(go, tmp_path, monkeypatch):
+    """Its state would be lost: refused, and nothing changes, until the stage 1 is finished, or ended where it is."""
+    out = tmp_path / "out"
+    stop_at(monkeypatch, "within", 2)
+    assert go(f"--tasks {THREE} --steps 4")[0] == 130
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    code, _, error = go("--stage 2")
+    assert code == 2 and error.count("\n") == 1 and f"--resume --out {out} (--steps 3 ends it there)" in error
+    assert "has done 3 of 4 steps" in error and before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert run(lambda: oracle.main(f"--ckpt {out} --out {tmp_path / 'oracle'}".split())) == 2
+    assert go("--resume --steps 3")[0] == 0 and go("--stage 2")[0] == 0
 
 
 def test_stage_two_over_one_task(go):

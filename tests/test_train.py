@@ -1,5 +1,6 @@
 """train.py: one task per step, micro-batches that change nothing, losses and gradients by their definitions, and what
 the flags of the ablations do."""
+import copy
 import json
 import math
 import shutil
@@ -309,6 +310,21 @@ def test_bf16_is_close_to_fp32(go, stage1, tmp_path, stage):
     assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.03)
     assert rounded["loss"] != exact["loss"]
     assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+
+
+def test_fp16_steps_without_anything_valid(model):
+    """GradScaler insists on gradients and on having scaled a loss: a step in which nothing is valid passes without it,
+    and so does the first of a process that only the others gave a gradient."""
+    cfg = settings.check(settings.Config(lr=0.01, precision="fp16"))
+    model = copy.deepcopy(model)
+    objective = losses.LatentObjective(model, {"latent": 1.0}, encode=True)
+    optimizer, (autocast, scaler) = train.make_optimizer(cfg, train.trainable(model)), train.precision(cfg, CPU)
+    before = {k: v.clone() for k, v in model.unet.state_dict().items()}
+    done = train.optimizer_step(cfg, 0, model, objective, [], optimizer, autocast, scaler)
+    assert (done.losses, done.norm, done.finite) == ({}, 0, True) and same(model.unet.state_dict(), before)
+    model.unet.conv_out.bias.grad = torch.full((4,), 2.0 * scaler.get_scale())
+    done = train.optimizer_step(cfg, 1, model, objective, [], optimizer, autocast, scaler)
+    assert done.norm == 4 and not torch.equal(model.unet.conv_out.bias, before["conv_out.bias"])
 
 
 # ---- what the flags of the ablations do ----
