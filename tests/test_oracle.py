@@ -17,6 +17,7 @@ from data import Mixture, prepare, train_readers
 from model import StableMTL
 from tasks import TASKS, registry
 from tools import oracle
+from training import losses
 from training.cache import LatentCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -156,6 +157,18 @@ def test_the_auxiliary_unet_learns_to_repeat(go, tmp_path, monkeypatch):
     assert all(torch.equal(start[k], stage1[k]) and torch.equal(main[k], stage1[k]) for k in stage1)
     assert all(torch.equal(taught[k], frozen[k]) for k in stage1)
     assert not torch.equal(taught["conv_in.weight"][:, 8:], stage1["conv_in.weight"][:, 8:])
+
+
+def test_fp16_that_never_learns_stops(go, tmp_path, monkeypatch):
+    """After as many skipped steps in a row as in train.py, not at the first, and not never."""
+    monkeypatch.setattr(train, "PATIENCE", 2)
+    terms = losses.loss_terms
+
+    def broken(*args):
+        return {kind: (error * float("nan"), count) for kind, (error, count) in terms(*args).items()}
+    monkeypatch.setattr(losses, "loss_terms", broken)
+    code, _, error = go("--aux-steps 4", "--precision fp16")
+    assert code == 2 and "step 1 of stage 1: loss" in error
 
 
 def test_a_stopped_oracle_starts_anew(go, tmp_path, monkeypatch):

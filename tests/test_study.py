@@ -179,6 +179,7 @@ def made_up(tmp_path, monkeypatch):
         if go.diverge and go.diverge in cfg.out:
             raise FloatingPointError("step 1: loss nan")
         (out / "state").mkdir()
+        (out / "state/state.json").touch()
         if go.trains(cfg):
             return 130
         lines = [{"task": [tasks[s % len(tasks)]] if cfg.isolation else list(tasks), "loss": rng.random(),

@@ -29,6 +29,23 @@ def parsed(out, flags=""):
     return study.parse(f"--suite systems --out {out} --steps 14 --steps2 5 {flags}".split())
 
 
+# ---- a model that was stopped ----
+
+@pytest.mark.parametrize("there, resumes", [(["state"], True), (["state.tmp", "state.prev"], True),
+                                            (["state.prev"], True), ([], False)])
+def test_what_a_kill_left_is_resumed(tmp_path, there, resumes):
+    """A kill between the renamings of a checkpoint leaves no state/, and one to continue from; a kill in the first
+    checkpoint, one without its state.json, and the model is trained anew."""
+    args = parsed(tmp_path, "--only mtl --seeds 1")
+    job, = runs(args)
+    (job.out / "state.tmp").mkdir(parents=True)
+    for name in there:
+        (job.out / name).mkdir(exist_ok=True)
+        (job.out / name / "state.json").touch()
+    argv = study.command(job, args)
+    assert (argv[0] == "--resume") == resumes == any(job.out.iterdir())
+
+
 # ---- rows ----
 
 def test_rows_are_what_train_takes(tmp_path):
@@ -195,6 +212,9 @@ def test_losses_are_relative_to_their_beginning(made_up):
     assert found["depth"][-1] == (39, pytest.approx(1.5 / 39.5))
     table = systems_report.plateau_table(args, systems_report.curves(args))
     assert "| MTL |" in table[2] and "0.04" in table[2]
+    skipped = [{"step": s, "task": ["depth"], "loss": None, "grad_norm": None, "img_per_s": 1.0} for s in range(40, 60)]
+    (job.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + skipped))
+    assert systems_report.losses(job) == found      # steps that fp16 skipped
 
 
 # ---- what is refused ----

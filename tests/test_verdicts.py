@@ -1,9 +1,12 @@
 """tools/study_report.py: what paired differences decide, and what a log tells."""
+import json
 import random
 
 import pytest
 
-from tools.study_report import attended, seeds_needed, verdict
+from tools import study
+from tools.study_report import attended, draw_isolation, draw_losses, seeds_needed, verdict
+from tools.study_variants import runs
 
 
 def test_verdict():
@@ -26,3 +29,19 @@ def test_what_the_attention_does_at_the_end():
     assert attended(entries) == pytest.approx(
         {"attention_entropy": 38.5 / 40, "attention_largest": 0.5, "attention_term": 77.0})
     assert attended(entries[:5]) == {}
+
+
+def test_steps_that_fp16_skipped_are_in_no_mean(tmp_path):
+    """Their log has null for the loss and the norm: curves and norms are those of the other steps."""
+    args = study.parse(f"--out {tmp_path} --seeds 1 --steps 8 --only single --tasks shading,albedo".split())
+    job, = runs(args)
+    job.out.mkdir(parents=True)
+    (job.out / "results.json").write_text('{"results": {}}')
+    lines = [{"task": [args.tasks[s % 2]], "loss": s, "grad_norm": 2 * s, "img_per_s": 1} for s in range(8)]
+    lines[0] |= {"loss": None, "grad_norm": None}
+    (job.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    *_, together = draw_losses(args).axes
+    assert [list(line.get_ydata()) for line in together.lines if len(line.get_ydata())] == [[1, 2, 3, 4, 5, 6, 7]]
+    seeds = {"seeds": {0: {"results": {t: {"real": 1.0} for t in args.tasks}}}}
+    axes, *_ = draw_isolation(args, {"variants": {"single": seeds, "no-isolation": seeds}}).axes
+    assert sorted(line.get_xydata()[0][0] for line in axes.lines if line.get_label() in args.tasks) == [8, 8]

@@ -109,12 +109,14 @@ def fit(model, mixture, streams, cfg, log):
     optimizer = train.make_optimizer(cfg, train.trainable(model))
     objective = LatentObjective(model, {"latent": 1.0}, encode=False, streams=streams)
     autocast, scaler = train.precision(cfg, device)
+    patience, in_vain = train.PATIENCE if scaler else 1, 0
     train.set_mode(model, True)
     with tqdm(total=cfg.steps, desc=("auxiliary UNet", "stage 2")[cfg.stage - 1], mininterval=2) as bar:
         for step, fetched in enumerate(loader(mixture, 0, cfg.steps, 0)):
             batches = fetched["batches"]
             done = train.optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler)
-            if not done.finite and not scaler:
+            in_vain = 0 if done.finite else in_vain + 1
+            if in_vain == patience:
                 raise FloatingPointError(f"step {step} of stage {cfg.stage}: loss {done.losses}: lower --lr")
             loss = sum(done.losses.values())
             entry = {"stage": cfg.stage, "step": step, "task": train.in_order(t for b in batches for t in b["tasks"]),

@@ -44,7 +44,7 @@ import torch
 
 import evaluate
 import train
-from checkpoint import read_json, write_json
+from checkpoint import read_json, state_file, write_json
 from model import StableMTL
 from settings import PRESETS
 from tasks import parse_tasks
@@ -58,7 +58,7 @@ SUITES = {"stablemtl": (STABLEMTL, study_report.report), "systems": (SYSTEMS, sy
 
 def command(job, args):
     """train.py's command line for a model, or for what is left of it; its folder is ready for it."""
-    if (job.out / "state").is_dir():
+    if state_file(job.out):
         return ["--resume", "--out", str(job.out), *args.alone]
     for path in job.out.glob("*"):      # train.py has not written its first checkpoint
         if path.is_dir():

@@ -36,8 +36,9 @@ def results(folder):
 
 
 def log(folder):
-    """The entries of a model's log.jsonl, one per step."""
-    return read_lines(folder / "log.jsonl", {"task": [str], "loss": float, "grad_norm": float, "img_per_s": float})
+    """The entries of a model's log.jsonl, one per step; where fp16 skipped it, "loss" and "grad_norm" are None."""
+    number = (None, float)
+    return read_lines(folder / "log.jsonl", {"task": [str], "loss": number, "grad_norm": number, "img_per_s": float})
 
 
 def attended(entries):
@@ -260,7 +261,8 @@ def draw_losses(args):
 
     def curves(variant, task="", of=None):
         several = logs.get((variant, task), ())
-        losses = [[e["loss"] for e in entries if of is None or e["task"] == [of]] for entries in several]
+        known = ([e for e in entries if e.get("loss") is not None] for entries in several)
+        losses = [[e["loss"] for e in entries if of is None or e["task"] == [of]] for entries in known]
         return [smooth(values) for values in losses if values]
 
     panels = []
@@ -291,7 +293,8 @@ def draw_isolation(args, result):
     norms = {t: [] for t in args.tasks}
     for job in runs(args):
         for e in log(job.out) if job.finished and job.variant == "single" else ():
-            norms[e["task"][0]].append(e["grad_norm"])
+            if e.get("grad_norm") is not None:
+                norms[e["task"][0]].append(e["grad_norm"])
     points = {}
     for t in (t for t in args.tasks if norms[t]):
         gains = [gain({t: with_[s]["results"][t]}, {t: without[s]["results"][t]}, WORLDS["unseen"]) for s in both]

@@ -44,7 +44,7 @@ def losses(job):
     found, entries = {t: [] for t in job.tasks}, log(job.out)
     for e in entries:
         for t in found:     # a step of several tasks says the loss of each
-            value = e.get(f"loss/{t}", e["loss"] if e["task"] == [t] else None)
+            value = e.get(f"loss/{t}", e.get("loss") if e["task"] == [t] else None)
             if value is not None:
                 found[t].append((e["step"], value))
     out = {}
