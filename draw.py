@@ -189,8 +189,10 @@ def draw_intervals(rows, panels, xlabel):
     for title, table in panels.items():
         parts = [figure.add_subplot(grid[next(places)], xlim=ends) for ends in limits[title]]
         next(places)
-        for axes in parts:
+        for axes, (low, high) in zip(parts, limits[title], strict=True):
             _plot_rows(axes, rows, table)
+            share = (high - low) / sum(b - a for a, b in limits[title])
+            axes.locator_params(axis="x", nbins=max(1, round(6 * share)))       # numbers that do not touch
             axes.tick_params(labelleft=axes is figure.axes[0])
         parts[0].set_title(title, loc="left", pad=10)
         _label_axis(parts, xlabel)

@@ -103,8 +103,8 @@ VARIANTS = {
 }
 EXTRA = tuple(VARIANTS)[list(VARIANTS).index("attention-lr-1"):]
 
-# what went on from the single stream, whose control is as many further steps of that
-FURTHER = tuple(name for name, v in VARIANTS.items() if "single" in (v.parent, VARIANTS.get(v.parent, v).parent))
+# the single stream and what went on from it, whose control is as many further steps of that
+FURTHER = tuple(name for name, v in VARIANTS.items() if "single" in (name, v.parent, VARIANTS.get(v.parent, v).parent))
 CONTROL = 1     # the zero line of these
 
 CLAIMS = [
