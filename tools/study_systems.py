@@ -11,6 +11,7 @@ from tools.study_variants import Claim, Suite, Variant, Zero
 
 THREE = "semantic,normal,depth"         # all that the original JTR and DiffusionMTL know
 GEOMETRY, INTRINSIC = "normal,depth", "shading,albedo"
+STILL = ",".join(t for t in TASKS if TASKS[t].frames == 1)      # learned whether or not motion has left its plateau
 CLASSES = ",".join(t for t in TASKS if TASKS[t].categorical)
 DEPTH = ",".join(t for t in TASKS if TASKS[t].dense_loss == "scale-shift")
 DDIM_STEPS = 10     # of a prediction; each costs what a prediction of the others costs
@@ -130,6 +131,9 @@ CLAIMS = [
     Claim("StableMTL beats StableMTL-S", "multi", "single", 4.78 + 1.57),
     Claim("StableMTL beats the single-task models", "multi", "single-task", 4.78),
     # ours: no paper has them
+    Claim("StableMTL-S beats the shared trunk on tasks of one frame", "single", "mtl", tasks=STILL),
+    Claim("StableMTL-S beats JTR on tasks of one frame", "single", "jtr", tasks=STILL),
+    Claim("StableMTL-S beats DiffusionMTL on tasks of one frame", "single", "diffusionmtl", tasks=STILL),
     Claim("StableMTL-S from scratch beats JTR", "single-scratch", "jtr"),
     Claim("StableMTL-S from scratch beats DiffusionMTL", "single-scratch", "diffusionmtl"),
     Claim("StableMTL-S beats the shared trunk", "single", "mtl"),
