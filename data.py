@@ -227,8 +227,11 @@ class Mixture(Dataset):
 
     def plan(self, step):
         """Those of this process, grouped by task and dataset."""
-        mine = self.draw(step)[self.rank::self.world]
-        return sorted(mine, key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
+        return self.mine(self.draw(step))
+
+    def mine(self, drawn):
+        """Those of all processes' samples that are this process's, grouped."""
+        return sorted(drawn[self.rank::self.world], key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
 
     def together(self, task, reader, index):
         """N-to-N: every available label of the image at once; a task with a crop of its own sees another image."""
@@ -241,8 +244,8 @@ class Mixture(Dataset):
         return prepare(reader, index, tasks, self.codecs, flips, np.random.default_rng(seed), self.with_next)
 
     def __getitem__(self, step):
-        groups, skipped = {}, []
-        for tasks, reader, index, flips, seed in self.plan(step):
+        drawn, groups, skipped = self.draw(step), {}, []
+        for tasks, reader, index, flips, seed in self.mine(drawn):
             try:
                 item = self.one(tasks, reader, index, flips, seed)
             except (OSError, ValueError) as error:
@@ -254,7 +257,8 @@ class Mixture(Dataset):
             groups.setdefault(alike, []).append(((reader.name, int(index), flips[0]), item))
         batches = [self.stacked(tasks, items[i:i + self.micro])
                    for (tasks, _), items in groups.items() for i in range(0, len(items), self.micro)]
-        return {"batches": batches, "skipped": skipped}
+        names = [(tasks, reader.name, int(index)) for tasks, reader, index, *_ in drawn]    # by all processes
+        return {"batches": batches, "skipped": skipped, "drawn": names}
 
     def stacked(self, tasks, entries):
         """[(key, item)] of one task and size -> a micro-batch."""

@@ -180,18 +180,18 @@ def draw_intervals(rows, panels, xlabel):
     of which one gap would take more than two thirds is cut there, and says so.
     """
     figure = _figure(4 + 4.4 * len(panels), 1.4 + 0.36 * len(rows))
-    limits, widths = {title: axis_limits(table) for title, table in panels.items()}, []
-    for parts in limits.values():       # an inch is worth the same in all parts of a panel; a blank follows it
+    limits, shares = {title: axis_limits(table) for title, table in panels.items()}, {}
+    for title, parts in limits.items():     # an inch is worth the same in all parts of a panel
         whole = sum(high - low for low, high in parts)
-        widths += [*((high - low) / whole for low, high in parts), 0.03]
+        shares[title] = [(high - low) / whole for low, high in parts]
+    widths = [width for parts in shares.values() for width in (*parts, 0.03)]       # a blank follows each panel
     grid = figure.add_gridspec(1, len(widths), width_ratios=widths, wspace=0.02)
     places = iter(range(len(widths)))
     for title, table in panels.items():
         parts = [figure.add_subplot(grid[next(places)], xlim=ends) for ends in limits[title]]
         next(places)
-        for axes, (low, high) in zip(parts, limits[title], strict=True):
+        for axes, share in zip(parts, shares[title], strict=True):
             _plot_rows(axes, rows, table)
-            share = (high - low) / sum(b - a for a, b in limits[title])
             axes.locator_params(axis="x", nbins=max(1, round(6 * share)))       # numbers that do not touch
             axes.tick_params(labelleft=axes is figure.axes[0])
         parts[0].set_title(title, loc="left", pad=10)

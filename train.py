@@ -410,11 +410,10 @@ def train(rank, world, device, cfg, saved, tensors):
         # Ctrl-C ends the run after the step at hand, whole
         with bar, log, tracking(cfg, chief) as track, cli.on_stop(partial(cli.note_stop, stops)):
             for fetched in loader(mixture, step, cfg.steps, workers if mixture.cache is None else 0):
-                batches = fetched["batches"]
+                batches, drawn = fetched["batches"], fetched["drawn"]
                 skipped += fetched["skipped"]
                 done = optimizer_step(cfg, step, model, objective, batches, optimizer, autocast, scaler, stops)
                 in_vain = 0 if done.finite else in_vain + 1     # fp16's scaler skips such a step and scales down
-                drawn = mixture.draw(step)      # by all processes
                 if in_vain == patience:
                     raise FloatingPointError(diverged(step, drawn, done.losses, done.norm, in_vain, out))
 
@@ -422,7 +421,7 @@ def train(rank, world, device, cfg, saved, tensors):
                 seen += cfg.batch
                 loss = sum(objective.weights[k] * v for k, v in done.losses.items())
                 entry = {"stage": cfg.stage, "step": step, "task": in_order(t for tasks, *_ in drawn for t in tasks),
-                         "dataset": sorted({reader.name for _, reader, *_ in drawn}),
+                         "dataset": sorted({name for _, name, _ in drawn}),
                          "loss": loss if done.finite else None, "lr": done.lr,
                          "grad_norm": done.norm if done.finite else None,
                          "img_per_s": round(seen / (time.time() - start), 1)}
@@ -481,8 +480,8 @@ PATIENCE = 20       # steps in a row without a finite gradient before fp16 train
 
 
 def diverged(step, drawn, losses, norm, in_vain, out):
-    """The sentence for a loss or gradient that is not finite; drawn: Mixture.draw."""
-    names = ", ".join(f"{reader.name}:{index}" for _, reader, index, *_ in drawn)
+    """The sentence for a loss or gradient that is not finite; drawn: of the mixture's step."""
+    names = ", ".join(f"{name}:{index}" for _, name, index in drawn)
     often = f", for the {in_vain}th step in a row" if in_vain > 1 else ""
     tasks = "+".join(in_order(t for tasks, *_ in drawn for t in tasks))
     return (f"step {step}, task {tasks}: loss {losses}, gradient norm {norm}{often}; samples {names}. The last good "

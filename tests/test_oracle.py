@@ -112,12 +112,12 @@ def go(second, tmp_path, capsys):
 def test_a_whole_oracle(go, second, tiny_base, tmp_path, monkeypatch):
     """It leaves the checkpoint as it is, trains stage 2 on the samples of train.py --stage 2 of that seed, and writes
     numbers that evaluate.py's readers take. A second one in the same folder is refused."""
-    before, drawn, plan = {p: p.read_bytes() for p in second.rglob("*") if p.is_file()}, [], Mixture.plan
+    before, drawn, draw = {p: p.read_bytes() for p in second.rglob("*") if p.is_file()}, [], Mixture.draw
 
     def spy(self, step):
-        drawn.append((self.seed, step, [(tasks, r.name, i, f[0]) for tasks, r, i, f, _ in plan(self, step)]))
-        return plan(self, step)
-    monkeypatch.setattr(Mixture, "plan", spy)
+        drawn.append((self.seed, step, [(tasks, r.name, i, f[0]) for tasks, r, i, f, _ in draw(self, step)]))
+        return draw(self, step)
+    monkeypatch.setattr(Mixture, "draw", spy)
     code, said, error = go("--seed 3", "--attention-lr 2")
     assert code == 0, error
     assert before == {p: p.read_bytes() for p in second.rglob("*") if p.is_file()}

@@ -58,25 +58,24 @@ def test_a_run_that_is_too_large_goes_on_with_smaller_parts(go, undisturbed, tmp
     assert json.loads((tmp_path / "out/config.json").read_text())["train"]["micro"] == 1
 
 
-def test_resume_in_another_memory_format(go, tmp_path, monkeypatch):
-    """--channels-last: Adam's moments meet the weights that they are of, in whatever order both lie in memory."""
-    flags = f"--channels-last --tasks {THREE} --steps 4"
+def interrupted(go, tmp_path, monkeypatch, flags):
+    """Run it, in tmp_path/whole as it is, in tmp_path/out with a Ctrl-C and --resume: both end alike."""
     assert go(f"{flags} --out {tmp_path / 'whole'}")[0] == 0
     stop_at(monkeypatch, "within", 2)
     assert go(flags)[0] == 130
     assert go("--resume")[0] == 0
     assert compare(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_resume_in_another_memory_format(go, tmp_path, monkeypatch):
+    """--channels-last: Adam's moments meet the weights that they are of, in whatever order both lie in memory."""
+    interrupted(go, tmp_path, monkeypatch, f"--channels-last --tasks {THREE} --steps 4")
 
 
 def test_resume_with_the_scale_of_fp16(go, tmp_path, monkeypatch):
     """fp16's scaler, which here doubles its scale after every step, goes on from where it was."""
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=64.0, growth_interval=1))
-    flags = f"--precision fp16 --tasks {THREE} --steps 4"
-    assert go(f"{flags} --out {tmp_path / 'whole'}")[0] == 0
-    stop_at(monkeypatch, "within", 2)
-    assert go(flags)[0] == 130
-    assert go("--resume")[0] == 0
-    assert compare(tmp_path / "whole", tmp_path / "out") == []
+    interrupted(go, tmp_path, monkeypatch, f"--precision fp16 --tasks {THREE} --steps 4")
     scales = [json.loads((tmp_path / out / "state/state.json").read_text())["scaler"] for out in ("whole", "out")]
     assert scales[0] == scales[1] and scales[0]["scale"] == 64 * 2 ** 4
 

@@ -257,18 +257,18 @@ def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
             bases = {"single-task": single, "continued": {w: scores(seed, "continued", w) for w in worlds}}
             for name in VARIANTS:
                 mine = single if name == "single-task" else {w: scores(seed, name, w) for w in worlds}
-                row = result["variants"][name]["seeds"][str(seed)]
                 for zero in STABLEMTL.against(name):
-                    base = bases[zero.variant]
-                    gains = {t: mean(100 * (mine[w][t] / base[w][t] - 1) for w in worlds if t in mine[w])
+                    gains = {t: mean(100 * (mine[w][t] / bases[zero.variant][w][t] - 1) for w in worlds if t in mine[w])
                              for t in TASKS}
                     delta[zero.key, name][where].append(mean(g if t == "semantic" else -g for t, g in gains.items()))
-                    assert row[zero.key][where] == pytest.approx(delta[zero.key, name][where][-1])
+                    found = result["variants"][name]["seeds"][str(seed)][zero.key][where]
+                    assert found == pytest.approx(delta[zero.key, name][where][-1])
     further = {name for name in VARIANTS if delta[zeros[1].key, name]["unseen"]}
     assert further == {"single"} | {name for name, v in VARIANTS.items() if v.parent}     # all that went on from it
     for name, v in VARIANTS.items():
-        cells = [f"{mean(x):+.2f} ± {stdev(x):.2g}" if (x := delta[zero.key, name]["unseen"]) else "" for zero in zeros]
-        assert name in ("single-task", "continued") or f"| {v.title} | {' | '.join(cells)} |" in sections[1]
+        own = (delta[zero.key, name]["unseen"] for zero in zeros)
+        cells = " | ".join(f"{mean(x):+.2f} ± {stdev(x):.2g}" if x else "" for x in own)
+        assert name in ("single-task", "continued") or f"| {v.title} | {cells} |" in sections[1]
     assert len(result["claims"]) == 2 * len(CLAIMS)
     lines = {claim.claim: zeros[claim.zero].key for claim in CLAIMS}
     for claim in result["claims"]:

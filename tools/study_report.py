@@ -328,9 +328,7 @@ def report(args):
     """Write results.json, study.md and the pictures of what is finished, and return study.md's lines."""
     result = summary(args)
     pictures = {"losses.png": draw_losses(args), "isolation.png": draw_isolation(args, result)}
-    names = "delta_m.png", "delta_m_further.png"
-    pictures |= {name: draw_gains(result, zero, args.suite)
-                 for name, zero in zip(names, args.suite.zeros, strict=True)}
+    pictures |= {zero.picture: draw_gains(result, zero, args.suite) for zero in args.suite.zeros}
     pictures |= {f"attention_{name}.png": figure for name, figure in draw_attended(args).items()}
     return publish(args, result, tables(result, args.suite), pictures)
 

@@ -171,5 +171,5 @@ CLAIMS = [
 ]
 
 SYSTEMS = Suite("systems", VARIANTS, EXTRA, CLAIMS, (
-    Zero("single-task", "delta_m", "Delta_m % ↑, single-task UNets: 0"),
-    Zero("stl", "delta_m of trunks", "Delta_m % ↑, STL trunk: 0", TRUNKS)), "systems.md")
+    Zero("single-task", "delta_m", "Delta_m % ↑, single-task UNets: 0", "delta_m.png"),
+    Zero("stl", "delta_m of trunks", "Delta_m % ↑, STL trunk: 0", "delta_m_trunks.png", TRUNKS)), "systems.md")

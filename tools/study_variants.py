@@ -42,6 +42,7 @@ class Zero(NamedTuple):
     variant: str
     key: str                # of that Delta_m in results.json
     column: str             # and in tables
+    picture: str            # the file that shows it
     rows: tuple = ()        # which others; () = all
 
 
@@ -135,8 +136,9 @@ CLAIMS = [
 ]
 
 STABLEMTL = Suite("stablemtl", VARIANTS, EXTRA, CLAIMS, (
-    Zero("single-task", "delta_m", "Delta_m % ↑, single-task models: 0"),
-    Zero("continued", "delta_m of further steps", "Delta_m % ↑, single stream continued: 0", FURTHER)), "study.md")
+    Zero("single-task", "delta_m", "Delta_m % ↑, single-task models: 0", "delta_m.png"),
+    Zero("continued", "delta_m of further steps", "Delta_m % ↑, single stream continued: 0", "delta_m_further.png",
+         FURTHER)), "study.md")
 
 
 # ---- the models that takes ----

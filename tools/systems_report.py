@@ -179,8 +179,6 @@ def draw_scene(args, result):
 def report(args):
     """Write results.json, systems.md and the pictures of what is finished, and return systems.md's lines."""
     result, found = add_costs(args, summary(args)), curves(args)
-    names = ["delta_m.png", "delta_m_trunks.png"]
-    pictures = {name: draw_gains(result, zero, args.suite)
-                for name, zero in zip(names, args.suite.zeros, strict=True)}
+    pictures = {zero.picture: draw_gains(result, zero, args.suite) for zero in args.suite.zeros}
     pictures |= {"losses.png": draw_losses(args, found), "scene.png": draw_scene(args, result)}
     return publish(args, result, tables(args, result, found), pictures)
