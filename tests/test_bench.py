@@ -261,6 +261,16 @@ def test_a_report_without_time(short_report, tmp_path, capsys):
     assert len(json.loads((tmp_path / "out.json").read_text())["left out"]) == 4
 
 
+def test_a_report_by_the_bench(short_report, tmp_path, capsys):
+    """The bench hands the command line on, and what the report has no use for is refused."""
+    for flag in (["--gpu-report", str(tmp_path / "a.json")], [f"--gpu-report={tmp_path / 'b.json'}"]):
+        assert run(lambda given=flag: bench.main([*REPORT, "--minutes", "0", *given])) == 0
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    assert "did not suffice" in capsys.readouterr().out
+    assert run(lambda: bench.main([*REPORT, "--gpu-report", str(tmp_path / "c.json"), "--count-only"])) == 2
+    assert "--count-only" in capsys.readouterr().err and not (tmp_path / "c.json").exists()
+
+
 def test_a_report_without_memory(monkeypatch, capsys):
     """Of networks that do not fit, of a single stream or of all: a row that says so, and the sections that follow."""
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

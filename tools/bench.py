@@ -366,6 +366,8 @@ def parse(argv):
     parser.add_argument("--load", type=whole(0, 64), default=0,
                         help="CPU training beside so many programs that multiply matrices on two threads each")
     parser.add_argument("--json", type=writable, metavar="FILE", help="also write all numbers here")
+    parser.add_argument("--gpu-report", type=writable, metavar="FILE", help="instead, all that a GPU can tell in eight "
+                        "minutes, into this file; the other flags are tools.gpu_report's")
     parser.add_argument("--plot", type=picture, metavar="FILE",
                         help="also draw cost and time against the number of tasks (paper Fig. 13): .png, .pdf or .svg")
     args = parser.parse_args(argv)
@@ -379,7 +381,11 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.split("=")[0] == "--gpu-report" for word in words):
+        from tools import gpu_report  # which measures with what is here
+        return gpu_report.main([word.replace("--gpu-report", "--json", 1) for word in words])
+    args = parse(words)
     tasks = tuple(TASKS)[:args.tasks]
     result = {"base": args.base, "decoder": args.decoder or "the VAE's", "size": args.size, "batch": args.batch,
               "micro": args.micro, "device": hardware(args.device),
