@@ -272,13 +272,16 @@ def restore(tensors, parts, optimizer):
                          "back as it was, or train anew with --overwrite")
     for name, p in weights.items():
         p.copy_(saved[name])
-    index, state = {name: i for i, name in enumerate(weights)}, {}
+    # torch takes the step counts, to where the optimizer wants them; moments it would all convert to the weights'
+    # precision before it lets any go: twice their memory where they are bfloat16
+    index, counts = {name: i for i, name in enumerate(weights)}, {}
     for (name, moment), value in moments.items():
-        p = weights[name]
-        if value.shape == p.shape:      # in the weight's memory format: fused Adam pairs them by their place in memory
-            value = torch.empty_like(p, dtype=value.dtype).copy_(value)
-        state.setdefault(index[name], {})[moment] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if moment == "step":
+            counts[index[name]] = {moment: value}
+    optimizer.load_state_dict({"state": counts, "param_groups": optimizer.state_dict()["param_groups"]})
+    for (name, moment), value in moments.items():
+        if moment != "step":    # in the weight's memory format: fused Adam pairs them by their place in memory
+            optimizer.state[weights[name]][moment] = torch.empty_like(weights[name], dtype=value.dtype).copy_(value)
 
 
 def open_log(path, stage, step):

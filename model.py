@@ -191,6 +191,10 @@ class StableMTL(nn.Module):
         timestep = torch.full((), timestep, device=x.device) if isinstance(timestep, int) else timestep
         return unet(x, timestep, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
 
+    def sees_motion(self, tasks):
+        """Whether any pass that `tasks` take looks at the second frame."""
+        return any(TASKS[t].frames == 2 for t in (tasks if self.main is None else [*tasks, *self.attends]))
+
     @staticmethod
     def _pairs(z_i, z_j, tasks):
         """Stack the input of every task: single-frame tasks see frame i twice (j = i)."""
@@ -256,8 +260,7 @@ class StableMTL(nn.Module):
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
         z_i = self.see(F.pad(image, pad, mode="replicate"))
-        seen = tasks if self.main is None else [*tasks, *self.attends]      # in any of the passes
-        moving = next_image is not None and any(TASKS[t].frames == 2 for t in seen)
+        moving = next_image is not None and self.sees_motion(tasks)
         z_j = self.see(F.pad(next_image, pad, mode="replicate")) if moving else z_i
         latents, out, sums = self(z_i, z_j, tasks, rows), {}, {}
         for part in passes(tasks, z_i, rows):

@@ -86,12 +86,6 @@ class AdamBf16(torch.optim.Optimizer):
             scale = square.sqrt_().div_((1 - beta2 ** n) ** 0.5).add_(group["eps"])
             p.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1 ** n))
 
-    def load_state_dict(self, state_dict):
-        """As of any optimizer, which converts moments to the weights' precision: they were bfloat16, and are again."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state |= {name: state[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
-
 
 def round_at_random(out, x, generator):
     """x, float32, into out, bfloat16: to the neighbour above or below, so likely each that the mean is x."""

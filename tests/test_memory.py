@@ -7,7 +7,9 @@ import tiny
 import torch
 from kill import compare, log_lines
 from runs import THREE, same, state, stop_at
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from checkpoint import read_state, restore, save_state
 from model import StableMTL
 from network import memory
 
@@ -146,3 +148,34 @@ def test_adam_of_bf16_moments_leaves_unused_weights_alone():
     optimizer.step()
     assert not optimizer.state[b] and not b.any()
     assert a.tolist() == pytest.approx([-1e-2] * 3, rel=1e-2) and c.tolist() == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
+class Widest(TorchDispatchMode):
+    """Notes the largest new float32 tensor."""
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if torch.is_tensor(out) and out.dtype == torch.float32 and out is not args[0]:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_resuming_keeps_moments_in_bf16(tmp_path):
+    """What is read back is what was, and no moment is float32 on the way: all of them, as torch's own load_state_dict
+    has it, take more memory than the training that fitted a card."""
+    parts = {"unet": {name: torch.nn.Parameter(torch.randn(50)) for name in "ab"}}
+    params = [*parts["unet"].values()]
+    optimizers = [memory.AdamBf16([{"params": params, "name": "unet"}], lr=0.1) for _ in range(2)]
+    for p in params:
+        p.grad = torch.randn(50)
+    optimizers[0].step()
+    about = {"train": {"stage": 1, "steps": 9, "batch": 1, "seed": 0}}
+    save_state(tmp_path, about, 1, parts, optimizers[0])
+    tensors = read_state(tmp_path)[1]
+    with torch.no_grad(), Widest() as widest:
+        restore(tensors, parts, optimizers[1])
+    assert widest.numbers < 50
+    for p in params:
+        old, new = (optimizer.state[p] for optimizer in optimizers)
+        assert same(old, new) and new["exp_avg"].dtype == new["exp_avg_sq"].dtype == torch.bfloat16 and new["step"] == 1

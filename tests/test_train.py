@@ -7,6 +7,7 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import tiny
 import torch
 from kill import log_lines
 from made import Made
@@ -250,6 +251,18 @@ def test_every_loss_of_every_task(model, readers, task):
     error = losses.DENSE[TASKS[task].dense_loss](code, code, valid, model.codecs[task])
     assert error.shape == valid.shape
     assert error[valid].max() < (0.2 if TASKS[task].categorical else 1e-4)
+
+
+@pytest.mark.parametrize("task, multi, frames", [("depth", False, 1), ("optical_flow", False, 2), ("depth", True, 2)])
+def test_a_frame_seen_twice_is_encoded_once(readers, task, multi, frames):
+    """Without a cache: the second frame of a single stream is the first but for motion; streams of motion need it."""
+    model, encoded = tiny.model(multi=multi), []
+    batch = Mixture(readers, (task,), TASKS, 2, 2, seed=5, with_next=multi)[0]["batches"][0]
+    expected = gradients(model, [batch], {"latent": 1.0})
+    see = model.see
+    model.see = lambda frame: encoded.append(frame) or see(frame)
+    assert same(gradients(model, [batch], {"latent": 1.0})[1], expected[1])
+    assert len(encoded) == frames
 
 
 def test_loss_flag(go, tmp_path):
