@@ -49,12 +49,14 @@ def test_every_command_runs(in_process, tiny_base, tmp_path, capsys):
 def test_failures_and_a_lack_of_memory_are_told(in_process, monkeypatch, tmp_path, capsys):
     """A command that fails, or needs more than is free, is named, the others run, and the exit code says so."""
     monkeypatch.setattr(fullsize, "free_memory", lambda: 13.0)
-    (tmp_path / "base").mkdir()
-    argv = ["--data", "nowhere", "--out", str(tmp_path), "--only", "stage-1,evaluate"]
-    assert run(lambda: fullsize.main(argv)) == 1
+    (tmp_path / "base" / "unet").mkdir(parents=True)
+    with open(tmp_path / "base" / "unet" / "weights", "wb") as file:
+        file.truncate(2 * 10 ** 9)      # a hole, which takes no room
+    argv = ["--data", "nowhere", "--out", str(tmp_path), "--only", "stage-2,evaluate"]
+    assert run(lambda: fullsize.main([*argv, "--base", str(tmp_path / "base")])) == 1
     out = capsys.readouterr().out
-    assert "stage-1      left out: it should take 14 GB, and 13.0 GB are free" in out
-    assert "evaluate    failed (2)" in out
+    assert "stage-2       left out: it should take 28 GB, and 13.0 GB are free" in out
+    assert "evaluate      failed (2)" in out
     assert run(lambda: fullsize.main([*argv, "--only", "all"])) == 2
     assert "--only all: choose from stage-1, resume" in capsys.readouterr().err
 
