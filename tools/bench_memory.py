@@ -2,7 +2,8 @@
 
 A step runs on the meta device, where tensors have shapes and no storage: what is alive is added up as it would be under
 bf16 autocast on CUDA, with fused attention. Not counted: workspaces of the kernels, what the allocator loses to gaps,
-the CUDA context (about half a gigabyte), and encoding without a cache, which is over before the activations come.
+the CUDA context (about half a gigabyte). A step begins with cached latents, as with --cache; without, its images are
+encoded first.
 """
 import contextlib
 import weakref
@@ -21,8 +22,8 @@ from train import trainable
 SIZE = 288, 384     # the paper's training images
 SMALL = "--frozen bf16 --optimizer adam-bf16"
 CHOICES = {1: ["", "--checkpointing", "--optimizer adam-bf16"],
-           2: ["", "--checkpointing", SMALL, f"{SMALL} --checkpointing", "--frozen bf16 --lora 16",
-               "--frozen bf16 --lora 16 --checkpointing"]}
+           2: ["", "--checkpointing", "--frozen bf16", "--optimizer adam-bf16", "--lora 16", SMALL,
+               f"{SMALL} --checkpointing", "--frozen bf16 --lora 16", "--frozen bf16 --lora 16 --checkpointing"]}
 MICROS = 2, 16      # the paper's micro-batch, and half a step
 CARDS = 24, 48, 80      # GB as sold, really 2^30 bytes each
 SPARE = 1.5e9           # of a card: CUDA context, workspaces, gaps
