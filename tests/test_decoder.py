@@ -3,10 +3,12 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -19,7 +21,7 @@ from tasks import PALETTES, TASKS
 from tools import bench, distil
 
 COLOURS = torch.tensor(PALETTES["cityscapes"]) / 127.5 - 1
-FEW = "--images 2 --steps 3 --batch 2 --workers 0"
+FEW = "--images 2 --steps 3 --batch 2 --workers 0 --data toy"
 
 
 def autoencoder(levels=3, **options):
@@ -149,11 +151,13 @@ def test_where_there_are_no_latents(folder):
 def test_distil_learns(tiny_ckpt_1, tmp_path):
     """Of labels and predictions, it comes closer to the VAE's decoder; the same seed gives the same weights."""
     model, worlds = StableMTL.load(tiny_ckpt_1), distil.train_readers("", (16, 24), 4)
-    seen, codecs = distil.lessons(model, worlds, 4, 2, 0), [model.codecs[t] for t in model.tasks]
+    codecs = [model.codecs[t] for t in model.tasks]
+    seen, skipped = distil.lessons(model, distil.Lots(worlds, model.tasks, model.codecs, 4, 0, {}))
+    assert not skipped
     (size, (z, images, kinds)), = seen.items()
     assert size == (4, 6) and len(z) == len(images) == len(kinds) and images.shape[1:] == (3, 16, 24)
-    assert all((kinds == k).sum() >= 4 for k in range(len(TASKS)))
-    assert 4 * (len(TASKS) + 2) <= len(z) <= 4 * (len(TASKS) + 5)      # all predictions, and the labels there are
+    labels = 2 * 4 + 5 + 2      # of two rooms, of a street, of things: what the toy worlds say they have
+    assert len(z) == 4 * len(TASKS) + labels and all((kinds == k).sum() >= 4 for k in range(len(TASKS)))
     with torch.no_grad():
         assert torch.allclose(model.decode(z[:3].float()), images[:3].float(), atol=5e-2)
     made = []
@@ -215,13 +219,103 @@ def test_the_command(tiny_ckpt_1, folder, tmp_path, go):
 
 
 def test_an_interrupted_one_leaves_nothing(tiny_ckpt_1, tmp_path, go, monkeypatch):
-    """Also where the disk is full at the end."""
-    monkeypatch.setattr(distil, "write_json", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    code, _, error = go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")
-    assert code == 2 and "No space left" in error and error.splitlines()[-1].count(":") and not list(tmp_path.iterdir())
-    monkeypatch.setattr(distil, "train", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")[0] == 130
-    assert not list(tmp_path.iterdir())
+    """In training, while it is written, and where the disk is full at the end. A user's own folder <out>.tmp used to be
+    deleted."""
+    (tmp_path / "a.tmp").mkdir()
+    (tmp_path / "a.tmp/mine").touch()
+
+    def ended(where, error):
+        with monkeypatch.context() as m:
+            m.setattr(*where, lambda *a, **options: (_ for _ in ()).throw(error))
+            code, _, told = go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")
+        assert [p.name for p in tmp_path.rglob("*")] == ["a.tmp", "mine"]
+        return code, told.splitlines()[-1]
+    code, told = ended((distil, "write_json"), OSError(28, "No space left on device"))
+    assert code == 2 and "No space left" in told
+    for where in ((distil, "measure"), (torch.optim.Adam, "step"), (distil, "write_json")):
+        assert ended(where, KeyboardInterrupt)[0] == 130, where
+    assert go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")[0] == 0
+    assert (tmp_path / "a.tmp/mine").is_file() and {p.name for p in tmp_path.iterdir()} == {"a", "a.tmp"}
+
+
+def checkpoint_of(ckpt, folder, **train):
+    """A copy of a checkpoint that says what it was trained on."""
+    shutil.copytree(ckpt, folder)
+    about = {"size": [16, 24], "train": {"stage": 1, "steps": 1, "batch": 1, "seed": 0, **train}}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def photographs(root, n, size=(24, 16)):
+    """`root` with n images, and a depth label for each."""
+    for k in range(n):
+        for sub in ("images", "depth"):
+            (root / sub).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (*size[::-1], 3), np.uint8)).save(
+            root / f"images/{k}.png")
+        np.save(root / f"depth/{k}.npy", np.full(size[::-1], 1 + k, np.float32))
+    (root / "train.txt").write_text("\n".join(map(str, range(n))))
+    return root
+
+
+def test_what_it_learns_from(tiny_ckpt_1, tmp_path, go):
+    """What the checkpoint was trained on. One that does not say, as imported weights do not, used to be distilled on
+    the toy worlds without a word."""
+    for name, about in (("imported", {"imported": {"base": "x"}, "train": None}), ("silent", {})):
+        ckpt = shutil.copytree(tiny_ckpt_1, tmp_path / name)
+        (ckpt / "config.json").write_text(json.dumps(about))
+        code, _, error = go(distil.main, f"--ckpt {ckpt} --out {tmp_path / 'no'}")
+        assert code == 2 and error.count("\n") == 1 and f"{ckpt} does not say what it was trained on" in error
+        assert "--data" in error and not (tmp_path / "no").exists()
+    few = FEW.replace(" --data toy", "")
+    home = photographs(tmp_path / "photos", 3)
+    for data, told, names in (("", "the toy worlds", ["rooms", "streets"]), (str(home), str(home), ["folder"])):
+        ckpt, out = tmp_path / names[0], tmp_path / f"small-{names[0]}"
+        checkpoint_of(tiny_ckpt_1, ckpt, data=data, scenes=2)
+        code, said, error = go(distil.main, f"--ckpt {ckpt} {few} --out {out}")
+        assert code == 0 and f"of 2 training images of {', '.join(names)} ({told}), 0 skipped" in said, error
+        about = json.loads((out / "distilled.json").read_text())
+        assert (about["data"], about["datasets"], about["ckpt"]) == (data or "toy", names, str(ckpt))
+    shutil.rmtree(home)
+    code, _, error = go(distil.main, f"--ckpt {ckpt} {few} --out {tmp_path / 'no'}")
+    assert code == 2 and "was trained on" in error and "which is not here" in error
+
+
+def test_it_needs_images_alone(tiny_ckpt_1, tmp_path, go):
+    """Labels there are are taken, unless training dropped them; none is needed. Exactly as many images as asked, of a
+    few again and again."""
+    root = photographs(tmp_path / "photos", 3)
+    plain = checkpoint_of(tiny_ckpt_1, tmp_path / "plain", data=str(root))
+    dropped = checkpoint_of(tiny_ckpt_1, tmp_path / "dropped", data=str(root), drop="folder:depth")
+
+    def maps(ckpt, out, more=""):
+        code, _, error = go(distil.main, f"--ckpt {ckpt} {FEW.replace('--data toy', more)} --out {tmp_path / out}")
+        assert code == 0, error
+        return json.loads((tmp_path / out / "distilled.json").read_text())["maps"]
+    assert maps(plain, "a") == 2 * (len(TASKS) + 1) and maps(dropped, "b") == 2 * len(TASKS)
+    assert maps(plain, "c", "--images 10") == 10 * (len(TASKS) + 1)
+    shutil.rmtree(root / "depth")
+    assert maps(tiny_ckpt_1, "d", f"--data {root} --images 1") == len(TASKS)
+
+
+def test_unreadable_images(tiny_ckpt_1, tmp_path, go):
+    """Named; skipped and counted with --skip-bad, and where the checkpoint was trained with it. The flag was advised
+    and did not exist."""
+    root = photographs(tmp_path / "photos", 3)
+    (root / "images/1.png").write_bytes((root / "images/1.png").read_bytes()[:60])
+    strict = checkpoint_of(tiny_ckpt_1, tmp_path / "strict", data=str(root))
+    lenient = checkpoint_of(tiny_ckpt_1, tmp_path / "lenient", data=str(root), skip_bad=True)
+    few = FEW.replace("2", "3", 1).replace("--data toy", "--out")
+    code, _, error = go(distil.main, f"--ckpt {strict} {few}", tmp_path / "a")
+    last = error.splitlines()[-1]
+    assert code == 2 and "1.png" in last and "--skip-bad" in last and not (tmp_path / "a").exists()
+    for ckpt, more in ((strict, "--skip-bad"), (lenient, "")):
+        code, out, error = go(distil.main, f"--ckpt {ckpt} {more} {few}", tmp_path / ckpt.name[:2])
+        assert code == 0 and "of 2 training images of folder" in out and "1 skipped" in out and "1.png" in error
+    for k in (0, 2):
+        (root / f"images/{k}.png").write_bytes((root / f"images/{k}.png").read_bytes()[:60])
+    code, _, error = go(distil.main, f"--ckpt {lenient} {few}", tmp_path / "none")
+    assert code == 2 and "none of the training images can be read" in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -232,7 +326,7 @@ def test_an_interrupted_one_leaves_nothing(tiny_ckpt_1, tmp_path, go, monkeypatc
 def test_mistakes_end_in_a_sentence(flags, sentence, tiny_ckpt_1, tmp_path, go, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distil, "lessons", lambda *a: pytest.fail("the work has begun"))
-    code, _, error = go(distil.main, f"--ckpt {tiny_ckpt_1} " + flags.format(here=tmp_path))
+    code, _, error = go(distil.main, f"--ckpt {tiny_ckpt_1} --data toy " + flags.format(here=tmp_path))
     assert code == 2 and sentence in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 

@@ -7,35 +7,41 @@
     python evaluate.py --ckpt out/ --decoder out/decoder                what it costs, task by task
 
 It sees what it will be used on: the latents that the checkpoint predicts for training images, every task of each, and
-those of the labels these have. Its target is what the VAE's decoder makes of them, so that no label limits it. The
-encoder stays the VAE's; the file's own is a stub, or TAESD's. First everything is computed that it learns from, then it
-is trained, and --out is written at the end, whole: what is interrupted before leaves nothing.
+those of the labels that training saw with them, where there are any. Latents of the images themselves are left out: a
+checkpoint encodes photographs and never decodes one. Its target is what the VAE's decoder makes of the latents, so that
+no label limits it. The encoder stays the VAE's; the file's own is a stub, or TAESD's. First everything is computed that
+it learns from, then it is trained, and --out is written at the end, whole: what is interrupted before leaves nothing.
 """
 import argparse
 import math
 import os
-import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from cli import Parser, half, number, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import read_config, write_json
-from data import Mixture, loader, train_readers
+from data import TOY_TRAIN, fetch, labelled, parse_drop, prepare, train_readers, unreadable
+from evaluate import choose, place
 from model import StableMTL
 from network import stock
 from network.loading import checkpoint_folder, factor, not_finite, read_decoder, save_part
+from readers import READERS
 from training.losses import DENSE
 
 # By the VAE's factor, its pixels per latent cell: width, residual blocks per level, from the latents' to the pixels'.
 # TAESD has 64 and 3,3,3,1. A block of whole pixels costs most; without one, the toy's misses more (docs/cost.md).
 SIZES = {2: (32, (2, 1)), 4: (48, (3, 3, 1)), 8: (56, (3, 3, 3, 1))}
+LOT = 8     # images that pass the network at once
 
 
 # ---- the decoder, and what it learns from ----
@@ -56,26 +62,67 @@ def new_decoder(vae, width=None, blocks=None):
         num_decoder_blocks=blocks, encoder_block_out_channels=(1,) * levels, num_encoder_blocks=(0,) * levels)
 
 
+class Lots(Dataset):
+    """`images` training images, of each dataset as many, some mirrored: none comes twice before all of a dataset have.
+
+    Element k: LOT of one dataset or fewer, as data.prepare gives them, with the labels of `tasks` that they have and
+    `drop` {dataset: tasks} leaves. One that cannot be read is a ValueError, or with skip_bad a sentence in its place.
+    """
+
+    def __init__(self, readers, tasks, codecs, images, seed, drop, skip_bad=False):
+        self.codecs, self.skip_bad, self.lots, rng = codecs, skip_bad, [], np.random.default_rng(seed)
+        for n, reader in enumerate(readers):
+            share = images // len(readers) + (n < images % len(readers))
+            rounds = math.ceil(share / len(reader))
+            numbers = [int(i) for _ in range(rounds) for i in rng.permutation(len(reader))][:share]
+            flips = rng.random((share, 2)) < (0.5, 0.5 if reader.vflip else 0)
+            left = [t for t in tasks if t not in drop.get(reader.name, ())]
+            known = {t: set(reader.indices(t)) for t in labelled(reader, left)}
+            jobs = [(i, tuple(t for t in known if i in known[t]), tuple(flip))
+                    for i, flip in zip(numbers, flips.tolist(), strict=True)]
+            self.lots += [(reader, jobs[k:k + LOT]) for k in range(0, share, LOT)]
+
+    def __len__(self):
+        return len(self.lots)
+
+    def __getitem__(self, k):
+        (reader, jobs), items = self.lots[k], []
+        for i, tasks, flips in jobs:
+            try:
+                items.append(prepare(reader, i, tasks, self.codecs, flips))
+            except (OSError, ValueError) as error:
+                if not self.skip_bad:
+                    raise unreadable(reader, i, error) from error
+                items.append(f"{reader.name} sample {i}: {error}")
+        return items
+
+
 @torch.no_grad()
-def lessons(model, readers, images, batch, seed, workers=0):
-    """{size: (latents (N,4,h,w), what the VAE makes of them (N,3,H,W), numbers of their tasks (N))} of labels and
-    predictions, on the CPU in half precision: of `images` training images, all tasks of the model and all labels."""
-    seen, device = {}, next(model.parameters()).device
-    mixture = Mixture(readers, model.tasks, model.codecs, batch, batch, seed, isolation=False, joint=True)
-    steps = math.ceil(images / batch)
-    for step in tqdm(loader(mixture, 0, steps, workers), "what there is to learn", steps, leave=False):
-        for b in step["batches"]:
-            with half(device):
-                z_i, z_j = (model.see(f.to(device)) for f in b["frames"])
-                latents = [*model(z_i, z_j, model.tasks).items()]
-                latents += [(t, model.encode(x.to(device))) for t, x in b["labels"].items()]
-                for t, z in latents:
-                    kinds = torch.full((len(z),), model.tasks.index(t))
-                    maps = z.half().cpu(), model.decode(z).half().cpu(), kinds
-                    columns = seen.setdefault(tuple(z.shape[2:]), ([], [], []))
-                    for column, x in zip(columns, maps, strict=True):
-                        column.append(x)
-    return {size: tuple(map(joined, columns)) for size, columns in seen.items()}
+def lessons(model, lots, workers=0):
+    """What there is to learn from `Lots`, predictions of all tasks and labels, and the sentences about skipped images:
+    {size: (latents (N,4,h,w), what the VAE makes of them (N,3,H,W), numbers of their tasks (N))}, on the CPU in half
+    precision. ValueError if no image can be read."""
+    seen, skipped, device = {}, [], next(model.parameters()).device
+    order = fetch(lots, workers, batch_size=None, sampler=range(len(lots)))
+    for lot in tqdm(order, "what there is to learn", len(lots), leave=False):
+        skipped += [x for x in lot if isinstance(x, str)]
+        items = [x for x in lot if not isinstance(x, str)]
+        if not items:
+            continue
+        codes = {t: [x["labels"][t] for x in items if t in x["labels"]] for t in model.tasks}
+        with half(device):
+            z_i, z_j = (model.see(torch.stack([x["frames"][n] for x in items]).to(device)) for n in (0, 1))
+            latents = [*model(z_i, z_j, model.tasks).items()]
+            latents += [(t, model.encode(torch.stack(x).to(device))) for t, x in codes.items() if x]
+            for t, z in latents:
+                kinds = torch.full((len(z),), model.tasks.index(t))
+                maps = z.half().cpu(), model.decode(z).half().cpu(), kinds
+                columns = seen.setdefault(tuple(z.shape[2:]), ([], [], []))
+                for column, x in zip(columns, maps, strict=True):
+                    column.append(x)
+    if not seen:
+        raise ValueError(f"none of the training images can be read, first {skipped[0]}")
+    return {size: tuple(map(joined, columns)) for size, columns in seen.items()}, skipped
 
 
 def joined(parts):
@@ -148,15 +195,15 @@ def train(tiny, seen, codecs, steps, batch=8, lr=2e-3, seed=0):
 def save(tiny, about, out):
     """Write the folder, which must not be there yet, in one piece or not at all; OSError says why not."""
     out = Path(out)
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        save_part(tiny, temporary)
-        write_json(temporary / "distilled.json", about)
-        os.replace(temporary, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:     # no one else's
+            made = Path(temporary) / out.name
+            made.mkdir()
+            save_part(tiny, made)
+            write_json(made / "distilled.json", about)
+            os.replace(made, out)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{out} cannot be written ({error}): make room, and distil again") from None
 
 
@@ -179,9 +226,12 @@ def parse(argv):
     flag("--width", type=whole(1, 4096), help="channels (default: 56, 32 for the toy base)")
     flag("--blocks", type=parse_blocks, help="residual blocks per level, coarse to fine (default: 3,3,3,1, 2,1 for the "
          "toy base)")
-    flag("--data", help="root folder of the training data (default: what the checkpoint was trained on)")
+    flag("--data", help="root folder of training images, labelled or not, or `toy` (default: what the checkpoint was "
+         "trained on)")
     flag("--images", type=whole(1), default=600, help="training images, whose maps are kept in memory (default: "
          "%(default)s)")
+    flag("--skip-bad", action="store_true", help="skip and count unreadable images instead of stopping (default: as in "
+         "training)")
     flag("--steps", type=whole(1), default=6000, help="(default: %(default)s)")
     flag("--batch", type=whole(1, 4096), default=8, help="maps per step (default: %(default)s)")
     flag("--lr", type=number(0, 1, ends=False), default=2e-3, help="peak learning rate (default: %(default)s)")
@@ -201,33 +251,45 @@ def main(argv=None):
     writable(args.out, folder=True)
     device = parse_device(args.device)
     folder = checkpoint_folder(args.ckpt)
+    whose = args.ckpt or str(folder)
+    config = read_config(folder)
+    if not (args.data or config["train"]):
+        raise ValueError(f"{whose} does not say what it was trained on: name training images by --data <root>, or the "
+                         "toy worlds by --data toy")
+    trained = config["train"] or {}
+    data, size = choose(args.data, place(trained.get("data")), config["size"], whose)
     model = steady(StableMTL.load(folder, args.stage, device))
     if model.space != "latent":
-        raise ValueError(f"{folder} predicts pixels, not latents: there is no decoder to make for it")
+        raise ValueError(f"{whose} predicts pixels, not latents: there is no decoder to make for it")
     torch.manual_seed(args.seed)
     if args.init:
         tiny = read_decoder(args.init, model.vae, "--init").to(device)
     else:
         tiny = new_decoder(model.vae, args.width, args.blocks).to(device)
     tiny.encoder.requires_grad_(False)
-    config = read_config(folder)
-    trained = config["train"] or {}
-    root = args.data if args.data is not None else trained.get("data") or ""
-    size = tuple(config["size"] or (32, 48))
-    readers = train_readers("" if root == "toy" else root, size, trained.get("scenes", 400))
     codecs = [model.codecs[t] for t in model.tasks]
-    seen = lessons(model, readers, args.images, 8, args.seed, args.workers)
+    readers = train_readers("" if data == "toy" else data, size, trained.get("scenes", 400))
+    drop = parse_drop(trained.get("drop", ""), (*TOY_TRAIN, *READERS))
+    lots = Lots(readers, model.tasks, model.codecs, args.images, args.seed, drop,
+                args.skip_bad or trained.get("skip_bad", False))
+    seen, skipped = lessons(model, lots, args.workers)
     del model       # its memory is training's now
     before, maps = measure(tiny, seen, codecs), sum(len(z) for z, *_ in seen.values())
     train(tiny, seen, codecs, args.steps, args.batch, args.lr, args.seed)
     if bad := not_finite(tiny.state_dict()):
         raise FloatingPointError(f"{', '.join(bad[:4])} are not finite: lower --lr")
     after = measure(tiny, seen, codecs)
-    flags = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "device")}
-    save(tiny, {**flags, "maps": maps, "error before": before, "error": after}, args.out)
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "device", "skip_bad")}
+    source = {"ckpt": whose, "data": data, "datasets": [*dict.fromkeys(reader.name for reader, _ in lots.lots)],
+              "skipped": skipped}
+    save(tiny, {**flags, **source, "maps": maps, "error before": before, "error": after}, args.out)
     weights = sum(p.numel() for p in tiny.decoder.parameters())
-    print(f"{maps} maps, {args.steps} steps in {(time.time() - start) / 60:.1f} min on {device}; mean squared "
-          f"difference from the VAE's decoder {before:.5f} -> {after:.5f}; {weights} weights in {args.out}")
+    for sentence in skipped:
+        print(f"skipped: {sentence}", file=sys.stderr)
+    print(f"{maps} maps of {args.images - len(skipped)} training images of {', '.join(source['datasets'])} "
+          f"({'the toy worlds' if data == 'toy' else data}), {len(skipped)} skipped")
+    print(f"{args.steps} steps in {(time.time() - start) / 60:.1f} min on {device}; mean squared difference from the "
+          f"VAE's decoder {before:.5f} -> {after:.5f}; {weights} weights in {args.out}")
     return 0
 
 
