@@ -238,7 +238,7 @@ def table(results, trivials, before=None):
             what = "codec alone" if "PSNR" in result else "model"
             row = {"test set": name, "task": task, "metric": f"{metric} {'↓' if lower else '↑'}",
                    what: f"{result[metric]:.4g}", **{who: f"{g:.4g}" for who, g in guesses.items()},
-                   "model / better trivial": f"{result[metric] / better:.2f}x" if guesses else "",
+                   "model / better trivial": f"{result[metric] / better:.2f}x" if better > 0 else "",
                    **compared(key, result, (before or {}).get(name, {}).get(task)),
                    "paper": str(PAPER["StableMTL"].get(task, {}).get(name, "")), "images": str(result["images"])}
             if "PSNR" in result:
@@ -410,12 +410,17 @@ def read_baseline(names, planned):
     return shared(table, planned)
 
 
+def code():
+    """The files of this project that numbers may depend on: all that is imported here, and what that imports."""
+    rooms = "", "readers", "network", "inference", "training", "baselines", "toy"
+    return [path for room in rooms for path in Path(__file__).parent.joinpath(room).glob("*.py")]
+
+
 def settings(args, folder, size):
     """Everything but its samples that the numbers of a test set depend on."""
-    code = Path(__file__).parent
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
              for path in folder.glob(pattern)]
-    files += [path for pattern in ("*.py", "readers/*.py", "baselines/*.py") for path in code.glob(pattern)]
+    files += code()
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
     idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"

@@ -41,7 +41,7 @@ from inference.infer import check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
 from inference.results import Result, array_files, fingerprint, finished, own_folder, write
 from inference.video import Place, write_clips
-from network.loading import checkpoint_folder
+from network.loading import checkpoint_folder, read_model_json
 from readers.exports import FORMATS, parse_formats
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld
@@ -252,12 +252,22 @@ def load(args):
     if args.tasks != "all" and len(tasks) < len(wanted):
         raise ValueError(f"--tasks {args.tasks}: the checkpoint in {args.ckpt} knows only {', '.join(model.tasks)}")
     if args.attention and model.main is None:
-        raise ValueError(f"--attention needs stage 2, and {args.ckpt} gave stage 1: train stage 2, or drop --stage 1")
+        raise ValueError(f"--attention needs stage 2, and {args.ckpt} gave {without_stage_2(args.ckpt)}")
     if args.vae_slicing:
         (model.decoder or model.vae).enable_slicing()
     if args.vae_tiling:
         model.vae.enable_tiling()
     return model, tasks
+
+
+def without_stage_2(folder):
+    """What the model of a checkpoint is, of which no stage 2 was loaded, and what to do about it."""
+    spec = read_model_json(folder)
+    if spec["kind"] != "stablemtl":
+        return f"the system {spec['kind']}, which has none: leave it out"
+    if spec.get("generalist"):
+        return "a Generalist, which has none: leave it out"
+    return "stage 1: " + ("drop --stage 1" if spec["multi"] else "train stage 2, or leave it out")
 
 
 def predict_testset(args):

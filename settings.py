@@ -299,12 +299,35 @@ def check(cfg, given=()):
     if cfg.system != "stablemtl":       # every label of an image at once, losses of their own
         baselines.parse_options(cfg.system, cfg.options)
         cfg.isolation, cfg.loss, cfg.discover = False, "", baselines.parse_discover(cfg)
+        check_teacher(cfg)
     elif cfg.decoded and cfg.cache_folder:
         raise ValueError("--loss pixel and task compare images, which the latent cache does not hold: add --cache none")
     cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
     cli.parse_device(cfg.device)
+    if cfg.init:
+        check_finished(cfg.init, 1, "--init starts from a finished stage 1")
     return cfg
+
+
+def check_teacher(cfg):
+    """ValueError if the teacher is unfinished, or what this run replaces, by whichever path it is named."""
+    replaced = [os.path.realpath(folder) for folder in (cfg.out, Path(cfg.out, "best"))]
+    if cfg.teacher and os.path.realpath(cfg.teacher) in replaced:
+        raise ValueError(f"--teacher {cfg.teacher} is what a run in --out {cfg.out} replaces: name another --out")
+    if cfg.teacher:
+        check_finished(cfg.teacher, 1, "--teacher is a finished checkpoint")
+
+
+def check_finished(folder, stage, who):
+    """ValueError if this stage in a checkpoint is that of a run which has not come to its end; imported weights and
+    copies have no run. who: what asks for a finished one, in words."""
+    state = state_file(folder)
+    about = read_json(state, "", STATE) if state else None
+    if about and about["train"]["stage"] == stage and (step := about["step"]) < about["train"]["steps"]:
+        raise ValueError(f"{who}, and the one in {folder} has done {step} of {about['train']['steps']} steps: finish "
+                         f"it first with python train.py --resume --out {folder} (--steps {max(1, step)} ends it "
+                         "there)")
 
 
 def stages_in(cfg):
@@ -319,12 +342,8 @@ def stages_in(cfg):
     if stages >= cfg.stage and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already holds stage {stages}: continue it with --resume, name another --out, "
                          "or replace it with --overwrite")
-    state = state_file(cfg.out) if cfg.stage == 2 else None     # neither imported weights nor copies have one
-    about = read_json(state, "", STATE) if state else None
-    if about and about["train"]["stage"] == 1 and (step := about["step"]) < about["train"]["steps"]:
-        raise ValueError(f"--stage 2 starts from a finished stage 1, and the one in {cfg.out} has done {step} of "
-                         f"{about['train']['steps']} steps: finish it first with python train.py --resume --out "
-                         f"{cfg.out} (--steps {max(1, step)} ends it there)")
+    if cfg.stage == 2:
+        check_finished(cfg.out, 1, "--stage 2 starts from a finished stage 1")
     return stages
 
 

@@ -313,7 +313,7 @@ def train(rank, world, device, cfg, saved, tensors):
     # ---- data and model: frozen VAE and tokens, trainable UNet ----
     readers, beside = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes), {}
     if cfg.discover == "true":
-        readers, beside = with_true_labels(readers)
+        readers, beside = with_true_labels(readers, parse_drop(cfg.drop, [r.name for r in readers]))
     model = system.build(cfg, labelled_tasks(cfg, readers), stages_in(cfg))
     if world > 1:
         dist.barrier()    # nobody writes to --out before everybody has read it

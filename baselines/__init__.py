@@ -68,7 +68,7 @@ def parse_discover(cfg):
                          "it")
     if wanted == "true" and cfg.data:
         raise ValueError("--discover true is for the toy worlds, which know every label: leave out --data")
-    if cfg.data and cfg.cache in ("auto", "none"):
+    if cfg.teacher and cfg.data and cfg.cache in ("auto", "none"):
         raise ValueError("--teacher looks at images without crops and jitter: give their cache a --cache <folder>")
     return wanted
 
@@ -99,6 +99,10 @@ def parse_options(name, text):
             known = ", ".join(fields) or "it has none"
             raise ValueError(f"--options {part}: not an option of {name} ({known})")
         out[key] = _value(fields[key], part, value)
+    for key in out:
+        needed = fields[key].metadata.get("idle")       # with that at 0 it does nothing
+        if needed and not out.get(needed, fields[needed].default):
+            raise ValueError(f"--options {text}: {key} would do nothing here, with {needed}=0: leave it out")
     return out
 
 

@@ -82,12 +82,12 @@ class Denoiser(nn.Module):
 
 @dataclass
 class Options:
-    diffuse: str = field(default="features", metadata={"help": "features or predictions",
+    diffuse: str = field(default="features", metadata={"help": "features or predictions", "idle": "steps",
                                                        "choices": ("features", "predictions")})
     steps: int = field(default=2, metadata={"help": "S; 0 = the first decoder alone"})
     condition: str = field(default="all", metadata={"help": "on the maps of all tasks, the own one, or none",
-                                                    "choices": ("all", "own", "none")})
-    noise: bool = field(default=True, metadata={"help": "whether noise is added"})
+                                                    "idle": "steps", "choices": ("all", "own", "none")})
+    noise: bool = field(default=True, metadata={"help": "whether noise is added", "idle": "steps"})
 
 
 class DiffusionMTL(MTL):

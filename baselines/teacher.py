@@ -18,12 +18,13 @@ from training.discovery import discoverable
 KEPT, CALIBRATION = 0.5, 16     # share of unlabelled pixels that are confident enough; images per dataset to find where
 
 
-def with_true_labels(readers):
-    """The toy worlds with the labels that could be discovered in them: (readers, {world: tasks})."""
+def with_true_labels(readers, drop):
+    """The toy worlds with the labels that could be discovered in them, `drop` among them: (readers, {world: tasks})."""
     out, beside = [], {}
     for reader in readers:
         full = reader.complete()
-        beside[reader.name] = {t for t in discoverable(full.tasks) if t not in reader.tasks}
+        known = set(reader.tasks) - drop.get(reader.name, set())
+        beside[reader.name] = set(discoverable(full.tasks)) - known
         full.tasks = tuple(t for t in full.tasks if t in reader.tasks or t in beside[reader.name])
         out.append(full)
     return out, beside
@@ -39,6 +40,15 @@ def relit(frames, keys):
         mean = x.mean((1, 2, 3), keepdim=True)
         out.append((((x - mean) * contrast + mean) * gain).clamp(0, 1) * 2 - 1)
     return out
+
+
+def surest(sure, share):
+    """What this share of numbers (N,) exceeds. Those that tie there are all among it, as in discovery.keep: a saturated
+    output is as sure in half of the image or more, and none of that is surer than the rest."""
+    ordered = sure.sort().values
+    least = ordered[int((1 - share) * len(sure))]
+    ties = (ordered == least).sum() > 1
+    return (least.nextafter(least.new_tensor(-torch.inf)) if ties else least).item()
 
 
 class Discovery:
@@ -61,7 +71,7 @@ class Discovery:
     @torch.no_grad()
     def thresholds(self):
         """{task: the confidence that the share KEPT of unlabelled pixels exceeds}, over the first few images of each
-        dataset."""
+        dataset; more of them exceed it where many are equally sure (`surest`)."""
         seen, device = {t: [] for t in self.tasks}, next(self.teacher.parameters()).device
         for reader in self.mixture.readers:
             known = range(min(CALIBRATION, len(reader)))
@@ -70,7 +80,7 @@ class Discovery:
                 pair = [f[None].to(device) for f in item["frames"]]
                 for t, (_, sure) in self.teacher.guess(*pair, lacking).items():
                     seen[t].append(sure.flatten().cpu())
-        return {t: torch.cat(x).sort().values[int((1 - KEPT) * sum(map(len, x)))].item() for t, x in seen.items() if x}
+        return {t: surest(torch.cat(x), KEPT) for t, x in seen.items() if x}
 
     @torch.no_grad()
     def ready(self, b):
@@ -84,7 +94,7 @@ class Discovery:
                 pseudo[t], valid[t] = (b["labels"][t], valid[t] & lacking[t]), valid[t] & ~lacking[t]
         elif self.labels:
             guesses = self.teacher.guess(*b["frames"], [t for t in lacking if t in self.least])
-            pseudo = {t: (code, (sure > self.least[t]) & lacking[t]) for t, (code, sure) in guesses.items()}
+            pseudo = {t: (code, (sure.float() > self.least[t]) & lacking[t]) for t, (code, sure) in guesses.items()}
         features = self.teacher.features(*b["frames"]) if self.features else {}
         return b | {"pseudo": pseudo, "features": features, "lacks": lacks, "valid": valid,
                     "frames": relit(b["frames"], b["keys"])}

@@ -263,9 +263,9 @@ class System(nn.Module):
         check_finite({t: x.sum() for t, x in codes.items()})
         return {t: self.codecs[t].decode(x) for t, x in codes.items()}
 
-    def infer(self, image, next=None, tasks=None, size=None, rows=None):
+    def infer(self, image, next=None, tasks=None, size=None, rows=None, confidence=False, pixels=False, camera=None):
         """As StableMTL.infer: maps of photos as numpy arrays of the photos' own size."""
-        return infer.infer(self, image, next, tasks, size, rows)
+        return infer.infer(self, image, next, tasks, size, rows, confidence, pixels, camera)
 
     # -- files --
 

@@ -13,6 +13,7 @@ b < 1 makes the same t noisier. Betas are Stable Diffusion's. All that is drawn 
 batch nor the number of processes has a part in it.
 """
 import zlib
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -104,7 +105,6 @@ class Generalist(StableMTL):
                              f"{space} space and {condition} frames need {taken} to {given}")
         seen = "latent" if condition == "latent" else "raw"
         self.coding = "" if space == seen == "latent" else f", {space} labels, {seen} frames"
-        self.seeds = None       # of the noise that DDIM starts from, one per image of the batch
 
     @classmethod
     def fit(cls, model, **axes):
@@ -188,12 +188,8 @@ class Generalist(StableMTL):
     @torch.no_grad()
     def predict(self, image, next_image=None, tasks=None, rows=None):
         """As StableMTL.predict. The noise that DDIM starts from follows from the task and the image's bytes alone."""
-        pixels = (image.detach().float() * 127.5).round().to(torch.int16).cpu()
-        self.seeds = [zlib.crc32(x.numpy().tobytes()) for x in pixels]
-        try:
+        with seeded(self, image):
             return super().predict(image, next_image, tasks, rows)
-        finally:
-            self.seeds = None
 
     # -- files --
 
@@ -224,6 +220,18 @@ def draw(what, shape, device):
     """(noise of this shape, a step 0..999) that follow from the text `what` alone."""
     g = torch.Generator().manual_seed(zlib.crc32(what.encode()))
     return torch.randn(shape, generator=g).to(device), torch.randint(TIMESTEP + 1, (), generator=g).to(device)
+
+
+@contextmanager
+def seeded(model, image):
+    """While the block runs, the noise that DDIM starts from follows from the task and the bytes of each image
+    (B,3,H,W), not from the others of its batch. A model that draws none may be given, too."""
+    pixels = (image.detach().float() * 127.5).round().to(torch.int16).cpu()
+    model.seeds = [zlib.crc32(x.numpy().tobytes()) for x in pixels]
+    try:
+        yield
+    finally:
+        model.seeds = None
 
 
 def _pick(x, factor):

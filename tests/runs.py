@@ -53,6 +53,16 @@ def trained(base, factory, flags):
     return out
 
 
+def unfinished(folder, copy):
+    """A copy of a checkpoint whose run was to have nine steps."""
+    shutil.copytree(folder, copy)
+    path = copy / "state" / "state.json"
+    about = json.loads(path.read_text())
+    about["train"]["steps"] = 9
+    path.write_text(json.dumps(about))
+    return copy
+
+
 @pytest.fixture(scope="session")
 def stage1(tiny_base, tmp_path_factory):
     """`trained` for three tasks."""

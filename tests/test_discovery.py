@@ -1,23 +1,29 @@
 """Label discovery: what a teacher says becomes a label where there is none, and nowhere else."""
 import json
 import math
+import re
 import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
+import raw
 import torch
 from kill import compare
 from made import Made
-from runs import saved, stop_at, trained
+from runs import saved, stop_at, trained, unfinished
 
 import evaluate
 import train
 from cli import run
-from data import Mixture, prepare, train_readers
+from data import Mixture, label_tensors, prepare, train_readers
 from inference.confidence import agreement, turned
+from metrics import METRICS, code_sums
+from metrics import trivial as trivial_of
 from model import StableMTL
+from readers.hypersim import Hypersim
 from readers.toyworld import ToyWorld
+from readers.virtual_kitti_2 import VirtualKitti2
 from tasks import TASKS
 from tools import discover
 from training import discovery, losses
@@ -93,11 +99,30 @@ def test_doubt_is_the_disagreement_with_the_mirror(teacher, pseudo):
         assert (doubt[1] == doubt[0, ..., ::-1]).all() and 0 <= doubt.min() <= doubt.max() <= 1
 
 
+def chance(task):
+    """The better trivial predictor of `things`, of all labels that other worlds have, by hand."""
+    there = [r for r in readers() if task in r.tasks]
+    pairs = [[x[0] if k else x for k, x in enumerate(label_tensors(r.load(i, (task,)), task))]
+             for r in there for i in range(SCENES)]
+    kind, metric, _ = METRICS[TASKS[task].metric]
+    true, scores = ToyWorld("things", "train", SCENES, SIZE, all_labels=True), []
+    for guess in trivial_of(TASKS[task], [code_sums(TASKS[task], pairs)]):
+        score = kind(clip=true.depth_range)
+        for i in range(SCENES):
+            label, valid = label_tensors(true.load(i, (task,)), task)
+            score.add(guess, label, valid[0])
+        scores.append(score.result()[metric])
+    return min(scores)
+
+
 def test_truth_is_the_latent_of_the_true_label(teacher, tmp_path, capsys):
     """--truth: the latents that a cache of the labels would hold; where a cell is not all valid there is no label."""
     assert discover.main(f"--ckpt {teacher} --to {tmp_path / 'truth'} --truth --samples 2".split()) == 0
     table = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| things")]
     assert {row[1].strip() for row in table} == set(TASKS_HERE)
+    ours, trivial = ({row[1].strip(): float(row[k]) for row in table} for k in (3, 5))
+    assert trivial == pytest.approx({t: chance(t) for t in TASKS_HERE}, rel=1e-3)
+    assert all(ours[t] != trivial[t] for t in TASKS_HERE)
     model = StableMTL.load(teacher)
     kept, world = labels(tmp_path / "truth", model, "none"), ToyWorld("things", "train", SCENES, SIZE, all_labels=True)
     cell = next(c for c in kept.cells if (c.reader.name, c.tasks) == ("things", ("depth",)))
@@ -109,6 +134,24 @@ def test_truth_is_the_latent_of_the_true_label(teacher, tmp_path, capsys):
         want, got = cache.get(world, 1, ("depth",), flip), kept.get(cell, 1, ("depth",), flip, 0)
         assert torch.equal(want["labels"]["depth"], got["labels"]["depth"])
         assert torch.equal(want["valid"]["depth"], got["valid"]["depth"]) and got["valid"]["depth"].any()
+
+
+def test_a_diffusing_teacher_says_the_same_of_an_image_in_any_batch(go, tmp_path):
+    """Its noise followed from the place in the batch, so that labels depended on --batch and on what was there already;
+    now it is predict's, of the image."""
+    assert go(f"--tasks shading,depth --objective diffuse --ddim-steps 2 --out {tmp_path / 'teacher'}")[0] == 0
+    for batch in (1, 2):
+        flags = f"--ckpt {tmp_path / 'teacher'} --to {tmp_path / str(batch)} --samples 0 --batch {batch}"
+        assert discover.main(flags.split()) == 0
+    model = StableMTL.load(tmp_path / "teacher")
+    one, two = (labels(tmp_path / str(batch), model, tasks=("shading", "depth")) for batch in (1, 2))
+    for cell in one.cells:
+        (t,) = cell.tasks
+        found = [np.array(kept.array(cell.reader, t)).astype(np.float32) for kept in (one, two)]
+        assert np.abs(found[0] - found[1]).max() < 0.02 < np.abs(found[0][0] - found[0][1]).max()
+        frame = prepare(cell.reader, 1, (), {})["frames"][0][None]
+        decoded = TASKS[t].decode(model.codes({t: torch.from_numpy(found[1][1, :1])})[t])
+        assert (decoded - model.predict(frame, frame, [t])[t]).abs().max() < 0.05
 
 
 # ---- what training sees ----
@@ -237,11 +280,11 @@ def test_an_interrupted_discovery_goes_on(teacher, pseudo, tmp_path, monkeypatch
     """Unfinished labels are refused; the same command does the rest, and what was there stays."""
     calls, told = [], discovery._told
 
-    def stopped(model, reader, indices, tasks):
-        calls.append(indices)
+    def stopped(model, items, tasks):
+        calls.append(items)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return told(model, reader, indices, tasks)
+        return told(model, items, tasks)
     monkeypatch.setattr(discovery, "_told", stopped)
     flags = f"--ckpt {teacher} --to {tmp_path / 'labels'} --samples 0 --batch 1".split()
     assert discover.main(flags) == 130 and "does the rest" in capsys.readouterr().err
@@ -251,6 +294,33 @@ def test_an_interrupted_discovery_goes_on(teacher, pseudo, tmp_path, monkeypatch
     for path in pseudo.rglob("*.npy"):
         other = np.load(tmp_path / "labels" / path.relative_to(pseudo))
         assert np.allclose(np.load(path).astype(np.float32), other.astype(np.float32), atol=2e-3)
+
+
+def test_real_formats_with_a_file_that_cannot_be_read(go, tmp_path, monkeypatch, capsys):
+    """Of a teacher that was trained with --skip-bad the labels could never be finished: its image is named, and with
+    --skip-bad counted and left without labels. Of dropped labels the error is told, beside trivial predictors."""
+    data = tmp_path / "data"
+    raw.hypersim(data, frames=[("ai_001_001", "cam_00", k, "train") for k in (0, 1)])
+    raw.virtual_kitti(data, variations=("clone",))
+    for reader in (Hypersim, VirtualKitti2):
+        monkeypatch.setattr(reader, "size", SIZE)
+    bad = sorted(data.glob("virtual_kitti_2/**/rgb_00000.jpg"))[0]
+    bad.write_bytes(bad.read_bytes()[:100])
+    tiny = (f"--steps 1 --data {data} --batch 4 --micro 4 --val-samples 0 --picture-every 0 --workers 0 --threads 1 "
+            f"--cache {tmp_path / 'cache'} --skip-bad --tasks depth,shading --drop virtual_kitti_2:depth")
+    assert go(f"--out {tmp_path / 'teacher'}", tiny)[0] == 0
+    flags = f"--ckpt {tmp_path / 'teacher'} --to {tmp_path / 'labels'} --samples 4"
+    assert run(lambda: discover.main(flags.split())) == 2
+    assert f"virtual_kitti_2 sample 0: {bad}" in (error := capsys.readouterr().err) and "--skip-bad skips" in error
+    assert run(lambda: discover.main(f"{flags} --skip-bad".split())) == 0
+    out, error = capsys.readouterr()
+    assert f"skipped: virtual_kitti_2:0: {bad}" in error and "; 1 images skipped" in out
+    row = next(line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| virtual_kitti_2"))
+    assert row[1].strip() == "depth" and all(float(x) > 0 for x in row[3:6])
+    doubt = np.load(tmp_path / "labels/virtual_kitti_2/shading_doubt.npy")
+    assert [bool(np.isfinite(d).all()) for d in doubt] == [i != 0 for i in range(6)]
+    code, told, _ = go(f"--pseudo {tmp_path / 'labels'} --steps 6", tiny.replace("--steps 1", "--pseudo-weight 9"))
+    assert code == 0 and re.search("; [1-9] samples skipped", told)
 
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -283,6 +353,11 @@ def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):
     assert go("--tasks depth --space pixel --out " + str(tmp_path / "pixel"))[0] == 0
     code, error = told(f"--ckpt {tmp_path / 'pixel'} --to {tmp_path / 'x'}")
     assert code == 2 and "cannot teach" in error
+    for to in (teacher, f"{teacher}/best/../state"):
+        code, error = told(f"--ckpt {teacher} --to {to}")
+        assert code == 2 and "is in the teacher's folder" in error and not (teacher / "cache.json").exists()
+    code, error = told(f"--ckpt {unfinished(teacher, tmp_path / 'stopped')} --to {tmp_path / 'x'}")
+    assert code == 2 and "--ckpt is a finished teacher, and the one in" in error and "has done 1 of 9 steps" in error
     code, error = told(f"--ckpt {tmp_path / 'none'} --to {tmp_path / 'x'}")
     assert code == 2 and "no checkpoint in" in error and not (tmp_path / "x").exists()
 

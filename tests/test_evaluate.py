@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 from PIL import Image
+from test_house import ROOT, modules
 
 import evaluate
 import toy
@@ -315,3 +316,27 @@ def test_a_limit_makes_as_many_scenes(monkeypatch):
     monkeypatch.setattr(evaluate, "test_readers", lambda *_, limit, **__: seen.append(limit) or [])
     code = run(lambda: evaluate.main(["--data", "toy", "--ckpt", str(toy.MODEL), "--limit", "70"]))
     assert code == 2 and seen == [70]
+
+
+def test_results_are_of_the_code_that_made_them():
+    """What a result is kept for holds every file that evaluate.py imports, and that these import: network/ and
+    inference/ were left out."""
+    seen, todo = set(), [ROOT / "evaluate.py"]
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        names = {name.replace(".", "/") for name in modules(path)}
+        names |= {name.rpartition("/")[0] for name in names}
+        found = {ROOT / f"{name}{end}" for name in names if name for end in (".py", "/__init__.py")}
+        todo += [p for p in found - seen if p.is_file()]
+    assert {ROOT / "network/generalist.py", ROOT / "inference/infer.py"} < seen <= set(evaluate.code())
+
+
+def test_other_code_is_evaluated_again(tiny_ckpt_1, tmp_path, monkeypatch, capsys):
+    """Another byte in a file of evaluate.code."""
+    file, flags = tmp_path / "ddim.py", f"--ckpt {tiny_ckpt_1} --limit 1 --trivial 0 --workers 0 --json"
+    monkeypatch.setattr(evaluate, "code", lambda: [file])
+    for text, kept in (("a", False), ("a", True), ("b", False)):
+        file.write_text(text)
+        assert evaluate.main([*flags.split(), str(tmp_path / "r.json")]) == 0
+        assert ("real: kept from" in capsys.readouterr().err) == kept

@@ -3,6 +3,7 @@ other stage 1."""
 import json
 
 import pytest
+import raw
 import tiny
 import torch
 from diffusers import DDIMScheduler
@@ -16,7 +17,10 @@ from cli import run
 from model import StableMTL
 from network import generalist
 from network.generalist import Generalist, add_noise, ddim
+from network.loading import read_model_json
+from readers.hypersim import Hypersim
 from tasks import TASKS
+from tools import hub
 
 pytestmark = pytest.mark.usefixtures("quick")
 FEW = ("semantic", "depth", "optical_flow")
@@ -264,6 +268,27 @@ def test_stage_two_and_other_axes_are_refused(go, trained, tmp_path):
     assert go(f"--init {trained}")[0] == 0
     assert saved(tmp_path / "out")["train"]["ddim_steps"] == 2
     assert StableMTL.load(tmp_path / "out").axes == StableMTL.load(trained).axes
+
+
+def test_what_has_no_stage_two_is_not_told_to_train_it(trained, capsys):
+    """--attention; the card of who diffuses does not say "one step"."""
+    assert run(lambda: sample.main(["--ckpt", str(trained), "--toy", "real:3", "--attention"])) == 2
+    assert "gave a Generalist, which has none: leave it out" in capsys.readouterr().err
+    told = hub.card(trained, read_model_json(trained), "org/name")
+    assert "stage 1: 2 DDIM steps of a\npixel diffusion UNet" in told and "one step" not in told
+
+
+def test_real_formats(go, tmp_path, monkeypatch):
+    """In pixels, diffusing, on a dataset as downloaded, made small; evaluated on another."""
+    raw.hypersim(tmp_path / "data", frames=[("ai_001_001", "cam_00", k, "train") for k in (0, 1)])
+    monkeypatch.setattr(Hypersim, "size", (16, 24))
+    code, _, error = go(f"{PIXEL} --data {tmp_path / 'data'} --tasks depth,albedo",
+                        TINY.replace("--scenes 2 --size 16x24", ""))
+    assert code == 0, error
+    raw.own_folder(tmp_path / "test", h=16, w=24)
+    argv = f"--ckpt {tmp_path / 'out'} --data {tmp_path / 'test'} --limit 1 --workers 0 --json {tmp_path / 'r.json'}"
+    assert evaluate.main(argv.split()) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["folder"].keys() == {"depth", "albedo"}
 
 
 def test_a_damaged_stem_is_named(trained, tmp_path):

@@ -11,7 +11,7 @@ from test_trunk import batch, gradients
 
 import baselines
 from baselines.hitts import Bins, FineTokens, HiTTs, InterTask, cluster, spread
-from baselines.teacher import Discovery, discoverable, relit, with_true_labels
+from baselines.teacher import Discovery, discoverable, relit, surest, with_true_labels
 from baselines.trunk import MTL, WIDTH
 from data import Mixture, prepare, train_readers
 from tasks import TASKS
@@ -209,6 +209,24 @@ def test_only_images_without_a_label_get_a_pseudo_label(system):
     assert 0.3 < sure / pixels < 0.7
 
 
+def test_saturated_outputs_keep_the_surest():
+    """Nothing was kept where half of the pixels or more are as sure as can be: now these are, and without ties all is
+    as before."""
+    torch.manual_seed(0)
+    for n in (1, 2, 7, 100):
+        x = torch.rand(n)
+        assert surest(x, 0.5) == x.sort().values[int(0.5 * n)].item()
+    saturated = torch.cat([torch.rand(30), torch.ones(70)])
+    for x, kept in ((saturated, 70), (torch.ones(9), 9), (-F.relu(torch.linspace(-1, 0.9, 20)), 11)):
+        assert (x > surest(x, 0.5)).sum() == kept
+
+    class Certain(MTL):
+        def guess(self, *args):
+            return {t: (code, torch.zeros_like(sure)) for t, (code, sure) in super().guess(*args).items()}
+    d = discovery(Certain(THREE).eval())
+    assert all(mask.any() for _, mask in d.ready(micro_batch(d))["pseudo"].values())
+
+
 def test_what_is_discovered_does_not_depend_on_what_is_drawn(model):
     """The teacher sees frames as they are; the student sees them relit, another way in each step, alike for a pair, and
     whatever they are batched with."""
@@ -285,7 +303,9 @@ def test_true_labels_in_the_place_of_discovered_ones():
     """--discover true: the toy worlds' own labels of what could be discovered there, as a term beside the labels';
     images are drawn as without them."""
     plain = train_readers(size=SIZE, scenes=2)
-    readers, beside = with_true_labels(plain)
+    readers, beside = with_true_labels(plain, {})
+    dropped = with_true_labels(train_readers(size=SIZE, scenes=2), {"rooms": {"depth", "semantic"}})[1]
+    assert dropped == beside | {"rooms": {"depth"}}
     assert beside == {"rooms": set(), "streets": {"shading", "albedo"},
                       "things": {"normal", "depth", "shading", "albedo"}}
     every, joint = tuple(TASKS), {"isolation": False, "joint": True}

@@ -9,7 +9,7 @@ import kill
 import pytest
 import torch
 from kill import compare, log_lines
-from runs import THREE, TINY, same, saved, stop_at
+from runs import THREE, TINY, same, saved, stop_at, unfinished
 
 import checkpoint
 import train
@@ -175,6 +175,21 @@ def test_lengthened_run_equals_uninterrupted(go, tmp_path):
     code, _, error = go("--resume --steps 3")
     assert code == 2 and "--steps 3 is less than the 4 that the run in" in error
     assert compare(tmp_path / "whole", tmp_path / "out") == []
+
+
+def test_a_continued_run_in_the_folder_that_it_continues(go, stage1, tmp_path, monkeypatch):
+    """--init X --out X --overwrite: X is read before it is replaced, and --resume goes on from the run's own state. An
+    unfinished X is refused."""
+    shutil.copytree(stage1, tmp_path / "out")
+    assert go(f"--init {stage1} --steps 4 --out {tmp_path / 'apart'}")[0] == 0
+    stop_at(monkeypatch, "between", 2)
+    assert go(f"--init {tmp_path / 'out'} --steps 4 --overwrite")[0] == 130
+    assert go("--resume")[0] == 0
+    assert compare(tmp_path / "apart", tmp_path / "out") == []
+    stopped = unfinished(stage1, tmp_path / "stopped")
+    code, _, error = go(f"--init {stopped} --out {tmp_path / 'new'}")
+    assert code == 2 and "--init starts from a finished stage 1, and the one in" in error and "1 of 9 steps" in error
+    assert "--steps 1 ends it there" in error and not (tmp_path / "new").exists()
 
 
 def test_lengthened_cosine(go, tmp_path):

@@ -1,6 +1,7 @@
 """The other systems of the papers through the three commands: trained, resumed, evaluated, sampled, refused."""
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import raw
 import torch
 from kill import compare, log_lines
 from PIL import Image
-from runs import stop_at
+from runs import stop_at, unfinished
 
 import baselines
 import evaluate
@@ -80,6 +81,9 @@ def test_three_commands(trained, photos, tmp_path, system, capsys):
     for t in tasks:
         shape = (37, 51) if TASKS[t].channels == 1 else (37, 51, TASKS[t].channels)
         assert np.load(tmp_path / "maps/photo" / f"{t}.npy").shape == shape
+    maps = baselines.load(out).infer(photos[0], photos[1], confidence=True, pixels=True, camera=(50, 25, 18, 0.5, 80))
+    scales = {f"scale_{t}" for t in tasks if TASKS[t].frames == 2}
+    assert set(tasks) | {f"confidence_{t}" for t in tasks} <= maps.keys() and maps.keys() & scales
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -94,7 +98,8 @@ def test_resume_equals_uninterrupted(trained, go, tmp_path, monkeypatch, system)
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_real_formats(go, tmp_path, monkeypatch, system):
-    """On datasets as downloaded, made small: two that label different tasks, the second one also motion."""
+    """On datasets as downloaded, made small: two that label different tasks, the second one also motion; evaluated on
+    a third."""
     raw.hypersim(tmp_path / "data", frames=[("ai_001_001", "cam_00", k, "train") for k in (0, 1)])
     raw.virtual_kitti(tmp_path / "data")
     for reader in (Hypersim, VirtualKitti2):
@@ -103,6 +108,10 @@ def test_real_formats(go, tmp_path, monkeypatch, system):
               "--stage 1 --steps 1 --batch 2 --micro 2 --threads 1 --picture-every 1")[0] == 0
     assert baselines.load(tmp_path / "out").kind == system
     assert list((tmp_path / "out/pictures").iterdir())
+    labels = raw.own_folder(tmp_path / "test", h=16, w=24)
+    argv = f"--ckpt {tmp_path / 'out'} --data {tmp_path / 'test'} --limit 1 --workers 0 --json {tmp_path / 'r.json'}"
+    assert evaluate.main(argv.split()) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["results"]["folder"].keys() == {"semantic", *labels}
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -190,6 +199,39 @@ def test_discovery_resumes(trained, go, tmp_path, monkeypatch):
     assert compare(tmp_path / "whole", tmp_path / "out") == []
 
 
+def test_a_teacher_is_finished_and_outlives_its_student(trained, go, tmp_path, capsys):
+    """`--teacher X --out X --overwrite` replaced its own teacher, also under another name; one that was stopped taught
+    as if it were finished."""
+    out, student = shutil.copytree(trained("mtl"), tmp_path / "out"), f"--out {tmp_path / 'student'}"
+    (tmp_path / "alias").symlink_to(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for teacher in (out, f"{out}/best/../", tmp_path / "alias", out / "best"):
+        code, _, error = go(f"--system mtl --teacher {teacher} --overwrite")
+        assert code == 2 and f"--teacher {teacher} is what a run in --out {out} replaces: name another --out" in error
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    out = unfinished(out, tmp_path / "stopped")
+    code, _, error = go(f"--system mtl --teacher {out} {student}")
+    assert code == 2 and f"the one in {out} has done 4 of 9 steps: finish it first with" in error
+    assert not (tmp_path / "student").exists() and f"--resume --out {out} (--steps 4 ends it there)" in error
+    assert train.main(f"--resume --out {out} --steps 4".split()) == 0
+    assert go(f"--system mtl --teacher {out} {student} --steps 1 --val-samples 0")[0] == 0
+
+
+def test_the_upper_bound_has_dropped_labels_too(go, tmp_path):
+    """--discover true left those of --drop out, which a teacher labels: here rooms' depth is all there is to discover,
+    for streets has it and things labels neither task."""
+    flags = "--system mtl --discover true --tasks shading,depth --drop rooms:depth,streets:shading"
+    assert go(f"{flags} --batch 8 --steps 1 --val-samples 0")[0] == 0
+    entry = log_lines(tmp_path / "out")[0]
+    assert {"loss/pseudo depth", "loss/depth", "loss/shading"} <= entry.keys()
+
+
+def test_other_light_alone_needs_no_cache():
+    """`--discover light --data x` was told that its teacher looks at images."""
+    flags = "--stage 1 --system mtl --discover light --data x --cache"
+    assert [train.parse_args([*flags.split(), cache]).discover for cache in ("none", "auto")] == ["light"] * 2
+
+
 @pytest.mark.parametrize("flags, says", {
     "--system jtr --teacher TEACHER": "jtr discovers nothing; it is for stl, mtl, hitts",
     "--system mtl --discover labels": "--discover labels needs a --teacher: a finished checkpoint of mtl",
@@ -223,6 +265,8 @@ def test_teachers_that_cannot_teach_are_refused(trained, go, tmp_path, flags, sa
     "--system jtr --options distance=x": "--options distance=x: expected a number from 0",
     "--system diffusionmtl --options steps=-1": "--options steps=-1: expected a whole number from 0",
     "--system diffusionmtl --options condition=some": "condition=some: expected one of all, own, none",
+    "--system diffusionmtl --options steps=0,noise=no": "noise would do nothing here, with steps=0",
+    "--system diffusionmtl --options condition=own,steps=0": "condition would do nothing here, with steps=0",
     "--system hitts --options oe=maybe": "oe=maybe: expected one of yes, no",
     "--options steps=2": "it belongs to the other systems",
     "--system mtl --drop rooms:shading": "no training labels for shading",
@@ -252,6 +296,8 @@ def test_a_folder_keeps_its_system(trained, tiny_ckpt_1, capsys):
         assert "has no stage 2" in capsys.readouterr().err
     assert run(lambda: sample.main(["--ckpt", str(out), "--toy", "real:1", "--vae-slicing"])) == 2
     assert "has no VAE" in capsys.readouterr().err
+    assert run(lambda: sample.main(["--ckpt", str(out), "--toy", "real:1", "--attention"])) == 2
+    assert "gave the system mtl, which has none: leave it out" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named(trained, tmp_path):

@@ -4,12 +4,14 @@
     python train.py --stage 1 --pseudo pseudo/ --out student/  a student that learns from these labels as well
     python -m tools.discover --ckpt out/ --to truth/ --truth   true labels in their place: the most one can hope for
 
-Data, sizes, tasks and dropped labels are those of the teacher's stage 1. On the toy worlds, where the truth is known,
-it prints how good the labels are, all of them and those the teacher is surest of. Stopped, the same command does the
-rest.
+Data, sizes, tasks and dropped labels are those of the teacher's stage 1. Where the truth is known, on the toy worlds
+and of dropped labels, it prints how good the labels are, all of them and those the teacher is surest of, and for
+comparison the better trivial predictor of all pixels, of the labels that other datasets have. Stopped, the same command
+does the rest.
 """
 import argparse
 import sys
+from pathlib import Path
 
 from cli import Parser, markdown, parse_device, parse_size, run, whole  # before torch, for Ctrl-C meanwhile
 
@@ -17,47 +19,60 @@ from cli import Parser, markdown, parse_device, parse_size, run, whole  # before
 import numpy as np
 import torch
 
-from data import label_tensors, parse_drop, resize, train_readers
-from metrics import METRICS
+from data import label_tensors, labelled, parse_drop, resize, train_readers
+from evaluate import TrainingLabels
+from metrics import GUESSES, METRICS
 from model import StableMTL
-from settings import stage1_settings
+from settings import check_finished, stage1_settings
 from tasks import TASKS
 from training.cache import fingerprint
 from training.discovery import PseudoLabels, unlabelled
 
+BEHIND = 128        # training labels per dataset behind the trivial predictors
+
 
 @torch.no_grad()
-def errors(labels, model, truth, count):
-    """How good the labels are, on up to `count` samples of every cell -> rows of a table."""
+def errors(labels, model, truth, count, guesses):
+    """How good the labels are, on up to `count` samples of every cell that `truth`, {dataset: reader}, has a label of
+    -> rows of a table. guesses: {task: TrainingLabels}, of the labels there are."""
     rows = []
     for reader in labels.readers:
         true = truth[reader.name]
-        for t in labels.about["cells"][reader.name]:
+        for t in labelled(true, labels.about["cells"][reader.name]):
             latents, doubts = (labels.array(reader, name) for name in (t, f"{t}_doubt"))
-            middle = labels.median(t)
+            middle, trivial = labels.median(t), guesses[t].guesses(true, (t,))[0].get(t, ())
             kind, metric, lower = METRICS[TASKS[t].metric]
-            scores = {"all": kind(clip=reader.depth_range), "surest half": kind(clip=reader.depth_range)}
-            for i in range(min(count, len(reader))):
+            scores = {who: kind(clip=reader.depth_range) for who in ("all", "surest half", *GUESSES)}
+            for i in list(true.indices(t))[:count]:
+                if not np.isfinite(doubts[i, 0]).any():
+                    continue
                 z = torch.from_numpy(np.array(latents[i, :1])).float().to(next(model.parameters()).device)
                 map = model.codecs[t].decode(model.codes({t: z})[t])[0].cpu()
                 label, valid = (resize(x, reader.size) for x in label_tensors(true.load(i, (t,)), t))
                 sure = torch.from_numpy(np.array(doubts[i, 0])).float() <= middle
                 scores["all"].add(map, label, valid[0])
                 scores["surest half"].add(map, label, valid[0] & resize(sure, reader.size)[0])
+                for who, guess in zip(GUESSES, trivial, strict=False):
+                    scores[who].add(guess, label, valid[0])
+            found = {who: s.result()[metric] for who, s in scores.items() if s.images}
+            if chance := [found.pop(who) for who in GUESSES if who in found]:
+                found["trivial"] = (min if lower else max)(chance)
             rows.append({"dataset": reader.name, "task": t, "metric": f"{metric} {'↓' if lower else '↑'}",
-                         **{who: f"{s.result()[metric]:.4g}" for who, s in scores.items()}})
+                         **{who: f"{x:.4g}" for who, x in found.items()}})
     return rows
 
 
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
-    flag("--ckpt", required=True, help="the teacher: a folder written by train.py, of stage 1 or 2")
+    flag("--ckpt", required=True, help="the teacher: a finished folder of train.py, of stage 1 or 2")
     flag("--stage", type=int, choices=(1, 2), help="which stage of it (default: 2 where it exists)")
-    flag("--to", required=True, help="folder of the labels")
+    flag("--to", required=True, help="folder of the labels, outside of --ckpt")
     flag("--truth", action="store_true", help="true labels instead of the teacher's (toy worlds only)")
     flag("--samples", type=whole(0), default=32, help="samples per cell to measure on (default: %(default)s)")
     flag("--batch", type=whole(1, 4096), default=8, help="images at once (default: %(default)s)")
+    flag("--skip-bad", action="store_true", help="name, skip and count unreadable images, which get no labels, instead "
+         "of stopping")
     flag("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     return parser.parse_args(argv)
 
@@ -65,6 +80,9 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     model = StableMTL.load(args.ckpt, args.stage, parse_device(args.device))
+    check_finished(args.ckpt, 2 if model.multi else 1, "--ckpt is a finished teacher")
+    if Path(args.to).resolve().is_relative_to(Path(args.ckpt).resolve()):
+        raise ValueError(f"--to {args.to} is in the teacher's folder, which training writes to: name one outside of it")
     known = stage1_settings(args.ckpt)
     if model.coding:
         raise ValueError(f"{args.ckpt} is not of StableMTL's latents: it cannot teach with them")
@@ -74,26 +92,32 @@ def main(argv=None):
         raise ValueError(f"--truth: only the toy worlds have labels of every task, and {args.ckpt} was trained on "
                          f"{known['data']}")
     readers = train_readers(known["data"], parse_size(known["size"]), known["scenes"])
-    cells = unlabelled(readers, model.tasks, parse_drop(known["drop"], [r.name for r in readers]))
+    drop = parse_drop(known["drop"], [r.name for r in readers])
+    cells = unlabelled(readers, model.tasks, drop)
     if not cells:
         raise ValueError(f"{known['data'] or 'the toy worlds'} lack no label of {', '.join(model.tasks)} that could be "
                          "discovered: tasks of one frame that are not about classes")
     everything = model.state_dict() | {t: model.get_buffer(f"token_{t}") for t in model.tasks}
     labels = PseudoLabels(args.to, readers, fingerprint(model.vae.state_dict()), cells,
                           "truth" if args.truth else fingerprint(everything))
-    truth = {}
-    if not known["data"]:
-        truth = {r.name: r.complete() for r in readers}
+    truth = {r.name: r if known["data"] else r.complete() for r in readers}
+    skipped = [] if args.skip_bad else None
     try:
-        labels.discover(model, args.batch, truth if args.truth else None)
+        labels.discover(model, args.batch, truth if args.truth else None, skipped)
     except KeyboardInterrupt:
         print(f"\nstopped: what is done is in {args.to}; the same command does the rest", file=sys.stderr)
         return 130
     told = ", ".join(f"{name} {'+'.join(tasks)}" for name, tasks in cells.items())
-    print(f"labels of {told} in {args.to}")
-    if truth and args.samples:
-        rows = errors(labels, model, truth, args.samples)
-        print("\n".join(["", *markdown(rows, ["dataset", "task", "metric", "all", "surest half"])]))
+    for sentence in skipped or ():
+        print(f"skipped: {sentence}", file=sys.stderr)
+    print(f"labels of {told} in {args.to}; {len(skipped or ())} images skipped")
+    if args.samples:
+        trained = {t: [r for r in readers if t not in drop.get(r.name, ())] for t in model.tasks}
+        guesses = {t: TrainingLabels(some, BEHIND, 0, args.skip_bad) for t, some in trained.items()}
+        rows = errors(labels, model, truth, args.samples, guesses)
+        if rows:
+            table = markdown(rows, ["dataset", "task", "metric", "all", "surest half", "trivial"])
+            print("\n".join(["", *table]))
     print(f"\nnext: python train.py --stage 1 --pseudo {args.to} --out <another folder>")
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import evaluate
 import toy
 from checkpoint import read_config, read_json, read_lines
+from network.generalist import STABLEMTL
 from network.loading import HUB_ID, SHARED, read_checkpoint, reason
 from tasks import TASKS
 
@@ -18,8 +19,8 @@ CARD = """---
 
 # {name}
 
-Dense maps of a photograph by [StableMTL](https://arxiv.org/abs/2506.08013), stage {stage}: one step of a latent
-diffusion UNet for each of {tasks}.
+Dense maps of a photograph by [StableMTL](https://arxiv.org/abs/2506.08013), stage {stage}: {steps} of a
+{space} diffusion UNet for each of {tasks}.
 
 ## Use
 
@@ -79,6 +80,8 @@ def card(folder, spec, repository):
     config = read_config(folder)
     base = (config.get("imported") or config["train"] or {}).get("base")
     licence, terms = licence_of(base)
+    axes = spec.get("generalist") or STABLEMTL
+    steps = f"{axes['ddim_steps']} DDIM steps" if axes["objective"] == "diffuse" else "one step"
     tags = ", ".join(["stablemtl", *spec["tasks"]])
     header = [f"license: {licence}", "pipeline_tag: image-to-image", f"tags: [{tags}]"]
     if licence != "apache-2.0" and base and not Path(base).exists():
@@ -88,7 +91,8 @@ def card(folder, spec, repository):
     training = [*stages, f"- data: {data_of(folder, config)}", f"- size of the images: {size}"]
     return CARD.format(
         header="\n".join(header), name=repository.split("/")[-1], repository=repository,
-        stage=2 if spec["multi"] else 1, tasks=", ".join(TASKS[t].prompt for t in spec["tasks"]),
+        stage=2 if spec["multi"] else 1, tasks=", ".join(TASKS[t].prompt for t in spec["tasks"]), steps=steps,
+        space=axes["space"],
         commit=f" (commit {config['commit'][:10]})" if config.get("commit") else "", first=spec["tasks"][0],
         units="\n".join(f"| {t} | {TASKS[t].channels} | {TASKS[t].unit} |" for t in spec["tasks"]),
         training="\n".join(training), results=results_of(folder), licence=terms)

@@ -291,7 +291,7 @@ def accepted(flags, args):
                "tools.discover": (discover.parse, ["--ckpt", nowhere])}
     for name in args.only:
         row = args.suite.variants[name]
-        own = row.flags.format(task=args.tasks[0], parent=nowhere, out=nowhere).split()
+        own = row.flags.format(task=args.tasks[0], parent=f"{nowhere}/parent", out=nowhere).split()
         try:
             if row.program in parsers:
                 parser, before = parsers[row.program]

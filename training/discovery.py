@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import read_json
-from data import labelled, mirror, prepare, whole_cells
+from data import labelled, mirror, prepare, unreadable, whole_cells
 from inference.confidence import agreement, turned
+from network.generalist import seeded
 from tasks import TASKS
 from training.cache import LatentCache
 
@@ -62,7 +63,8 @@ class PseudoLabels(LatentCache):
     """The labels of cells in a folder, as a LatentCache keeps latents:
 
         <folder>/<dataset>/<task>.npy   (samples, 2 flips, 4, h, w) float16, done.npy
-        <folder>/<dataset>/<task>_doubt.npy   (samples, 2, 1, h, w) float16; infinite where there is no label
+        <folder>/<dataset>/<task>_doubt.npy   (samples, 2, 1, h, w) float16; infinite where there is no label, and in
+                                              all of an image that could not be read
 
     cells: {dataset: tasks}; teacher: what made them. ValueError if the folder is of something else.
     """
@@ -89,17 +91,25 @@ class PseudoLabels(LatentCache):
 
     # -- the teacher --
 
-    def discover(self, model, batch, truth=None):
-        """Fill in what is not there yet: the model's predictions, or the labels of `truth`, {dataset: reader}."""
+    def discover(self, model, batch, truth=None, skipped=None):
+        """Fill in what is not there yet: the model's predictions, or the labels of `truth`, {dataset: reader}. What
+        cannot be read is named in the list `skipped`; without one it is a ValueError."""
         self.create(self.readers, model)
         for reader in self.readers:
             arrays = {name: self.array(reader, name, "r+") for name in self.layout(reader, model)}
             todo, tasks = np.flatnonzero(~arrays["done"]), tuple(self.about["cells"][reader.name])
             for i in tqdm(range(0, len(todo), batch), f"labels of {reader.name}", disable=not len(todo), leave=False):
                 part = todo[i:i + batch]
-                found = _true(model, truth[reader.name], part, tasks) if truth else _told(model, reader, part, tasks)
+                if truth:
+                    read = _readable(truth[reader.name], part, tasks, model.codecs, skipped)
+                else:
+                    read = _readable(reader, part, (), {}, skipped)
+                for t in tasks:
+                    arrays[f"{t}_doubt"][part] = np.inf
+                found = (_true if truth else _told)(model, [*read.values()], tasks) if read else {}
                 for t, (latents, doubt) in found.items():
-                    arrays[t][part], arrays[f"{t}_doubt"][part] = (x.cpu().half().numpy() for x in (latents, doubt))
+                    for name, x in ((t, latents), (f"{t}_doubt", doubt)):
+                        arrays[name][[*read]] = x.cpu().half().numpy()
                 for array in arrays.values():
                     array.flush()
                 arrays["done"][part] = True
@@ -113,10 +123,14 @@ class PseudoLabels(LatentCache):
         return self
 
     def median(self, task):
-        """The median doubt of a task's latent cells, over all datasets."""
+        """The median doubt of a task's latent cells, over all datasets. ValueError: there is not one label of it."""
         doubts = [self.array(r, f"{task}_doubt")[:, 0].ravel() for r in self.readers
                   if task in self.about["cells"][r.name]]
-        return float(np.median(np.concatenate([d[np.isfinite(d)] for d in doubts]).astype(np.float32)))
+        finite = np.concatenate([d[np.isfinite(d)] for d in doubts]).astype(np.float32)
+        if not len(finite):
+            raise ValueError(f"{self.folder} has no label of {task}, for not one image of its datasets could be read: "
+                             "mend their files, and make it anew")
+        return float(np.median(finite))
 
     def doubt(self, cell):
         return self.array(cell.reader, f"{cell.tasks[0]}_doubt")
@@ -178,12 +192,29 @@ def _flipped(x):
     return torch.stack([x, x.flip(-1)], 1)
 
 
+def _readable(reader, indices, tasks, codecs, skipped):
+    """{index: what data.prepare makes of it}; skipped: as in PseudoLabels.discover."""
+    out = {}
+    for i in map(int, indices):
+        try:
+            out[i] = prepare(reader, i, tasks, codecs)
+        except (OSError, ValueError) as error:
+            if skipped is None:
+                raise unreadable(reader, i, error) from error
+            skipped.append(f"{reader.name}:{i}: {error}")
+    return out
+
+
 @torch.no_grad()
-def _told(model, reader, indices, tasks):
-    """{task: (latents (B,2,4,h,w), doubts (B,2,1,h,w))} as the model tells it of images as they are."""
-    frames = [torch.stack(x) for x in zip(*(prepare(reader, int(i), (), {})["frames"] for i in indices), strict=True)]
-    device, out = next(model.parameters()).device, {}
-    upright, mirrored = (model(*(model.see(_turn(f, flip).to(device)) for f in frames), tasks) for flip in (0, 1))
+def _told(model, items, tasks):
+    """{task: (latents (B,2,4,h,w), doubts (B,2,1,h,w))} as the model tells it of images as they are, with the noise of
+    StableMTL.predict where it draws any. items: of data.prepare."""
+    frames = [torch.stack(x) for x in zip(*(item["frames"] for item in items), strict=True)]
+    device, told, out = next(model.parameters()).device, [], {}
+    for pair in (frames, [f.flip(-1) for f in frames]):
+        with seeded(model, pair[0]):
+            told.append(model(*(model.see(f.to(device)) for f in pair), tasks))
+    upright, mirrored = told
     one, other = model.codes(upright), model.codes(mirrored)
     for t in tasks:
         codec = model.codecs[t]
@@ -194,16 +225,11 @@ def _told(model, reader, indices, tasks):
     return out
 
 
-def _turn(x, flip):
-    return x.flip(-1) if flip else x
-
-
 @torch.no_grad()
-def _true(model, reader, indices, tasks):
+def _true(model, items, tasks):
     """The same of true labels: no doubt where a whole latent cell is valid, infinite doubt elsewhere."""
     device, out = next(model.parameters()).device, {t: ([], []) for t in tasks}
-    for i in indices:
-        upright = prepare(reader, int(i), tasks, model.codecs)
+    for upright in items:
         both = upright, mirror(upright, model.codecs, -1)
         for t in tasks:
             codes = torch.stack([item["labels"][t] for item in both]).to(device)
