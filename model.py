@@ -56,7 +56,6 @@ class StableMTL(nn.Module):
         self.attends = self.tasks               # the streams that may be attended to; () leaves the attention out
         self.truth = None                       # {task: (B,4,h,w)} here fills the third place of `unet` (tools.oracle)
         self.attention_log = None               # a list here receives (block, main task, {other task: mean attention})
-        self.seeds = None                       # of the noise that a Generalist starts from, one per image of the batch
         self.watch = None                       # zeros here, one for each of attention.WATCHED, receive their sums
 
     # -- stage 2 --

@@ -105,6 +105,7 @@ class Generalist(StableMTL):
                              f"{space} space and {condition} frames need {taken} to {given}")
         seen = "latent" if condition == "latent" else "raw"
         self.coding = "" if space == seen == "latent" else f", {space} labels, {seen} frames"
+        self.seeds = None       # of the noise that DDIM starts from, one per image of the batch
 
     @classmethod
     def fit(cls, model, **axes):
@@ -225,7 +226,7 @@ def draw(what, shape, device):
 @contextmanager
 def seeded(model, image):
     """While the block runs, the noise that DDIM starts from follows from the task and the bytes of each image
-    (B,3,H,W), not from the others of its batch. A model that draws none may be given, too."""
+    (B,3,H,W), not from the others of its batch. A model that draws none looks at no seeds."""
     pixels = (image.detach().float() * 127.5).round().to(torch.int16).cpu()
     model.seeds = [zlib.crc32(x.numpy().tobytes()) for x in pixels]
     try:
