@@ -76,7 +76,8 @@ class Config:
     input_scale: float = setting(0.3, "with --objective diffuse: scale of the target before noise is added",
                                  kind=cli.number(0, ends=False))
     ddim_steps: int = setting(50, "with --objective diffuse: steps of a prediction", kind=cli.whole(1, 1000))
-    init: str = setting("", "stage 1: start from the single stream of this checkpoint instead of the base (continued)")
+    init: str = setting("", "stage 1: start from the single stream of this finished checkpoint instead of the base "
+                        "(continued)")
     main_init: str = setting("stage1", "where the main UNet of stage 2 starts: stage1 or base (w/o single-stream init)",
                              ("stage1", "base"))
     heads: int = setting(4, "heads of the task attention", kind=cli.whole(1))

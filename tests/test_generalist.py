@@ -8,6 +8,7 @@ import tiny
 import torch
 from diffusers import DDIMScheduler
 from kill import compare
+from made import Made
 from runs import THREE, TINY, saved, stop_at
 
 import evaluate
@@ -20,7 +21,7 @@ from network.generalist import Generalist, add_noise, ddim
 from network.loading import read_model_json
 from readers.hypersim import Hypersim
 from tasks import TASKS
-from tools import hub
+from tools import distil, hub
 
 pytestmark = pytest.mark.usefixtures("quick")
 FEW = ("semantic", "depth", "optical_flow")
@@ -289,6 +290,18 @@ def test_real_formats(go, tmp_path, monkeypatch):
     argv = f"--ckpt {tmp_path / 'out'} --data {tmp_path / 'test'} --limit 1 --workers 0 --json {tmp_path / 'r.json'}"
     assert evaluate.main(argv.split()) == 0
     assert json.loads((tmp_path / "r.json").read_text())["results"]["folder"].keys() == {"depth", "albedo"}
+
+
+def test_what_a_small_decoder_learns_from_is_what_is_predicted(monkeypatch):
+    """tools.distil: the noise of an image does not follow from its place among others, it is predict's."""
+    m, found = model("latent", condition="latent"), []
+    for lot in (1, 4):
+        monkeypatch.setattr(distil, "LOT", lot)
+        seen, _ = distil.lessons(m, distil.Lots([Made("made", ())], FEW, m.codecs, 4, 0, {}))
+        ((latents, _, kinds),) = seen.values()
+        found.append([latents[kinds == k].float() for k in range(len(FEW))])
+    for one, four in zip(*found, strict=True):
+        assert torch.allclose(one, four, atol=0.02) and (one[0] - one[1]).abs().max() > 0.1
 
 
 def test_a_damaged_stem_is_named(trained, tmp_path):

@@ -34,6 +34,7 @@ from data import TOY_TRAIN, fetch, labelled, parse_drop, prepare, train_readers,
 from evaluate import choose, place
 from model import StableMTL
 from network import stock
+from network.generalist import seeded
 from network.loading import checkpoint_folder, factor, not_finite, read_decoder, save_part
 from readers import READERS
 from training.losses import DENSE
@@ -110,9 +111,9 @@ def lessons(model, lots, workers=0):
         if not items:
             continue
         codes = {t: [x["labels"][t] for x in items if t in x["labels"]] for t in model.tasks}
-        with half(device):
-            z_i, z_j = (model.see(torch.stack([x["frames"][n] for x in items]).to(device)) for n in (0, 1))
-            latents = [*model(z_i, z_j, model.tasks).items()]
+        frames = [torch.stack([x["frames"][n] for x in items]).to(device) for n in (0, 1)]
+        with half(device), seeded(model, frames[0]):
+            latents = [*model(*map(model.see, frames), model.tasks).items()]
             latents += [(t, model.encode(torch.stack(x).to(device))) for t, x in codes.items() if x]
             for t, z in latents:
                 kinds = torch.full((len(z),), model.tasks.index(t))
