@@ -7,7 +7,8 @@
     python evaluate.py --ckpt out/ --streams off      stage 2 without its streams, or with some (--streams depth,normal)
     python evaluate.py --predictions <folder> --data <root>             files of any system (docs/predictions.md)
     python evaluate.py --oracle                       labels through encode, VAE, decode: what the codec alone costs
-    python evaluate.py --ckpt out/ --decoder <folder>       either of them with a small decoder in the VAE's place
+    python evaluate.py --ckpt out/ --decoder <folder>       with a small decoder in the VAE's place
+    python evaluate.py --oracle --decoder <folder>          both decoders side by side, task by task and class by class
 
 Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val, of
 other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json, results_val.json,
@@ -155,6 +156,15 @@ def round_trip(model, labels, psnr):
     return out
 
 
+def with_its_vae(model, reader, world, **how):
+    """{task: metrics} of `evaluate` with the VAE's decoder in the place of the model's small one."""
+    small, model.decoder = model.decoder, None
+    try:
+        return evaluate(model, reader, world, **how)[0]
+    finally:
+        model.decoder = small
+
+
 class TrainingLabels:
     """What the trivial predictors know: the codes of up to `limit` training labels of each dataset and task.
 
@@ -254,7 +264,29 @@ def compared(task, result, before):
     if before is None:
         return {}
     now, was = headline(task, result), headline(task, before)
-    return {"VAE's decoder": f"{was:.4g}", "change": f"{100 * (now / was - 1):+.2f}%" if was else ""}
+    return {"VAE's decoder": f"{was:.4g}", "change": change(now, was)}
+
+
+def change(now, was):
+    return f"{100 * (now / was - 1):+.2f}%" if was else ""
+
+
+def decoders(results, before):
+    """Markdown lines: what the codec alone costs with either decoder, a row per test set, task and class.
+
+    A class that no label has counts, with an IoU of 0, for the decoder alone that shows it.
+    """
+    rows = []
+    for name, tasks in results.items():
+        for task, now in tasks.items():
+            was, (_, metric, lower) = before[name][task], METRICS[TASKS[task.split(":")[0]].metric]
+            names = {metric: f"{metric} {'↓' if lower else '↑'}", "PSNR": "PSNR of the code, dB ↑"}
+            names |= {k: f"{k} ↑" for k in was | now if k == "accuracy" or k.startswith("IoU")}
+            for k in (k for k in names if k in was | now):
+                cells = {who: f"{r[k]:.4g}" for who, r in (("VAE's decoder", was), ("small decoder", now)) if k in r}
+                rows.append({"test set": name, "task": task, "metric": names[k], **cells, "images": str(now["images"]),
+                             "change": change(now[k], was[k]) if len(cells) == 2 else ""})
+    return markdown(rows, ["test set", "task", "metric", "VAE's decoder", "small decoder", "change", "images"])
 
 
 TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "pseudo", "isolation", "loss",
@@ -272,7 +304,8 @@ def trained(settings):
 # ---- the command ----
 
 METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
-REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str}}
+REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str},
+          "vae": (None, METRIC_VALUES)}
 
 
 OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "oracle", "palette", "confidence", "decoder",
@@ -306,7 +339,7 @@ def parse(argv):
     flag("--pixels", action="store_true", help="also the error of flow in pixels, whose scales the two frames tell")
     flag("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
     flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place, compared with the "
-         "VAE's where the results without it are in --ckpt")
+         "VAE's where the results without it are in --ckpt, and always with --oracle, which evaluates both")
     flag("--palette", choices=tuple(PALETTES), help="with --oracle: other class colours than the checkpoint's")
     flag("--kitti-baseline", default="calibration", choices=("calibration", "paper"), help="camera distance behind "
          "KITTI 2015's scene flow: each scene's calibration, or the paper's constant 0.54 m")
@@ -505,7 +538,11 @@ def main(argv=None):
         keys = {r.name: keys[r.name] + model.state(r) for r in readers}
         report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
     kept = {name for name in current(old, keys) if name in old["trivial"] and not args.overwrite}
-    before = with_the_vae(args, folder, stage, home, size, readers, train) if args.decoder else {}
+    before, both = {}, args.oracle and args.decoder
+    if args.decoder:
+        before = {name: r for name, r in (old.get("vae") or {}).items() if name in kept}
+        before |= with_the_vae(args, folder, stage, home, size, readers, train)
+        report["vae"] = before
     world = 1 if args.predictions else cli.shares(model, args.processes)
     workers = args.workers if world == 1 else 0
     how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "oracle", "confidence", "pixels")}
@@ -515,6 +552,8 @@ def main(argv=None):
         labels.read([r for r in readers if r.name not in kept], model.tasks)
         for reader in readers:
             name = reader.name
+            if both and name not in before:
+                before[name] = with_its_vae(model, reader, world, **how)
             if name in kept:
                 results[name], trivials[name] = old["results"][name], old["trivial"][name]
                 skipped += [s for s in old["skipped"] if s.startswith(f"{name}:")]
@@ -534,7 +573,10 @@ def main(argv=None):
 
     # ---- what came out ----
     stages = [trained(s) for s in (config["stage1"], config["train"]) if s]
-    print("\n".join([*stages, "", *table(results, trivials, before)]))
+    lines = decoders(results, before) if both else table(results, trivials, before)
+    print("\n".join([*stages, "", *lines]))
+    if args.decoder and (absent := [name for name in results if name not in before]):
+        print(f"\nnot compared on {', '.join(absent)}: the same command without --decoder comes first")
     for lines in filter(None, (sparsification_table(results), photometric.table(results))):
         print("\n".join(["", *lines]))
     if mine := shared(by_task(results), baseline):

@@ -211,8 +211,8 @@ def parse(argv):
     flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place: faster "
          "(tools.distil makes one)")
     flag("--vae-slicing", action="store_true", help="decode one map at a time: less memory, same results")
-    flag("--vae-tiling", action="store_true", help="encode and decode large images in overlapping tiles: much less "
-         "memory, faint seams")
+    flag("--vae-tiling", action="store_true", help="encode and decode large images in overlapping tiles, also with "
+         "--decoder: much less memory, faint seams")
     flag("--device", default="auto", help="cpu, cuda (in bfloat16) or mps (default: a GPU where there is one)")
     flag("--attention", action="store_true", help="also write attention.png, .json: which tasks a task attends to")
     flag("--confidence", action="store_true", help="also confidence_<task>.png, .npy: how far to trust each pixel, in "
@@ -256,7 +256,8 @@ def load(args):
     if args.vae_slicing:
         (model.decoder or model.vae).enable_slicing()
     if args.vae_tiling:
-        model.vae.enable_tiling()
+        for part in filter(None, (model.vae, model.decoder)):
+            part.enable_tiling()
     return model, tasks
 
 

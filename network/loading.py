@@ -240,6 +240,10 @@ def read_decoder(decoder, vae, flag="--decoder"):
                    "writes it, or a hub id while online (for example madebyollin/taesd)"):
         tiny = load_part(stock.AutoencoderTiny, decoder, "")
         check_decoder(tiny, vae)
+    # with enable_tiling, the VAE's tiles: diffusers takes 2 ** 3, for three image channels, as pixels per latent cell
+    tiny.spatial_scale_factor = factor(tiny)
+    tiny.tile_sample_min_size, tiny.tile_latent_min_size = vae.tile_sample_min_size, vae.tile_latent_min_size
+    tiny.tile_overlap_factor = vae.tile_overlap_factor
     return tiny
 
 

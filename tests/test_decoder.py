@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.vae import DecoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,7 @@ import sample
 from baselines.trunk import System
 from cli import run
 from model import StableMTL
+from network.loading import factor, read_decoder
 from readers.toyworld import ToyWorld
 from tasks import PALETTES, TASKS
 from tools import bench, distil
@@ -83,8 +85,8 @@ def test_a_checkpoint_keeps_its_vae(folder, tiny_ckpt_1, tmp_path):
 
 
 def test_commands_go_through_it(folder, tiny_ckpt_1, tmp_path, go, monkeypatch):
-    """sample.py makes other maps with it and makes them anew; evaluate.py, also its oracle, keeps the results apart,
-    and sets the VAE's beside them once these are there."""
+    """sample.py makes other maps with it and makes them anew; evaluate.py keeps the results apart, and sets the VAE's
+    beside them once these are there."""
     ckpt = shutil.copytree(tiny_ckpt_1, tmp_path / "out")
     maps = f"--ckpt {ckpt} --toy real:0 --tasks depth --output {tmp_path / 'maps'}"
     assert go(sample.main, maps)[0] == 0
@@ -95,16 +97,95 @@ def test_commands_go_through_it(folder, tiny_ckpt_1, tmp_path, go, monkeypatch):
 
     monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [ToyWorld("real", "test", 2, (16, 24))])
     few = f"--ckpt {ckpt} --limit 1 --trivial 0 --workers 0 --processes 1"
-    for kind, name in (("", "results"), (" --oracle", "oracle")):
-        assert "VAE's decoder" not in go(evaluate.main, few + kind, "--decoder", folder)[1]
-        assert go(evaluate.main, few + kind)[0] == 0
-        code, out, _ = go(evaluate.main, few + kind, "--decoder", folder)
-        whole, small = (json.loads((ckpt / f"{n}.json").read_text()) for n in (name, f"{name}_decoder"))
-        assert whole["results"] != small["results"] and small["decoder"] == str(folder)
-        row = next(line for line in out.splitlines() if line.startswith("| real | depth"))
-        was, now = (r["results"]["real"]["depth"]["AbsRel"] for r in (whole, small))
-        assert f"| {was:.4g} | {100 * (now / was - 1):+.2f}% |" in row
+    out = go(evaluate.main, few, "--decoder", folder)[1]
+    assert "VAE's decoder" not in out and "not compared on real: the same command without --decoder" in out
+    assert go(evaluate.main, few)[0] == 0
+    code, out, _ = go(evaluate.main, few, "--decoder", folder)
+    whole, small = (json.loads((ckpt / f"{n}.json").read_text()) for n in ("results", "results_decoder"))
+    assert whole["results"] != small["results"] and small["decoder"] == str(folder)
+    assert small["vae"] == whole["results"] and "not compared" not in out
+    row = next(line for line in out.splitlines() if line.startswith("| real | depth"))
+    was, now = (r["results"]["real"]["depth"]["AbsRel"] for r in (whole, small))
+    assert f"| {was:.4g} | {100 * (now / was - 1):+.2f}% |" in row
     assert "| VAE's decoder |" not in go(evaluate.main, few.replace("--limit 1", "--limit 2"), "--decoder", folder)[1]
+
+
+def rows_of(out):
+    """{(task, metric): (VAE's, small, change)} of the table that compares the decoders."""
+    rows = [[cell.strip(" ↑↓") for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    return {(task, metric): (was, now, change) for name, task, metric, was, now, change, _ in
+            (row for row in rows if row[:1] == ["real"])}
+
+
+def test_the_oracle_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, go, monkeypatch):
+    """Task by task and class by class, whether or not the VAE's own oracle was evaluated before, or has a file at all:
+    on the toy base it has none. Its numbers are those that the VAE's own oracle gives, and are kept with the others."""
+    world = ToyWorld("real", "test", 2, (16, 24))
+    monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [world])
+    ckpt = shutil.copytree(tiny_ckpt_1, tmp_path / "out")
+    few = f"--oracle --ckpt {ckpt} --limit 2 --workers 0 --processes 1"
+    code, out, error = go(evaluate.main, few, "--decoder", folder)
+    assert code == 0, error
+    report, first = json.loads((ckpt / "oracle_decoder.json").read_text()), rows_of(out)
+    assert go(evaluate.main, few)[0] == 0
+    whole = json.loads((ckpt / "oracle.json").read_text())["results"]
+    assert report["vae"] == whole and report["results"] != whole
+    for task, metric in (("depth", "AbsRel"), ("depth", "PSNR of the code, dB"), ("semantic", "mIoU"),
+                         ("semantic", "accuracy")):
+        was, now = (r["real"][task][metric.split()[0]] for r in (whole, report["results"]))
+        assert first[task, metric] == (f"{was:.4g}", f"{now:.4g}", f"{100 * (now / was - 1):+.2f}%" if was else "")
+    classes = {k for r in (whole, report["results"]) for k in r["real"]["semantic"] if k.startswith("IoU")}
+    assert classes == {metric for _, metric in first if metric.startswith("IoU ")} and len(classes) > 2
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **options: pytest.fail("computed again"))
+    for kept in ("oracle.json", "nothing.json"):
+        (ckpt / kept).unlink(missing_ok=True)
+        code, again, error = go(evaluate.main, few, "--decoder", folder)
+        assert code == 0 and "kept from" in error and rows_of(again) == first
+    monkeypatch.undo()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [world])
+    monkeypatch.setattr(evaluate.toy, "BASE", tiny_base)
+    autoencoder(levels=2).save_pretrained(tmp_path / "two")
+    code, out, error = go(evaluate.main, "--oracle --limit 2 --workers 0 --processes 1 --decoder two")
+    assert code == 0 and "written to" not in out and not list(tiny_base.glob("*.json")), error
+    told = rows_of(out)
+    alone = next(line for line in go(evaluate.main, "--oracle --limit 2 --workers 0 --processes 1")[1].splitlines()
+                 if line.startswith("| real | depth"))
+    assert f"| {told['depth', 'AbsRel'][0]} |" in alone and told["depth", "AbsRel"][0] != told["depth", "AbsRel"][1]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_tiling(levels, tmp_path):
+    """--vae-tiling cuts what the small decoder sees, too, into the VAE's tiles, whatever the pixels per latent cell;
+    diffusers' own tiles are for 8, and of another size come out black or fail. The maps are untiled ones within the
+    blending: where no tile ends they are equal."""
+    vae = AutoencoderKL(block_out_channels=(8,) * levels, down_block_types=["DownEncoderBlock2D"] * levels,
+                        up_block_types=["UpDecoderBlock2D"] * levels, norm_num_groups=4, sample_size=128)
+    autoencoder(levels).save_pretrained(tmp_path / "d")
+    small, z = read_decoder(tmp_path / "d", vae).eval(), tiny.latents(2, (96, 160))[0]
+    whole, seen = small.decode(z).sample, []
+    small.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2:]))
+    small.enable_tiling()
+    tiled, f, tile = small.decode(z).sample, factor(vae), vae.tile_latent_min_size
+    assert tiled.shape == whole.shape == (2, 3, 96 * f, 160 * f)
+    assert len(seen) > 2 and max(max(s) for s in seen) == tile == 128 // f
+    inner = (tile - tile // 4 - 12) * f         # the first tile, less what is blended and what lies within reach of it
+    if inner > 0:
+        assert torch.allclose(tiled[..., :inner, :inner], whole[..., :inner, :inner], atol=1e-5)
+    assert (tiled - whole).square().mean() < 0.01 * whole.var()
+
+
+def test_sample_tiles_it(folder, tiny_ckpt_1, tmp_path, go, monkeypatch):
+    """--vae-tiling with --decoder used to tile the encoder alone."""
+    seen, forward = [], DecoderTiny.forward
+    monkeypatch.setattr(DecoderTiny, "forward", lambda self, x: (seen.append(x.shape[-1]), forward(self, x))[1])
+    for flags in ("", " --vae-tiling"):
+        out = tmp_path / flags.strip(" -") / "maps"
+        flags += f" --ckpt {tiny_ckpt_1} --toy real:0 --tasks depth --output {out} --decoder {folder}"
+        assert go(sample.main, flags)[0] == 0
+        assert np.load(out / "real-0/depth.npy").shape == (32, 48)
+    assert seen[0] == 12 and len(seen) > 2 and max(seen[1:]) == 4
 
 
 # ---- what is refused ----
