@@ -158,8 +158,8 @@ def test_the_oracle_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, 
 @pytest.mark.parametrize("levels", [2, 3, 4])
 def test_tiling(levels, tmp_path):
     """--vae-tiling cuts what the small decoder sees, too, into the VAE's tiles, whatever the pixels per latent cell;
-    diffusers' own tiles are for 8, and of another size come out black or fail. The maps are untiled ones within the
-    blending: where no tile ends they are equal."""
+    diffusers' own tiles are for 8, and with 2 or 4 it fails. The images are the untiled ones but for the blending: in
+    the middle of a tile they are equal."""
     vae = AutoencoderKL(block_out_channels=(8,) * levels, down_block_types=["DownEncoderBlock2D"] * levels,
                         up_block_types=["UpDecoderBlock2D"] * levels, norm_num_groups=4, sample_size=128)
     autoencoder(levels).save_pretrained(tmp_path / "d")
