@@ -159,10 +159,9 @@ def round_trip(model, labels, psnr):
 def with_its_vae(model, reader, world, **how):
     """{task: metrics} of `evaluate` with the VAE's decoder in the place of the model's small one."""
     small, model.decoder = model.decoder, None
-    try:
-        return evaluate(model, reader, world, **how)[0]
-    finally:
-        model.decoder = small
+    results, *_ = evaluate(model, reader, world, **how)
+    model.decoder = small
+    return results
 
 
 class TrainingLabels:
@@ -284,8 +283,9 @@ def decoders(results, before):
             names |= {k: f"{k} ↑" for k in was | now if k == "accuracy" or k.startswith("IoU")}
             for k in (k for k in names if k in was | now):
                 cells = {who: f"{r[k]:.4g}" for who, r in (("VAE's decoder", was), ("small decoder", now)) if k in r}
-                rows.append({"test set": name, "task": task, "metric": names[k], **cells, "images": str(now["images"]),
-                             "change": change(now[k], was[k]) if len(cells) == 2 else ""})
+                if len(cells) == 2:
+                    cells["change"] = f"{now[k] - was[k]:+.2f} dB" if k == "PSNR" else change(now[k], was[k])
+                rows.append({"test set": name, "task": task, "metric": names[k], **cells, "images": str(now["images"])})
     return markdown(rows, ["test set", "task", "metric", "VAE's decoder", "small decoder", "change", "images"])
 
 
@@ -306,8 +306,6 @@ def trained(settings):
 METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
 REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str},
           "vae": (None, METRIC_VALUES)}
-
-
 OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "oracle", "palette", "confidence", "decoder",
               "device")
 
@@ -540,9 +538,8 @@ def main(argv=None):
     kept = {name for name in current(old, keys) if name in old["trivial"] and not args.overwrite}
     before, both = {}, args.oracle and args.decoder
     if args.decoder:
-        before = {name: r for name, r in (old.get("vae") or {}).items() if name in kept}
+        report["vae"] = before = {name: r for name, r in (old.get("vae") or {}).items() if name in kept}
         before |= with_the_vae(args, folder, stage, home, size, readers, train)
-        report["vae"] = before
     world = 1 if args.predictions else cli.shares(model, args.processes)
     workers = args.workers if world == 1 else 0
     how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "oracle", "confidence", "pixels")}

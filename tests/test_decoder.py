@@ -133,7 +133,9 @@ def test_the_oracle_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, 
     for task, metric in (("depth", "AbsRel"), ("depth", "PSNR of the code, dB"), ("semantic", "mIoU"),
                          ("semantic", "accuracy")):
         was, now = (r["real"][task][metric.split()[0]] for r in (whole, report["results"]))
-        assert first[task, metric] == (f"{was:.4g}", f"{now:.4g}", f"{100 * (now / was - 1):+.2f}%" if was else "")
+        relative = f"{100 * (now / was - 1):+.2f}%" if was else ""
+        assert first[task, metric] == (f"{was:.4g}", f"{now:.4g}",
+                                       f"{now - was:+.2f} dB" if "dB" in metric else relative)
     classes = {k for r in (whole, report["results"]) for k in r["real"]["semantic"] if k.startswith("IoU")}
     assert classes == {metric for _, metric in first if metric.startswith("IoU ")} and len(classes) > 2
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **options: pytest.fail("computed again"))
