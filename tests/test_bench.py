@@ -240,7 +240,7 @@ def short_report(small_toy, monkeypatch):
 
 
 REPORT = ["--base", "toy", "--device", "cpu", "--size", "16x16", "--train-size", "16x16", "--tasks", "2",
-          "--micro", "1"]
+          "--micro", "1", "--minutes", "600"]
 
 
 def only(monkeypatch, wanted):
@@ -280,8 +280,9 @@ def test_a_report_without_time(short_report, tmp_path, capsys):
     """Nothing starts after the minutes given; each row is named, and no table is empty."""
     assert run(lambda: gpu_report.main([*REPORT, "--minutes", "0", "--json", str(tmp_path / "out.json")])) == 0
     text, left_out = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())["left out"]
-    assert left_out[0] == "agreement: single, bf16" and left_out[-1] == "training: stage 2, images, compiled"
-    assert len(left_out) == len(set(left_out)) and f"- {left_out[7]}\n" in text and "|" not in text
+    assert left_out[0] == "agreement: multi, bf16"
+    assert left_out[-1] == "training: stage 2, images, channels-last, compiled"
+    assert len(left_out) == len(set(left_out)) and left_out[7] in text and "|" not in text
 
 
 def test_rows_that_would_not_be_over_in_time(short_report, monkeypatch):
@@ -294,6 +295,7 @@ def test_rows_that_would_not_be_over_in_time(short_report, monkeypatch):
         return {"seconds": seconds}
     rows = [gpu_report.Row("prediction", {"how": f"row {k}"}, partial(takes, t), generates)
             for k, (t, generates) in enumerate([(10, False), (50, True), (10, False), (1, True), (1, False)])]
+    monkeypatch.setattr(gpu_report, "GENERATING", {"prediction": 20})
     monkeypatch.setattr(gpu_report, "plan", lambda *_: (rows, gpu_report.Shelf()))
     monkeypatch.setattr(gpu_report.time, "monotonic", lambda: clock[0])
     result = gpu_report.gather(gpu_report.parse([*REPORT, "--minutes", "1"]), ALL[:2])
@@ -345,11 +347,11 @@ def test_a_row_that_fails(error, word, sentence, short_report, monkeypatch, caps
 
 def test_a_check_that_does_not_hold(short_report, monkeypatch, capsys):
     """The table says no, a sentence says which, and the exit code is 1."""
-    monkeypatch.setattr(gpu_report, "TOLERANCES", {"bf16": 1e-9, "compiled": 1e-9, "toy": 1e-9})
+    monkeypatch.setattr(gpu_report, "TOLERANCES", dict.fromkeys(gpu_report.TOLERANCES, 1e-9))
     only(monkeypatch, lambda row: row.section in ("agreement", "toy"))
     assert run(lambda: gpu_report.main(REPORT)) == 1
     out, err = capsys.readouterr()
-    assert out.count("**no**") == 3 and "not every check holds: single, bf16: 0.0" in err and "; cpu, bf16: " in err
+    assert out.count("**no**") == 3 and "not every check holds: multi, bf16: 0.0" in err and "; cpu, bf16: " in err
     assert not gpu_report.judged(float("nan"), 0.1)["holds"]
 
 
@@ -382,6 +384,7 @@ def test_fp32_is_fp32(monkeypatch):
 def test_generated_code_equals_eager(tmp_path, monkeypatch):
     """One small residual block through the real torch.compile, which the other tests replace: what --compile does."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     torch.manual_seed(0)
     block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=None, groups=2).eval()
     x = torch.randn(1, 8, 4, 4)
