@@ -95,13 +95,15 @@ class Shelf:
             torch.cuda.empty_cache()
 
 
-def networks_of(args, multi, compiled):
-    """bench.networks, of the same random weights each time."""
-    torch.manual_seed(0)
-    nets = bench.networks(args.base, args.device, main=multi)
-    for net in nets if compiled else ():
-        train.compile_blocks(net)
-    return nets
+def networks_of(args, shelf, multi, compiled, dtype):
+    """bench.networks, of the same random weights each time; a precision has its own, for what was rounded stays so."""
+    def make():
+        torch.manual_seed(0)
+        nets = bench.networks(args.base, args.device, main=multi)
+        for net in nets if compiled else ():
+            train.compile_blocks(net)
+        return nets
+    return shelf.get(("networks", multi, compiled, dtype), make)
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def pair_of(args, dtype):
 
 def prediction(args, shelf, tasks, multi, dtype, predict=StableMTL.predict, decoder="", compiled=False):
     """bench.measured of one way to predict."""
-    nets = shelf.get(("networks", multi, compiled), partial(networks_of, args, multi, compiled))
+    nets = networks_of(args, shelf, multi, compiled, dtype)
     model = model_of(nets, tasks, dtype, multi, decoder)
     return bench.measured(partial(predict, model, *pair_of(args, dtype)), 1, args.device, limit=LIMIT)
 
@@ -138,7 +140,7 @@ def training(args, shelf, tasks, stage, source, switches):
 @torch.no_grad()
 def latents_of(args, shelf, tasks, multi, dtype, compiled=False):
     """All latents, in float32, of the same weights each time."""
-    nets = shelf.get(("networks", multi, compiled), partial(networks_of, args, multi, compiled))
+    nets = networks_of(args, shelf, multi, compiled, dtype)
     model = model_of(nets, tasks, dtype, multi)
     z = [model.encode(f) for f in pair_of(args, dtype)]
     return torch.cat([*model(*z, tasks).values()]).float()
