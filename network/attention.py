@@ -95,8 +95,10 @@ class TaskAttention(nn.Module):
         any is left out.
         """
         tasks, k, v = kv
-        others, s = [i for i, t in enumerate(tasks) if t != task], "shared" if self.shared else task
-        k, v = (x if len(others) == len(tasks) else x[others] for x in (k, v))           # (T,B,N,C)
+        s = "shared" if self.shared else task
+        if task in tasks:       # by slices: a GPU would wait for a list of indices, which a CUDA graph cannot record
+            own = tasks.index(task)
+            k, v = (torch.cat([x[:own], x[own + 1:]]) for x in (k, v))                   # (T,B,N,C)
         head = torch.eye(self.heads, device=a.device, dtype=a.dtype).repeat_interleave(a.shape[-1] // self.heads, 0)
         q = self.task_to_q[s](self.task_norm_q[s](a))                                    # (B,N,C)
         logits = (q * k) @ head * (a.shape[-1] // self.heads) ** -0.5                    # (T,B,N,heads)
