@@ -233,7 +233,7 @@ def parse(argv):
          "%(default)s)")
     flag("--skip-bad", action="store_true", help="skip and count unreadable images instead of stopping (default: as in "
          "training)")
-    flag("--steps", type=whole(1), default=6000, help="(default: %(default)s)")
+    flag("--steps", type=whole(1), default=12_000, help="(default: %(default)s)")
     flag("--batch", type=whole(1, 4096), default=8, help="maps per step (default: %(default)s)")
     flag("--lr", type=number(0, 1, ends=False), default=2e-3, help="peak learning rate (default: %(default)s)")
     flag("--seed", type=whole(), default=0, help="(default: %(default)s)")
