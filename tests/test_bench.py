@@ -1,6 +1,7 @@
 """Counted operations against hand arithmetic and the paper's size, and the command from flags to files."""
 import json
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -303,6 +304,22 @@ def test_rows_that_would_not_be_over_in_time(short_report, monkeypatch):
     assert result["left out"] == ["prediction: row 2", "prediction: row 3", "prediction: row 4"]
     clock[0], rows[:] = 0.0, rows[:2]
     assert gpu_report.gather(gpu_report.parse([*REPORT, "--minutes", "1"]), ALL[:2])["left out"] == []
+
+
+def test_a_stop_ends_the_report(monkeypatch, capsys):
+    """Also where torch.compile makes an error of its own of it, which would be a row that failed."""
+    begun = []
+
+    def compiling():
+        begun.append(True)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("the backend compiler failed") from error
+    rows = 2 * [gpu_report.Row("agreement", {"stream": "multi", "how": "bf16"}, compiling, False)]
+    monkeypatch.setattr(gpu_report, "plan", lambda *_: (rows, gpu_report.Shelf()))
+    assert run(lambda: gpu_report.main(REPORT)) == 130
+    assert len(begun) == 1 and "interrupted" in capsys.readouterr().err
 
 
 def test_a_report_by_the_bench(short_report, tmp_path, capsys):

@@ -32,7 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import Parser, markdown, parse_device, parse_size, run, whole, writable  # before torch, for Ctrl-C meanwhile
+# before torch, for Ctrl-C meanwhile
+from cli import Parser, markdown, on_stop, parse_device, parse_size, run, whole, writable
 
 # isort: split
 import torch
@@ -187,7 +188,8 @@ def losses_of(device, precision):
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         try:
-            train.main([*TOY_RUN.split(), "--out", out, "--device", device, "--precision", precision])
+            if train.main([*TOY_RUN.split(), "--out", out, "--device", device, "--precision", precision]):
+                raise KeyboardInterrupt     # it has ended its step first
         finally:
             torch.set_num_threads(threads)      # training on the CPU takes one
         losses = [entry["loss"] for entry in read_lines(Path(out) / "log.jsonl")]
@@ -249,11 +251,20 @@ def attempt(row, shelf):
     """What a row's call returns, or {"failed": why} in words; what rows have in common is then made anew."""
     if row.generates:
         torch.compiler.reset()      # else all rows share one limit of shapes, beyond which nothing is compiled
+    stopped = []
+
+    def stop(*_):
+        stopped.append(True)
+        raise KeyboardInterrupt
+
     try:
-        return row.measure()
+        with on_stop(stop):
+            return row.measure()
     except torch.OutOfMemoryError:
         failed = "out of memory"
     except Exception as error:      # whatever it is: the rows before are told, and those after may well work
+        if stopped:     # torch.compile turns a stop into an error of its own
+            raise KeyboardInterrupt from None
         traceback.print_exc()
         failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     shelf.clear()       # not above: there the error still holds what filled the memory
