@@ -52,13 +52,28 @@ def test_failures_and_a_lack_of_memory_are_told(in_process, monkeypatch, tmp_pat
     (tmp_path / "base" / "unet").mkdir(parents=True)
     with open(tmp_path / "base" / "unet" / "weights", "wb") as file:
         file.truncate(2 * 10 ** 9)      # a hole, which takes no room
-    argv = ["--data", "nowhere", "--out", str(tmp_path), "--only", "stage-2,evaluate"]
+    argv = ["--data", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--only", "stage-2,evaluate"]
     assert run(lambda: fullsize.main([*argv, "--base", str(tmp_path / "base")])) == 1
     out = capsys.readouterr().out
     assert "stage-2       left out: it should take 28 GB, and 13.0 GB are free" in out
     assert "evaluate      failed (2)" in out
     assert run(lambda: fullsize.main([*argv, "--only", "all"])) == 2
     assert "--only all: choose from stage-1, resume" in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_touched(in_process, tmp_path, capsys):
+    """Folders that are not there are named before anything is made, and a folder of something else is left alone."""
+    data, mine = tmp_path / "data", tmp_path / "mine"
+    for folder in (data, mine / "imported"):
+        folder.mkdir(parents=True)
+    for flags, says in ((["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")], "none: no such folder"),
+                        (["--data", str(data), "--out", str(tmp_path / "out"), "--base", str(tmp_path / "slip")],
+                         "slip: no such folder"),
+                        (["--data", str(data), "--out", str(mine)], "holds other things")):
+        assert run(lambda given=flags: fullsize.main(given)) == 2
+        assert says in capsys.readouterr().err
+    assert not in_process and sorted(p.name for p in tmp_path.iterdir()) == ["data", "mine"]
+    assert (mine / "imported").is_dir()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells it there")

@@ -35,7 +35,7 @@ from evaluate import choose, place
 from model import StableMTL
 from network import stock
 from network.generalist import seeded
-from network.loading import checkpoint_folder, factor, not_finite, read_decoder, save_part
+from network.loading import checkpoint_folder, factor, not_finite, read_decoder, read_model_json, save_part
 from readers import READERS
 from training.losses import DENSE
 
@@ -253,6 +253,7 @@ def main(argv=None):
     device = parse_device(args.device)
     folder = checkpoint_folder(args.ckpt)
     whose = args.ckpt or str(folder)
+    read_model_json(folder)     # or there is no checkpoint
     config = read_config(folder)
     if not (args.data or config["train"]):
         raise ValueError(f"{whose} does not say what it was trained on: name training images by --data <root>, or the "

@@ -130,15 +130,21 @@ def main(argv=None):
     names = args.only.split(",")
     if unknown := [name for name in names if name not in COMMANDS]:
         raise ValueError(f"--only {','.join(unknown)}: choose from {', '.join(COMMANDS)}")
+    if not Path(args.data).is_dir():
+        raise FileNotFoundError(f"--data {args.data}: no such folder; python -m tests.raw {args.data} makes one")
+    if args.base and not Path(args.base).is_dir():
+        raise FileNotFoundError(f"--base {args.base}: no such folder")
     out = Path(writable(args.out, folder=True)).absolute()
+    if out.is_dir() and any(out.iterdir()) and not (out / "photo.png").is_file():    # runs in it are overwritten
+        raise ValueError(f"--out {args.out} holds other things: name a new folder, or one of an earlier fullsize")
     out.mkdir(parents=True, exist_ok=True)
+    make_photo(out / "photo.png")
     base = Path(args.base or out / "base").absolute()
     if not base.is_dir():
         print(f"making a random base in {base}", file=sys.stderr)
         shutil.rmtree(out / "base.tmp", ignore_errors=True)
         make_base(out / "base.tmp")
         os.replace(out / "base.tmp", base)
-    make_photo(out / "photo.png")
     if "import" in names:       # the one command that replaces nothing
         shutil.rmtree(out / "imported", ignore_errors=True)
     large = sum(file.stat().st_size for file in base.glob("unet/*")) > 1e9      # a small base needs no such memory
