@@ -216,6 +216,25 @@ def _leave(*_):
     os._exit(130)
 
 
+@contextmanager
+def interruptible():
+    """While the block runs, a stop is a KeyboardInterrupt, also where a library turns that into an error of its own."""
+    stopped = []
+
+    def interrupt(*_):
+        stopped.append(True)
+        _answer(_leave)     # what is going on may tidy up, but is not waited for when asked a second time
+        raise KeyboardInterrupt
+
+    with on_stop(interrupt):
+        try:
+            yield
+        except Exception:
+            if stopped:
+                raise KeyboardInterrupt from None
+            raise
+
+
 def note_stop(stops, *_):
     """A handler for `on_stop` that only notes it in the list `stops`; the third time, it is not waited for."""
     stops.append(True)
@@ -318,33 +337,24 @@ def run(main):
     from safetensors import SafetensorError
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="plain")
-    stopped = []
-
-    def interrupt(*_):
-        stopped.append(True)
-        _answer(_leave)     # what is going on may tidy up, but is not waited for when asked a second time
-        raise KeyboardInterrupt
-
     keep_memory()
     if not gc.isenabled():
         gc.freeze()     # what was imported stays to the end: not to be looked through again
         gc.enable()
     code, told = 2, ""
     try:
-        with on_stop(interrupt):
+        with interruptible():
             return main() or 0
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         told = error
     except torch.OutOfMemoryError as error:
         told = f"out of GPU memory: use smaller images, lower --rows, or in training --micro ({error})"
     except KeyboardInterrupt:
-        stopped.append(True)
+        code, told = 130, "interrupted"
     except Exception as error:
         # the latter is torch's, on the CPU
-        if not (stopped or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
         told = f"out of memory: use smaller images, lower --rows or --processes, or in training --micro ({error!r})"
-    if stopped:     # whatever it was: libraries turn an interrupt into errors of their own
-        code, told = 130, "interrupted"
     print(f"{COMMAND.name}: {' '.join(str(told).split())}", file=sys.stderr)
     return code

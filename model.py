@@ -191,9 +191,10 @@ class StableMTL(nn.Module):
         timestep = torch.full((), timestep, device=x.device) if isinstance(timestep, int) else timestep
         return unet(x, timestep, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
 
-    def sees_motion(self, tasks):
-        """Whether any pass that `tasks` take looks at the second frame."""
-        return any(TASKS[t].frames == 2 for t in (tasks if self.main is None else [*tasks, *self.attends]))
+    def see_both(self, first, second, tasks):
+        """`see` of two frames; of the second, which may be None, only where a pass that `tasks` take looks at it."""
+        z, seen = self.see(first), tasks if self.main is None else [*tasks, *self.attends]
+        return z, z if second is None or not any(TASKS[t].frames == 2 for t in seen) else self.see(second)
 
     @staticmethod
     def _pairs(z_i, z_j, tasks):
@@ -259,9 +260,8 @@ class StableMTL(nn.Module):
         tasks = asked(image, next_image, tasks, self.tasks)
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
-        z_i = self.see(F.pad(image, pad, mode="replicate"))
-        moving = next_image is not None and self.sees_motion(tasks)
-        z_j = self.see(F.pad(next_image, pad, mode="replicate")) if moving else z_i
+        frames = [f if f is None else F.pad(f, pad, mode="replicate") for f in (image, next_image)]
+        z_i, z_j = self.see_both(*frames, tasks)
         latents, out, sums = self(z_i, z_j, tasks, rows), {}, {}
         for part in passes(tasks, z_i, rows):
             for t, code in self.codes({t: latents[t] for t in part}).items():

@@ -113,7 +113,7 @@ def lessons(model, lots, workers=0):
         codes = {t: [x["labels"][t] for x in items if t in x["labels"]] for t in model.tasks}
         frames = [torch.stack([x["frames"][n] for x in items]).to(device) for n in (0, 1)]
         with half(device), seeded(model, frames[0]):
-            latents = [*model(*map(model.see, frames), model.tasks).items()]
+            latents = [*model(*model.see_both(*frames, model.tasks), model.tasks).items()]
             latents += [(t, model.encode(torch.stack(x).to(device))) for t, x in codes.items() if x]
             for t, z in latents:
                 kinds = torch.full((len(z),), model.tasks.index(t))

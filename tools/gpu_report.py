@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # before torch, for Ctrl-C meanwhile
-from cli import Parser, markdown, on_stop, parse_device, parse_size, run, whole, writable
+from cli import Parser, interruptible, markdown, parse_device, parse_size, run, whole, writable
 
 # isort: split
 import torch
@@ -251,20 +251,12 @@ def attempt(row, shelf):
     """What a row's call returns, or {"failed": why} in words; what rows have in common is then made anew."""
     if row.generates:
         torch.compiler.reset()      # else all rows share one limit of shapes, beyond which nothing is compiled
-    stopped = []
-
-    def stop(*_):
-        stopped.append(True)
-        raise KeyboardInterrupt
-
     try:
-        with on_stop(stop):
+        with interruptible():
             return row.measure()
     except torch.OutOfMemoryError:
         failed = "out of memory"
     except Exception as error:      # whatever it is: the rows before are told, and those after may well work
-        if stopped:     # torch.compile turns a stop into an error of its own
-            raise KeyboardInterrupt from None
         traceback.print_exc()
         failed = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     shelf.clear()       # not above: there the error still holds what filled the memory

@@ -213,7 +213,7 @@ def _told(model, items, tasks):
     device, told, out = next(model.parameters()).device, [], {}
     for pair in (frames, [f.flip(-1) for f in frames]):
         with seeded(model, pair[0]):
-            told.append(model(*(model.see(f.to(device)) for f in pair), tasks))
+            told.append(model(*model.see_both(*(f.to(device) for f in pair), tasks), tasks))
     upright, mirrored = told
     one, other = model.codes(upright), model.codes(mirrored)
     for t in tasks:

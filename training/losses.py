@@ -99,9 +99,7 @@ class LatentObjective:
         frames, latents = b["frames"], b["labels"]
         if self.encode:
             with torch.no_grad():
-                first, second = frames
-                first = self.model.see(first)       # single-frame tasks see it twice: encoded once
-                frames = [first, self.model.see(second) if self.model.sees_motion(b["tasks"]) else first]
+                frames = self.model.see_both(*frames, b["tasks"])
                 latents = self.model.latents(latents)
         given = self.streams.fetch(b["keys"], *frames) if self.streams else None
         return self.model.learn(*frames, latents, b["cells"], b["keys"], given)
