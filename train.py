@@ -349,37 +349,38 @@ def train(rank, world, device, cfg, saved, tensors):
             held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
+    cache = LatentCache(place, readers, coding, cfg.palette) if place else None
+
+    # ---- optimizer, schedule, resume; what does not fit has been refused by the end of this, with nothing written ----
+    autocast, scaler = precision(cfg, device)
+    optimizer, step = make_optimizer(cfg, parts), 0
+    if saved:
+        step = saved["step"]
+        restore(tensors, parts, optimizer)
+        tensors.clear()
+        if scaler and saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
+
     with locked(out) if chief else contextlib.nullcontext():
         skipped, streams = [], None
-        if place:
-            mixture.cache = LatentCache(place, readers, coding, cfg.palette)
+        if cache:
             if chief:
-                mixture.cache.create(readers, model)
+                cache.create(readers, model)
             if world > 1:
                 dist.barrier()
             every = registry(cfg.palette)       # runs of fewer tasks share the folder
-            skipped += mixture.cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world)
+            skipped += cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world)
             if world > 1:
                 dist.barrier()
-        if pseudo:
-            mixture.cache = pseudo.beside(mixture.cache, model)
+        mixture.cache = pseudo.beside(cache, model) if pseudo else cache
         if cfg.frozen == "bf16":        # now: a cache is the same with and without it
             freeze_in_bf16(model)
-        autocast, scaler = precision(cfg, device)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9, autocast)
         objective = system.objective(model, cfg, mixture, streams)
 
-        # ---- optimizer, schedule, resume ----
-        optimizer = make_optimizer(cfg, parts)
+        # ---- what is saved ----
         about = about_run(cfg, model, readers, saved)
-        step = 0
-        if saved:
-            step = saved["step"]
-            restore(tensors, parts, optimizer)
-            tensors.clear()
-            if scaler and saved.get("scaler"):
-                scaler.load_state_dict(saved["scaler"])
         settled = out if cfg.stage == 2 else None       # has the files of what is not trained
 
         def save():

@@ -28,7 +28,9 @@ LEARNING_RATE = 1e-3        # of networks from scratch, unless --lr says otherwi
 # ---- training: what train.py's table says of every one of them ----
 
 def build(cfg, tasks, stages):
-    """The model of a run at its start."""
+    """The model of a run at its start. ValueError, FileNotFoundError: its teacher cannot teach it."""
+    if cfg.teacher:     # `discovery` loads it again; here what is wrong with it is told before anything is written
+        load_teacher(cfg.teacher, cfg.system, tasks)
     torch.manual_seed(cfg.seed + 1000 * bool(cfg.teacher))      # a student's own weights, not its teacher's again
     return SYSTEMS[cfg.system](tasks, cfg.palette, **parse_options(cfg.system, cfg.options))
 
@@ -39,7 +41,7 @@ def parts(model):
 
 
 def objective(model, cfg, mixture, streams):
-    """It knows itself what it minimises, once it is told what to discover. ValueError: not with this teacher."""
+    """It knows itself what it minimises, once it is told what to discover."""
     model.fit(mixture)
     if cfg.discover:
         model.learn_from(discovery(model, cfg, mixture))
@@ -73,15 +75,20 @@ def parse_discover(cfg):
     return wanted
 
 
+def load_teacher(folder, kind, tasks, device="cpu"):
+    """The model of a checkpoint. ValueError, FileNotFoundError: it is not whole, or not of this system and these
+    tasks."""
+    spec = read_model_json(folder)
+    if (spec["kind"], tuple(spec["tasks"])) != (kind, tasks):
+        raise ValueError(f"--teacher {folder} is a {spec['kind']} of {', '.join(spec['tasks'])}: expected a finished "
+                         f"{kind} of {', '.join(tasks)}")
+    return load(folder, device=device)
+
+
 def discovery(model, cfg, mixture):
     """The Discovery of a run's settings."""
-    teacher = None
-    if cfg.teacher:
-        spec = read_model_json(cfg.teacher)
-        if (spec["kind"], tuple(spec["tasks"])) != (model.kind, model.tasks):
-            raise ValueError(f"--teacher {cfg.teacher} is a {spec['kind']} of {', '.join(spec['tasks'])}: expected a "
-                             f"finished {model.kind} of {', '.join(model.tasks)}")
-        teacher = load(cfg.teacher, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    teacher = load_teacher(cfg.teacher, model.kind, model.tasks, device) if cfg.teacher else None
     labels = {"features": None, "light": None, "true": "true"}.get(cfg.discover, "teacher")
     features = teacher is not None and cfg.discover != "labels" and "features" in model.discovers
     return Discovery(mixture, model.tasks, teacher, labels, features)

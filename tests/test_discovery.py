@@ -338,7 +338,16 @@ def test_real_formats_with_a_file_that_cannot_be_read(go, tmp_path, monkeypatch,
 def test_bad_flags(go, pseudo, tmp_path, flags, says):
     code, _, error = go(flags.format(pseudo=pseudo, tmp=tmp_path))
     assert code == 2 and says.format(pseudo=pseudo) in error and "Traceback" not in error
-    assert not (tmp_path / "out" / "state").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["done", "shading", "shading_doubt"])
+def test_an_array_that_is_missing(go, pseudo, tmp_path, name):
+    """It is named before anything is written: that of labels was missed only in the first step."""
+    shutil.copytree(pseudo, tmp_path / "labels", ignore=shutil.ignore_patterns(f"{name}.npy"))
+    code, _, error = go(student(tmp_path / "labels"))
+    assert code == 2 and f"{name}.npy" in error and "missing or damaged" in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):

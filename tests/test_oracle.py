@@ -193,8 +193,10 @@ def test_a_stopped_oracle_starts_anew(go, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, more, says", [
     ("", "--seed 3", "--seed after --"), ("", "--rho 2", "--rho"), ("", "--attention n-to-n", "leave out --attention"),
-    ("", "--loss pixel", "--loss"), ("--steps 0", "", "--steps"), ("--ckpt nowhere", "", "there is none in nowhere")])
+    ("", "--loss pixel", "--loss"), ("", "--drop rooms:deph", "--drop rooms:deph"),
+    ("", "--drop streets:semantic", "no training labels for semantic"), ("--steps 0", "", "--steps"),
+    ("--ckpt nowhere", "", "there is none in nowhere")])
 def test_mistakes_end_in_a_sentence(go, tmp_path, flags, more, says):
-    """Each names the flag; nothing is written."""
+    """Each names the flag; nothing is written: labels to drop were looked at only when the truth had been learnt."""
     code, _, error = go(flags, more)
     assert code == 2 and says in error and "Traceback" not in error and not (tmp_path / "oracle").exists()

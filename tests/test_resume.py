@@ -7,6 +7,7 @@ from functools import partial
 
 import kill
 import pytest
+import tiny
 import torch
 from kill import compare, log_lines
 from runs import THREE, TINY, same, saved, stop_at, unfinished
@@ -152,6 +153,23 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
     assert StableMTL.load(out).main is None
     assert go("--resume")[0] == 0
     assert compare(undisturbed[1], out) == []
+
+
+def test_what_does_not_fit_is_refused_before_a_cache_is_built(go, tiny_base, tmp_path):
+    """A cache of other scenes, the state of another base: that the latter does not fit was told only after hours of
+    encoding, and a folder made for the former hid the toy model from evaluate.py."""
+    base, place = shutil.copytree(tiny_base, tmp_path / "base"), tmp_path / "cache"
+    flags = f"--tasks {THREE} --base {base} --cache {place}"
+    assert go(flags)[0] == 0
+    code, _, error = go(f"{flags} --scenes 3 --out {tmp_path / 'new'}")
+    assert code == 2 and "was made for something else (samples of rooms 2, now 3" in error
+    assert not (tmp_path / "new").exists()
+    shutil.rmtree(place)
+    shutil.rmtree(base)
+    tiny.base(base, use_linear_projection=False)
+    code, _, error = go("--resume")
+    assert code == 2 and "the saved state is of another model" in error and "Traceback" not in error
+    assert not place.exists()
 
 
 def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):

@@ -172,7 +172,7 @@ def test_a_student_is_not_its_teacher_again(trained, tmp_path):
     """It starts from weights of its own: with the teacher's, its features would agree from the first step on."""
     flags = f"{TINY} --system mtl --seed 3 --out {tmp_path / 'out'}".split()
     cfg = [train.parse_args([*flags, *more]) for more in ([], ["--teacher", str(trained("mtl"))])]
-    teacher, again, student = (baselines.build(c, ("normal", "depth"), 0).state_dict() for c in (cfg[0], *cfg))
+    teacher, again, student = (baselines.build(c, tuple(TASKS), 0).state_dict() for c in (cfg[0], *cfg))
     assert all(torch.equal(x, again[name]) for name, x in teacher.items())
     assert not any(torch.equal(x, student[name]) for name, x in teacher.items() if x.ndim > 1)
 
@@ -243,13 +243,16 @@ def test_other_light_alone_needs_no_cache():
     "--system mtl --teacher nowhere": "no checkpoint in nowhere",
     "--system hitts --teacher TEACHER": "is a mtl of semantic, normal.* expected a finished hitts",
     "--system mtl --tasks normal,depth --teacher TEACHER": "expected a finished mtl of normal, depth",
+    "--system mtl --teacher DAMAGED": "damaged is incomplete: no model.safetensors",
     "--teacher TEACHER": "it belongs to the other systems",
 }.items())
 def test_teachers_that_cannot_teach_are_refused(trained, go, tmp_path, flags, says):
-    tiny = TINY.replace("--scenes 2 --size 16x24", "") if "--data" in flags else TINY
-    code, _, error = go(flags.replace("TEACHER", str(trained("mtl"))), tiny)
+    """Before anything is written: some were told only when the cache had been built."""
+    tiny, damaged = TINY.replace("--scenes 2 --size 16x24", "") if "--data" in flags else TINY, tmp_path / "damaged"
+    shutil.copytree(trained("mtl"), damaged, ignore=shutil.ignore_patterns("model.safetensors"))
+    code, _, error = go(flags.replace("TEACHER", str(trained("mtl"))).replace("DAMAGED", str(damaged)), tiny)
     assert code == 2 and re.search(says, error) and "Traceback" not in error
-    assert not (tmp_path / "out/model.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # ---- what is refused ----

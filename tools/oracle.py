@@ -195,17 +195,19 @@ def main(argv=None):
     auxiliary = StableMTL.load(args.ckpt, 1, device)
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]
     everything = [r.complete() for r in readers]
+    cache = LatentCache(cfg.cache, everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
+    options = {"codecs": auxiliary.codecs, "batch": cfg.batch, "micro": cfg.micro, "cache": cache}
+    lessons = Mixture(everything, auxiliary.tasks, seed=cfg.seed + 1000, **options)
+    mixture = Mixture(readers, model.tasks, seed=cfg.seed + 2000, isolation=cfg.isolation,
+                      drop=parse_drop(cfg.drop, [r.name for r in readers]), **options)
     with locked(out), (out / "log.jsonl").open("w", buffering=1) as log:
         # ---- the truth of all training scenes; kept until all is done, for a run that was stopped ----
-        cache = LatentCache(cfg.cache, everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
         cache.create(everything, auxiliary)
         cache.build(everything, auxiliary, registry(cfg.palette))
-        options = {"codecs": auxiliary.codecs, "batch": cfg.batch, "micro": cfg.micro, "cache": cache}
 
         # ---- the auxiliary UNet learns to repeat it ----
         first = dataclasses.replace(cfg, stage=1, steps=args.aux_steps, warmup=min(cfg.warmup, args.aux_steps // 4))
-        mixture = Mixture(everything, auxiliary.tasks, seed=cfg.seed + 1000, **options)
-        fit(auxiliary, mixture, Truth(auxiliary, cache, everything), first, log)
+        fit(auxiliary, lessons, Truth(auxiliary, cache, everything), first, log)
 
         # ---- stage 2 beside it ----
         model.unet.load_state_dict(auxiliary.unet.state_dict())
@@ -213,8 +215,6 @@ def main(argv=None):
         if cfg.stream_gb:
             streams = TrueStreams(streams, cfg.cache, everything, model, cfg.stream_gb * 1e9,
                                   train.precision(cfg, device)[0])
-        mixture = Mixture(readers, model.tasks, seed=cfg.seed + 2000, isolation=cfg.isolation,
-                          drop=parse_drop(cfg.drop, [r.name for r in readers]), **options)
         fit(model, mixture, streams, cfg, log)
 
         # ---- what came out ----

@@ -169,6 +169,7 @@ def read_pseudo(cfg, readers, vae_hash, tasks, drop):
         if not labels.array(reader, "done").all():
             raise ValueError(f"--pseudo {cfg.pseudo} is unfinished: run the same python -m tools.discover again")
         for t in (t for t in about["cells"][reader.name] if t in tasks):
+            labels.array(reader, t)     # a missing file is told now, as median does for the doubts
             if t in labelled(reader, [t]) and t not in drop.get(reader.name, ()):
                 raise ValueError(f"--pseudo {cfg.pseudo} was made without the {t} labels of {reader.name}, which are "
                                  f"here: --drop {reader.name}:{t}, or make pseudo labels anew")
