@@ -458,7 +458,8 @@ def train(rank, world, device, cfg, saved, tensors):
               file=sys.stderr)
     elif chief:
         minutes = (time.time() - start) / 60
-        print(f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world} processes of "
+        print(done_already(cfg, model) if saved and saved["step"] == step else
+              f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world} processes of "
               f"{torch.get_num_threads()} threads; {len(set(skipped))} samples skipped; model in {out}")
         if best := best_step(about):
             print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")
@@ -475,6 +476,16 @@ def check_length(cfg, saved):
     if step < cfg.steps and rates[0] != rates[1]:
         print(f"notice: the cosine is now over {cfg.steps} steps, not {before.steps}: at step {step} the learning rate "
               f"is {rates[1]:.3g}, not {rates[0]:.3g}", file=sys.stderr)
+
+
+def done_already(cfg, model):
+    """The sentence for a --resume of a finished run. Perhaps it was meant for a stage 2 that was stopped before it had
+    saved anything, of which nothing tells."""
+    told = f"stage {cfg.stage} in {cfg.out} was done already, all {cfg.steps} steps"
+    if cfg.stage == 1 and cfg.system == "stablemtl" and not axes(cfg) and len(model.tasks) > 1:
+        told += (f", and no stage 2 is saved there: python train.py --stage 2 --out {cfg.out}, with what other flags "
+                 "you want, starts one")
+    return f"{told}; to lengthen stage {cfg.stage}, give --resume more --steps"
 
 
 PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up

@@ -179,6 +179,22 @@ def test_a_finished_run_resumes_to_itself(go, undisturbed, tmp_path):
     assert compare(undisturbed[1], tmp_path / "out") == []
 
 
+def test_a_stage_2_stopped_before_it_saved_anything(go, second, monkeypatch):
+    """--resume only said how many steps stage 1 had taken, in 0.0 minutes: now that there is no stage 2 to continue,
+    and what starts one. Of a finished stage 2 it says no such thing."""
+    def stop(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(train, "save_state", stop)
+        assert go("--stage 2")[0] == 130
+    code, said, _ = go("--resume")
+    assert code == 0 and f"stage 1 in {second} was done already, all 1 steps, and no stage 2 is saved there: " in said
+    assert f"python train.py --stage 2 --out {second}, " in said and said.count("\n") == 1
+    assert go("--stage 2")[0] == 0
+    code, said, _ = go("--resume")
+    assert code == 0 and f"stage 2 in {second} was done already" in said and "no stage 2" not in said
+
+
 def test_lengthened_run_equals_uninterrupted(go, tmp_path):
     """A finished run of two steps and --resume --steps 4 equals four steps at once, for the exponential schedule does
     not read --steps; the record says so. Fewer steps than are done are refused."""
