@@ -74,7 +74,7 @@ def read_json(path, absent, shape=dict, remedy="delete it, or restore it from a 
     """
     try:
         text = Path(path).read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):     # the latter where its folder is a file
         raise FileNotFoundError(absent) from None
     return _parse(text, shape, path, remedy)
 

@@ -116,14 +116,25 @@ def _pretrained(kind, base, part):
     raise failed
 
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+
+
+def on_hub(name):
+    """Whether a name can only be meant for the hub, "org/name" or "org/name@revision": nothing here is called so, and
+    it has one slash, with a letter or digit after it and at its start. Anything else is a path, and so is any Path."""
+    return isinstance(name, str) and not os.path.exists(name) and HUB_ID.fullmatch(name) is not None
+
+
 def load_part(kind, base, part):
     """One part of a diffusers folder or hub id, in float32: kind.from_pretrained, but strict.
 
     kind: a model class of diffusers or transformers; part: its subfolder, "" where the folder is the part itself.
-    ValueError if the weights are not there or damaged, if names or shapes are not those of the part's config.json
-    (diffusers fills up with uninitialised memory), or a value is not finite.
+    ValueError if there is no such folder, the weights are not there or damaged, names or shapes are not those of the
+    part's config.json (diffusers fills up with uninitialised memory), or a value is not finite.
     """
     name = part or kind.__name__
+    if not os.path.isdir(base) and not on_hub(base):
+        raise ValueError("there is no such folder")
     try:
         model, noted = _pretrained(kind, base, part)
     except Exception as error:      # damaged files and foreign configs raise anything
@@ -264,7 +275,6 @@ def encode_prompts(tokenizer, text_encoder, prompts):
 # ---- a checkpoint ----
 
 PART_FILES = ("config.json", "diffusion_pytorch_model.safetensors")     # of vae/, unet/ and main_unet/
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 SHARED = ("README.md", "config.json", "model.json", "results*.json", "tokens.safetensors", "stem.safetensors",
           "task_attention.safetensors", "vae/*", "unet/*", "main_unet/*")      # a checkpoint on the hub
 
@@ -283,7 +293,7 @@ def checkpoint_folder(name=None):
                                     "train one (python train.py --stage 1), or name one, a folder or a hub id")
         print(f"no out/ here: taking the trained toy model, {toy.MODEL}", file=sys.stderr)
         return toy.MODEL
-    if os.path.isdir(name) or not HUB_ID.fullmatch(str(name)):
+    if not on_hub(name):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     repository, _, revision = str(name).partition("@")

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import test_generalist
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import errors, snapshot_download
 from PIL import Image
 
 import evaluate
 import sample
 import toy
+import train
 from cli import run
 from model import StableMTL
 from network.loading import SHARED
-from tools import convert
+from tools import convert, distil
 
 QUICK = "--limit 1 --trivial 0 --workers 0 --batch 1"
 
@@ -121,6 +124,50 @@ def test_what_is_not_there_is_one_sentence(hub, monkeypatch, capsys, error, said
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and re.search(f"no checkpoint in some/one@v3: there is no such folder, .*{said}", told)
     assert here() == []
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "no/such/", "./such", "../such", "/no/such", "~/such",
+                                  "folder/note.txt"])
+def test_what_cannot_be_an_id_never_reaches_the_hub(name, hub, tmp_path, capsys, monkeypatch):
+    """The hub was asked for --decoder no/such/folder, once for every variant of the weights, and what it thinks of such
+    a name was told. Of no decoder, base or checkpoint is it asked for what is no id, or the name of a file here."""
+    Path("folder").mkdir()
+    Path("folder/note.txt").touch()
+
+    def local(load, folder, **options):
+        assert Path(folder).is_dir(), "the hub is asked"
+        return load(folder, **options)
+    for kind in (AutoencoderTiny, AutoencoderKL):
+        monkeypatch.setattr(kind, "from_pretrained", partial(local, kind.from_pretrained))
+
+    def refused(main, flags):
+        assert run(lambda: main([*flags.split(), name])) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        return told
+    ckpt = f"--ckpt {hub.root / 'some/body'}"
+    for main, flags, flag in ((sample.main, f"{ckpt} --toy real:0", "--decoder"),
+                              (distil.main, f"{ckpt} --data toy --out new", "--init")):
+        told = f"could not load {flag} {name}: there is no such folder; give a folder of diffusers' AutoencoderTiny"
+        assert told in refused(main, f"{flags} {flag}")
+    base = refused(train.main, "--stage 1 --out new --base")
+    assert f"could not load --base {name}: there is no such folder; give" in base or "is a single file" in base
+    assert f"no checkpoint in {Path(name)}: expected model.json" in refused(sample.main, "--toy real:0 --ckpt")
+    assert hub.asked == [] and here() == ["folder"]
+
+
+def test_a_decoder_of_the_hub(hub, capsys, monkeypatch):
+    """What can be an id still gets there."""
+    asked = []
+
+    def absent(name, **options):
+        asked.append(name)
+        raise OSError(f"the hub has no {name}")
+    monkeypatch.setattr(AutoencoderTiny, "from_pretrained", absent)
+    flags = f"--ckpt {hub.root / 'some/body'} --toy real:0 --decoder some/tiny-1.0"
+    assert run(lambda: sample.main(flags.split())) == 2
+    assert "--decoder some/tiny-1.0: AutoencoderTiny: the hub has no some/tiny-1.0; give" in capsys.readouterr().err
+    assert set(asked) == {"some/tiny-1.0"}
 
 
 def test_the_real_client_offline(capsys):
