@@ -65,15 +65,15 @@ def number(low=-math.inf, high=math.inf, ends=True):
     return parse
 
 
-def parse_size(text):
+def parse_size(text, flag="--size"):
     """"32x48" -> (32, 48), height x width; None or "" -> None: that of the data."""
     if not text:
         return None
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and len(text) < 12):
-        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH, for example 32x48")
+        raise ValueError(f"{flag} {text}: expected HEIGHTxWIDTH, for example 32x48")
     if min(int(height), int(width)) < 8:
-        raise ValueError(f"--size {text}: at least 8x8")
+        raise ValueError(f"{flag} {text}: at least 8x8")
     return int(height), int(width)
 
 

@@ -180,14 +180,15 @@ class Mixture(Dataset):
     task, so that leaving out tasks never shifts them. The draws depend neither on `micro` nor on the number of ranks
     (rank r takes every world-th).
 
-    beside: {dataset: tasks} whose labels come along in a joint step, and no image is drawn for.
+    beside: {dataset: tasks} whose labels come along in a joint step, and no image is drawn for. skip_bad: whether what
+    cannot be read is skipped and named, else it is a ValueError; None as in or_skip.
 
     Micro-batch: "tasks"; "keys" [(dataset, index, horizontal flip)]; "frames" [i, j]; "labels" and "valid"
     {task: tensor}; as images in [-1,1] with pixel masks, or with a `cache` as latents with masks of latent cells.
     """
 
     def __init__(self, readers, tasks, codecs, batch=16, micro=16, seed=0, drop=None, isolation=True, joint=False,
-                 cache=None, skip_bad=False, with_next=True, rank=0, world=1, beside=None):
+                 cache=None, skip_bad=None, with_next=True, rank=0, world=1, beside=None):
         drop, beside = drop or {}, beside or {}
         self.readers, self.codecs, self.cache, self.skip_bad = readers, codecs, cache, skip_bad
         self.batch, self.micro, self.seed, self.isolation, self.joint = batch, micro, seed, isolation, joint
@@ -250,7 +251,7 @@ class Mixture(Dataset):
                 item = self.one(tasks, reader, index, flips, seed)
             except (OSError, ValueError) as error:
                 if not self.skip_bad:
-                    raise unreadable(reader, index, error, f"step {step}, ") from error
+                    raise unreadable(reader, index, error, self.skip_bad, f"step {step}, ") from error
                 skipped.append(f"{reader.name}:{index}")
                 continue
             alike = tasks, item["frames"][0].shape
@@ -269,9 +270,15 @@ class Mixture(Dataset):
                 "valid": {t: torch.stack([item["valid"][t] for item in items]) for t in tasks}}
 
 
-def unreadable(reader, index, error, where=""):
-    """The sentence for a sample that does not load."""
-    return ValueError(f"{where}{reader.name} sample {index}: {error} (--skip-bad skips and counts such files)")
+def or_skip(skip_bad):
+    """What follows a sentence on a sample that does not load: its remedy, where the command has that flag. skip_bad:
+    the flag's value, None for a command that has none."""
+    return "" if skip_bad is None else " (--skip-bad skips and counts such files)"
+
+
+def unreadable(reader, index, error, skip_bad, where=""):
+    """The sentence for a sample that does not load; skip_bad: as in or_skip."""
+    return ValueError(f"{where}{reader.name} sample {index}: {error}{or_skip(skip_bad)}")
 
 
 def loader(mixture, start, stop, workers):
@@ -329,14 +336,14 @@ def _measured(reader, jobs):
     return out
 
 
-def test_batches(reader, tasks, batch, workers, limit=None, skipped=None, each=None, rank=0, world=1):
+def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, world=1, skip_bad=None, skipped=None):
     """Yield the samples that have labels of these tasks, up to `batch` at once that are alike in tasks and frames:
     [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}, number), ...], all of the
     reader's size.
 
-    "<task>:<mask>" in the place of a task: a second mask for it. What cannot be read is named in the list `skipped`;
-    without one it is a ValueError. limit: samples at most; each: labels of each task at most. Of `world` processes the
-    rank-th takes every world-th batch: which samples are batched does not depend on it.
+    "<task>:<mask>" in the place of a task: a second mask for it. limit: samples at most; each: labels of each task at
+    most. Of `world` processes the rank-th takes every world-th batch: which samples are batched does not depend on it.
+    With skip_bad, what cannot be read is named in the list `skipped`, else it is a ValueError; None as in or_skip.
     """
     jobs = defaultdict(list)
     for t in tasks:
@@ -351,10 +358,10 @@ def test_batches(reader, tasks, batch, workers, limit=None, skipped=None, each=N
             for item in samples:
                 if not isinstance(item, str):
                     alike[tuple(item[1]), len(item[0])].append(item)
-                elif skipped is None:
-                    raise ValueError(f"{item} (--skip-bad skips and counts such samples)")
-                else:
+                elif skip_bad:
                     skipped.append(item)
+                else:
+                    raise ValueError(f"{item}{or_skip(skip_bad)}")
             yield from alike.values()
             bar.update(len(samples))
 

@@ -95,7 +95,7 @@ def evaluate(model, reader, world=1, **how):
     return results.pop("model"), {who: r for who, r in results.items() if r}, sorted(skipped)
 
 
-def score(rank, world, model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=False, oracle=False,
+def score(rank, world, model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=None, oracle=False,
           guesses=None, confidence=False, pixels=False):
     """The rank-th of `world` shares of `evaluate`.
 
@@ -109,7 +109,7 @@ def score(rank, world, model, reader, batch=16, workers=2, limit=None, rows=None
     scores, psnr, skipped, wanted = {}, defaultdict(list), [], labelled(reader, model.tasks)
     files = isinstance(model, Predictions)
     device = torch.device("cpu") if files else next(model.parameters()).device
-    for group in test_batches(reader, wanted, batch, workers, limit, skipped if skip_bad else None, None, rank, world):
+    for group in test_batches(reader, wanted, batch, workers, limit, None, rank, world, skip_bad, skipped):
         pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, *_ in group), strict=True)]
         if oracle:
             predicted = round_trip(model, [maps for _, maps, _ in group], psnr)
@@ -168,10 +168,10 @@ class TrainingLabels:
     """What the trivial predictors know: the codes of up to `limit` training labels of each dataset and task.
 
     train: readers of the training datasets. A dataset is read once for all tasks asked of it; `world` processes share
-    its batches. An unreadable sample is skipped and named with skip_bad, else a ValueError.
+    its batches. An unreadable sample is skipped and named with skip_bad, else a ValueError; None as in data.or_skip.
     """
 
-    def __init__(self, train, limit, workers=2, skip_bad=False, world=1):
+    def __init__(self, train, limit, workers=2, skip_bad=None, world=1):
         self.train, self.limit, self.workers, self.skip_bad, self.world = train, limit, workers, skip_bad, world
         self.sums, self.skipped = {}, defaultdict(set)      # the latter by dataset
 
@@ -199,8 +199,8 @@ class TrainingLabels:
     def share(self, rank, world, source, size, tasks):
         """The rank-th of `world` shares: ([{task: code_sums} of a batch], names of skipped samples)."""
         sums, skipped = [], []
-        for group in test_batches(source, tasks, 16, self.workers, None, skipped if self.skip_bad else None, self.limit,
-                                  rank, world):
+        for group in test_batches(source, tasks, 16, self.workers, None, self.limit, rank, world, self.skip_bad,
+                                  skipped):
             known = [t for t in group[0][1] if t in TASKS]
             pairs = {t: [labels[t] for _, labels, _ in group] for t in known}
             sums.append({t: code_sums(TASKS[t], [(resize(x, size), resize(m[None], size)[0]) for x, m in pairs[t]])

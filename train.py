@@ -559,7 +559,7 @@ def first_sample(reader, wanted, codecs, skip_bad):
             return own, prepare(reader, index, own, codecs)
         except (OSError, ValueError) as error:
             if not skip_bad:
-                raise unreadable(reader, index, error, "for a picture, ") from error
+                raise unreadable(reader, index, error, skip_bad, "for a picture, ") from error
     return None
 
 

@@ -125,7 +125,7 @@ def first_images(mixture, reader, indices, tasks, codecs):
             item = prepare(reader, index, tasks, codecs)
         except (OSError, ValueError) as error:
             if not mixture.skip_bad:
-                raise unreadable(reader, index, error) from error
+                raise unreadable(reader, index, error, mixture.skip_bad) from error
             continue
         yield index, item
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import digest, read_json, write_json
-from data import labelled, test_batches
+from data import labelled, or_skip, test_batches
 from inference.infer import as_array, network_maps, restore
 from readers.exports import FORMATS, decode, endings, fits, save
 from readers.folder import SAME_ASPECT, same_aspect
@@ -58,7 +58,7 @@ def write(model, reader, tasks, folder, forms, batch, rows=None, limit=None, ski
     """Predict the samples of a test set for those of the tasks that it labels, as evaluate.py does, one file for each
     of the forms (exports.FORMATS) that fits. -> (Counter of samples "done" and "kept", names of skipped ones)."""
     device, skipped, tally = next(model.parameters()).device, [], Counter()
-    for group in test_batches(reader, labelled(reader, tasks), batch, 2, limit, skipped if skip_bad else None):
+    for group in test_batches(reader, labelled(reader, tasks), batch, 2, limit, skip_bad=skip_bad, skipped=skipped):
         wanted = [t for t in group[0][1] if t in TASKS]
         files = [(n, t, form, Path(folder, reader.name, t, f"{reader.stem(index)}{FORMATS[form]}"))
                  for n, (_, _, index) in enumerate(group) for t in wanted for form in forms if fits(TASKS[t], form)]
@@ -164,7 +164,7 @@ class Predictions:
                     x = path and self.read(path, TASKS[t], reader, valid)
                 except (OSError, ValueError) as error:
                     if skipped is None:
-                        raise ValueError(f"{error} (--skip-bad skips and counts such files)") from error
+                        raise ValueError(f"{error}{or_skip(False)}") from error
                     skipped.append(f"{reader.name}:{index}: {error}")
                 out[t].append(x)
         return out

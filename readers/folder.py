@@ -150,12 +150,13 @@ class Folder(Reader):
         others = [path for path, s in sizes.items() if not same_aspect(s, size or shape)]
         if others and not size:
             raise ValueError(f"{first} is {shape[0]}x{shape[1]}, {others[0]} {'x'.join(map(str, sizes[others[0]]))}: "
-                             "crop images to one aspect ratio, or stretch all to one size by --size HEIGHTxWIDTH")
+                             "crop images to one aspect ratio, or stretch all to one size by train.py --size "
+                             "HEIGHTxWIDTH")
         h, w = size or reduced(*shape)
         changed = [(path.name, "x".join(map(str, s))) for path, s in sizes.items() if s != (h, w)]
         if changed:
             stretched = f", {len(others)} of them stretched" if others else ""
-            remedy = "" if size else " (--size sets another size)"
+            remedy = "" if size else " (train.py --size sets another size)"
             notice(f"{self.folder}: {len(changed)} of {len(sizes)} images are resized to {h}x{w}{stretched}; the first "
                    f"is {' of '.join(changed[0])}{remedy}")
         return h, w

@@ -156,7 +156,7 @@ def test_unreadable_samples_of_the_cache(tmp_path, model):
     every build, has no valid cell, and is cached once it can be read."""
     bad = Made("set", ("depth",), broken=1)
     with pytest.raises(ValueError, match=r"^set sample 1: set/1.png is truncated: copy it again \(--skip-bad") as error:
-        cached(tmp_path / "strict", [bad], model)
+        cached(tmp_path / "strict", [bad], model, skip_bad=False)
     assert "\n" not in str(error.value)
 
     def anything_valid(store):

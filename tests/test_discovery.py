@@ -332,7 +332,7 @@ def test_real_formats_with_a_file_that_cannot_be_read(go, tmp_path, monkeypatch,
     ("--pseudo {tmp} --cache auto", "make them from a trained model by python -m tools.discover"),
     ("--pseudo {pseudo}", "go with a latent cache"),
     ("--pseudo {pseudo} --cache auto --tasks semantic", "has no label of semantic"),
-    ("--pseudo {pseudo} --cache auto --scenes 1", "--pseudo {pseudo} was made for something else (samples of"),
+    ("--pseudo {pseudo} --cache auto --scenes 1", "pseudo labels {pseudo} was made for something else (samples of"),
     ("--pseudo {pseudo} --cache auto --space pixel", "was made for something else (vae"),
 ])
 def test_bad_flags(go, pseudo, tmp_path, flags, says):
@@ -369,6 +369,11 @@ def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):
     assert code == 2 and "--ckpt is a finished teacher, and the one in" in error and "has done 1 of 9 steps" in error
     code, error = told(f"--ckpt {tmp_path / 'none'} --to {tmp_path / 'x'}")
     assert code == 2 and "no checkpoint in" in error and not (tmp_path / "x").exists()
+    about = json.loads((shutil.copytree(pseudo, tmp_path / "labels") / "cache.json").read_text())
+    (tmp_path / "labels/cache.json").write_text(json.dumps(about | {"vae": "another"}))
+    code, error = told(f"--ckpt {teacher} --to {tmp_path / 'labels'}")      # it has no flag --pseudo
+    assert code == 2 and f"the folder of pseudo labels {tmp_path / 'labels'} was made for something else (vae" in error
+    assert "--" not in error
 
 
 def test_a_cell_looks_like_a_reader():

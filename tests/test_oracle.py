@@ -15,6 +15,7 @@ from checkpoint import read_json
 from cli import run
 from data import Mixture, prepare, train_readers
 from model import StableMTL
+from readers.toyworld import ToyWorld
 from tasks import TASKS, registry
 from tools import oracle
 from training import losses
@@ -169,6 +170,20 @@ def test_fp16_that_never_learns_stops(go, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "loss_terms", broken)
     code, _, error = go("--aux-steps 4", "--precision fp16")
     assert code == 2 and "step 1 of stage 1: loss" in error
+
+
+@pytest.mark.parametrize("split, says", [("train", "rooms sample 0: not to be read"), ("test", "rooms:0: not to be")])
+def test_a_sample_that_cannot_be_read(go, monkeypatch, split, says):
+    """It is named; a flag --skip-bad, which was advised, the tool has not."""
+    load = ToyWorld.load
+
+    def broken(world, *args, **options):
+        if world.split == split:
+            raise ValueError("not to be read")
+        return load(world, *args, **options)
+    monkeypatch.setattr(ToyWorld, "load", broken)
+    code, _, error = go("--aux-steps 1 --steps 1")
+    assert code == 2 and says in error and "--" not in error.splitlines()[-1]
 
 
 def test_a_stopped_oracle_starts_anew(go, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 """How clean classes are: counted by hand, and as a command."""
+from unittest import mock
+
 import pytest
 import tiny
 import torch
@@ -49,6 +51,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert len(lines) == 3 and "streets" in lines[2] and lines[2].count("%") == 2
     assert run(lambda: regions.main(f"--ckpt {tmp_path / 'b'}".split())) == 2
     assert "predicts no classes" in capsys.readouterr().err
+    broken = ValueError("not to be read")
+    with monkeypatch.context() as m:
+        m.setattr(ToyWorld, "load", mock.Mock(side_effect=broken))
+        assert run(lambda: regions.main(f"--ckpt {tmp_path / 'a'} --device cpu".split())) == 2
+    assert capsys.readouterr().err.endswith("streets:0: not to be read\n")      # --skip-bad is no flag of this tool
     model = StableMTL.load(tmp_path / "a")
     regions.read_out(model, ToyWorld("streets", "test", 1, (16, 24)), "semantic", 1)
     assert model.codecs["semantic"].decode(torch.zeros(1, 3, 2, 2)).shape == (1, 1, 2, 2) and task.categorical

@@ -93,7 +93,7 @@ class Lots(Dataset):
                 items.append(prepare(reader, i, tasks, self.codecs, flips))
             except (OSError, ValueError) as error:
                 if not self.skip_bad:
-                    raise unreadable(reader, i, error) from error
+                    raise unreadable(reader, i, error, self.skip_bad) from error
                 items.append(f"{reader.name} sample {i}: {error}")
         return items
 

@@ -376,7 +376,7 @@ def parse(argv):
     parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers here")
     args = parser.parse_args(argv)
     args.device, args.size = parse_device(args.device), parse_size(args.size)
-    args.train_size = parse_size(args.train_size)
+    args.train_size = parse_size(args.train_size, "--train-size")
     return args
 
 

@@ -27,7 +27,7 @@ class LatentCache:
     palette, size or state of a dataset is refused (ValueError).
     """
 
-    flag = "--cache"
+    kind, anew, room = "latent cache", "it is built again", "make room, or in training --cache none"
 
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays = Path(folder), {}
@@ -46,7 +46,7 @@ class LatentCache:
             was = old["datasets"].get(name, facts)
             differs += [f"{k} of {name} {was.get(k)}, now {facts[k]}" for k in facts if facts[k] != was.get(k)]
         if differs:
-            raise ValueError(f"{self.flag} {folder} was made for something else ({'; '.join(differs)}): "
+            raise ValueError(f"the {self.kind} {folder} was made for something else ({'; '.join(differs)}): "
                              "name another folder or delete this one")
         self.about["datasets"] = {**old["datasets"], **new}
 
@@ -79,8 +79,8 @@ class LatentCache:
                 if mode != "r":
                     self.arrays[key] = np.lib.format.open_memmap(self.path(reader, name), mode)
             except (OSError, ValueError) as error:
-                raise ValueError(f"{self.path(reader, name)} of the latent cache is missing or damaged ({error}): "
-                                 f"delete {self.folder / reader.name}, it is built again") from error
+                raise ValueError(f"{self.path(reader, name)} of the {self.kind} is missing or damaged ({error}): "
+                                 f"delete {self.folder / reader.name}, {self.anew}") from error
         return self.arrays[key]
 
     def get(self, reader, index, tasks, flip, seed=None):
@@ -104,18 +104,18 @@ class LatentCache:
         need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in missing.values())
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            raise OSError(f"the latent cache in {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
-                          "free: make room, or --cache none")
+            raise OSError(f"the {self.kind} {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+                          f"free: {self.room}")
         write_json(self.folder / "cache.json", self.about)
         for path, (shape, kind) in missing.items():
             path.parent.mkdir(exist_ok=True)
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
             os.replace(path.with_suffix(".tmp"), path)
 
-    def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=False, rank=0, world=1):
+    def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=None, rank=0, world=1):
         """Encode what is not cached yet, of `world` ranks the rank-th share, into the arrays that `create` made.
 
-        Returns the names of skipped samples, which are tried again next time.
+        skip_bad: as in data.Mixture. Returns the names of skipped samples, which are tried again next time.
         """
         skipped = []
         for reader in readers:
@@ -185,7 +185,7 @@ class _Jobs(Dataset):
                     items += [((f"{t}_valid", flip), m) for t, m in s["valid"].items()]
         except (OSError, ValueError) as error:
             if not self.skip_bad:
-                raise unreadable(self.reader, index, error) from error
+                raise unreadable(self.reader, index, error, self.skip_bad) from error
             return index, [], [f"{self.reader.name}:{index}"]
         return index, items, []
 

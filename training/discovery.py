@@ -69,7 +69,7 @@ class PseudoLabels(LatentCache):
     cells: {dataset: tasks}; teacher: what made them. ValueError if the folder is of something else.
     """
 
-    flag = "--pseudo"
+    kind, anew, room = "folder of pseudo labels", "and run the same python -m tools.discover again", "make room"
 
     def __init__(self, folder, readers, vae_hash, cells, teacher):
         super().__init__(folder, [r for r in readers if r.name in cells], vae_hash, "any")
@@ -201,7 +201,7 @@ def _readable(reader, indices, tasks, codecs, skipped):
             out[i] = prepare(reader, i, tasks, codecs)
         except (OSError, ValueError) as error:
             if skipped is None:
-                raise unreadable(reader, i, error) from error
+                raise unreadable(reader, i, error, False) from error
             skipped.append(f"{reader.name}:{i}: {error}")
     return out
 
