@@ -322,6 +322,18 @@ def test_a_stop_ends_the_report(monkeypatch, capsys):
     assert len(begun) == 1 and "interrupted" in capsys.readouterr().err
 
 
+def test_sizes_of_the_report(capsys):
+    """--size alone is the size of training, too, as for tools.bench; without it each has the paper's; what cannot be
+    read is told under the flag's own name."""
+    for flags, sizes in (("", [(256, 256), (288, 384)]), ("--size 32x48", [(32, 48), (32, 48)]),
+                         ("--train-size 64x96", [(256, 256), (64, 96)]),
+                         ("--size 32x48 --train-size 64x96", [(32, 48), (64, 96)])):
+        args = gpu_report.parse([*flags.split(), "--device", "cpu"])
+        assert [args.size, args.train_size] == sizes
+    assert run(lambda: bench.main("--gpu-report x.json --device cpu --train-size 5".split())) == 2
+    assert "--train-size 5: expected HEIGHTxWIDTH" in capsys.readouterr().err
+
+
 def test_a_report_by_the_bench(short_report, tmp_path, capsys):
     """The bench hands the command line on, and what the report has no use for is refused."""
     for flag in (["--gpu-report", str(tmp_path / "a.json")], [f"--gpu-report={tmp_path / 'b.json'}"]):

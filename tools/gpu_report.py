@@ -2,7 +2,7 @@
 them cheap changes the numbers.
 
     python -m tools.gpu_report --json out.json                      Stable Diffusion 2's size, random weights: 8 minutes
-    python -m tools.gpu_report --base toy --device cpu --size 32x48 --train-size 32x48 --micro 4    the same, to try it
+    python -m tools.gpu_report --base toy --device cpu --size 32x48 --micro 4    the same, to try it
 
 The most important rows come first; what the time does not suffice for is cut from the end and named. After each row,
 --json holds all rows so far. A row that fails says why, and the others go on. fp32 is fp32: TF32 is off.
@@ -364,9 +364,10 @@ def parse(argv):
     """The command line. ValueError or OSError names what is wrong."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--base", default="sd2", help="sd2, toy, or a diffusers folder: whose shapes (default: sd2)")
-    parser.add_argument("--size", default="256x256", help="images of HEIGHTxWIDTH (default: %(default)s)")
-    parser.add_argument("--train-size", default="{}x{}".format(*bench_memory.SIZE), metavar="SIZE",
-                        help="those of training (default: %(default)s, the paper's)")
+    papers = "{}x{}".format(*bench_memory.SIZE)
+    parser.add_argument("--size", help="images of HEIGHTxWIDTH (default: 256x256)")
+    parser.add_argument("--train-size", metavar="SIZE", help="those of training (default: as --size, and without it "
+                        f"{papers}, the paper's)")
     parser.add_argument("--tasks", type=whole(1, len(TASKS)), default=len(TASKS), metavar="N",
                         help="1..N tasks are tried (default: %(default)s)")
     parser.add_argument("--micro", type=whole(1), default=16, help="images per training pass (default: %(default)s)")
@@ -375,8 +376,9 @@ def parse(argv):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: a GPU where there is one)")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write all numbers here")
     args = parser.parse_args(argv)
-    args.device, args.size = parse_device(args.device), parse_size(args.size)
-    args.train_size = parse_size(args.train_size, "--train-size")
+    args.device, given = parse_device(args.device), args.size
+    args.size = parse_size(given or "256x256")
+    args.train_size = parse_size(args.train_size or given or papers, "--train-size")
     return args
 
 
