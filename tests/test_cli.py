@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import diffusers
@@ -67,6 +68,19 @@ def test_outputs_are_tried_before_the_work(tmp_path):
     with pytest.raises(OSError, match="/proc/new cannot be written: .* in /proc"):
         cli.writable("/proc/new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+TOOLS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "__main__" in path.read_text()]
+
+
+def test_a_tool_that_is_run_as_a_file_says_how_to_run_it(tmp_path):
+    """`python tools/bench.py` ended in an ImportError, wherever one stood."""
+    assert len(TOOLS) > 8
+    for path, folder in zip(TOOLS, cycle([ROOT, ROOT / "tools", tmp_path]), strict=False):
+        done = subprocess.run([sys.executable, os.path.relpath(path, folder), "--size", "9"], cwd=folder, text=True,
+                              capture_output=True)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr == f"{path.name}: run it in the folder {ROOT.resolve()} as python -m tools.{path.stem}\n"
 
 
 # ---- devices ----
@@ -182,7 +196,7 @@ print(json.dumps(heard))
 def test_help_and_a_wrong_flag_wait_for_torch_alone():
     """They took 6 s of CPU instead of 1.5, most of it for diffusers and transformers: here importing these fails."""
     commands = ["train.py", "evaluate.py", "sample.py", "data.py"]
-    commands += [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text()]
+    commands += [f"tools.{path.stem}" for path in TOOLS]
     done = subprocess.run([sys.executable, "-c", ANSWERS.replace("COMMANDS", repr(commands))], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
