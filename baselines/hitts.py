@@ -85,9 +85,9 @@ class Bins(nn.Module):
         return (code - self.centres.view(1, 1, -1, 1, 1)).abs().argmin(2)
 
     def value(self, weights):
-        """What weights of the classes (B,n,K,H,W) come to: (B,C,H,W), unit vectors if they are directions."""
+        """What weights of the classes (B,n,K,H,W) come to: (B,C,H,W); of directions the length says nothing."""
         if self.vectors:
-            return F.normalize(torch.einsum("bnkhw,kc->bchw", weights, self.centres), dim=1, eps=1e-6)
+            return torch.einsum("bnkhw,kc->bchw", weights, self.centres)
         return torch.einsum("bnkhw,k->bnhw", weights, self.centres)
 
     def code(self, x, hard=False):

@@ -12,7 +12,7 @@ from test_trunk import batch, gradients
 import baselines
 from baselines.hitts import Bins, FineTokens, HiTTs, InterTask, cluster, spread
 from baselines.teacher import Discovery, discoverable, relit, surest, with_true_labels
-from baselines.trunk import MTL, WIDTH
+from baselines.trunk import MTL, WIDTH, task_errors
 from data import Mixture, prepare, train_readers
 from tasks import TASKS
 from training.losses import accumulate
@@ -129,6 +129,21 @@ def test_confident_logits_are_the_class(task):
     for hard in (True, False):
         assert torch.allclose(bins.code(x, hard) * valid, bins.quantised(code) * valid, atol=1e-5)
     assert bins.errors(x, bins.quantised(code))[valid].max() < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_directions_are_of_unit_length(scale):
+    """What the centres come to, with weights near uniform nearly nothing, has unit length as a code, within the last
+    bit what it was when it was brought to it twice; the loss leaves its length out."""
+    torch.manual_seed(0)
+    bins, codec = Bins(TASKS["normal"]), TASKS["normal"]
+    x, label = scale * torch.randn(2, bins.size, 5, 7), F.normalize(torch.randn(2, 3, 5, 7), dim=1)
+    mean = bins.value(bins.split(x).softmax(2))
+    unit = F.normalize(mean, dim=1, eps=1e-6)
+    assert (mean.norm(dim=1) - 1).abs().max() > 1e-3
+    assert (bins.code(x).norm(dim=1) - 1).abs().max() < 1e-6
+    assert (bins.code(x) - F.normalize(unit, dim=1, eps=1e-6)).abs().max() <= 2 ** -23
+    assert torch.allclose(task_errors(codec, mean, label), task_errors(codec, unit, label), atol=1e-6)
 
 
 def test_a_guess_is_as_sure_as_its_least_sure_channel():
