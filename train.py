@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -240,7 +241,9 @@ def compile_blocks(model):
 
 
 def commit():
-    """The code's git commit, or None outside a checkout."""
+    """The code's git commit, or None outside a checkout or where git is not installed."""
+    if not shutil.which("git"):
+        return None
     git = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None

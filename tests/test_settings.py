@@ -66,14 +66,18 @@ def test_non_finite_loss_stops(go, tmp_path):
     assert all(p.isfinite().all() for p in StableMTL.load(tmp_path / "out").parameters())
 
 
-def test_settings_are_written_beside_the_weights(go, tmp_path):
-    """config.json holds every setting with its value, the tasks and the versions; --help lists every flag."""
+def test_settings_are_written_beside_the_weights(go, tmp_path, monkeypatch):
+    """config.json holds every setting with its value, the tasks and the versions, and the commit where there is git,
+    without which training ended when the cache was built; --help lists every flag."""
     assert go("--steps 1 --tasks depth,normal --lr 0.003")[0] == 0
     config, fields = saved(tmp_path / "out"), [f.name for f in dataclasses.fields(settings.Config)]
     assert set(config["train"]) == set(fields)
     assert config["train"]["lr"] == 0.003 and config["tasks"] == ["normal", "depth"] and config["size"] == [16, 24]
     assert {"python", "torch", "diffusers"} <= config["versions"].keys()
     assert config["seed"] == 0 and config["commit"] == train.commit()
+    with monkeypatch.context() as m:
+        m.setenv("PATH", str(tmp_path))
+        assert go("--steps 1 --tasks depth,normal --overwrite")[0] == 0 and saved(tmp_path / "out")["commit"] is None
     code, out, _ = go("--help")
     assert code == 0 and all(settings.flag_name(name) in out for name in fields)
 
