@@ -10,7 +10,6 @@ over tasks with the processor that taps and injects features right after spatial
 
 Shapes: B images, T tasks, N latent pixels of a block, C its width, h x w the latent grid (f the VAE's factor, h = H/f).
 """
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from checkpoint import link, read_config, write_json
 from inference import infer
 from network import loading, memory
-from network.attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, draw_mask, transformer_blocks, watch
+from network.attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, masking, transformer_blocks, watch
 from tasks import TASKS, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
@@ -76,7 +75,7 @@ class StableMTL(nn.Module):
         self.attention = nn.ModuleDict({
             name.replace(".", "/"): TaskAttention(block.attn1.to_q.in_features, self.tasks, heads, hidden, shared)
             for name, block in transformer_blocks(main).items()})
-        self._feats, self._kv, self._now = {}, {}, ()
+        self._feats, self._kv, self._now, self._masks = {}, {}, (), {}
         for name, block in transformer_blocks(self.unet).items():
             block.attn1.set_processor(Tap(name, self._record))
             self._last = name
@@ -99,13 +98,12 @@ class StableMTL(nn.Module):
         if not any(self._others(task) for task in main):
             return a
         kv = self._kv[block] if self._kv is not None else layer.keys_values({t: main[t] for t in self.attends})
-        masking = partial(draw_mask, rho=self.rho, how=self.mask) if self.training and self.rho > 0 else None
         out = []
         for task, x in main.items():
             if not self._others(task):
                 out.append(x)
                 continue
-            y, weights = layer(x, task, kv, masking)
+            y, weights = layer(x, task, kv, self._masks.get((task, layer)))
             out.append(x + y)
             if self.watch is not None:
                 self.watch += watch(weights, x, y)
@@ -218,11 +216,12 @@ class StableMTL(nn.Module):
             self._feats.clear()
         return feats
 
-    def forward(self, z_i, z_j, tasks, rows=None, streams=None):
+    def forward(self, z_i, z_j, tasks, rows=None, streams=None, keys=()):
         """Predicted label latents of `tasks`, with stage 2 where it exists. z_i, z_j: (B,4,h,w) -> {task: (B,4,h,w)}.
 
         rows: images (tasks x batch) that pass the UNet at once; None = all. The result does not depend on it.
         streams: what `streams` gives for these latents and all tasks, if it is known already.
+        keys: of the samples of a training step, from which masks follow; without, nothing is left out.
         """
         wanted, unet, out = tasks, self.unet, {}
         if self.main is not None:
@@ -234,6 +233,7 @@ class StableMTL(nn.Module):
                 feats = self.streams(z_i, z_j, needed, rows) if streams is None else {
                     block: {t: f[t] for t in needed} for block, f in streams.items()}
                 self._kv = {b: self.attention[b.replace(".", "/")].keys_values(f) for b, f in feats.items()}
+            self._masks = masking(keys if self.training else (), tasks, self.attention.values(), self.rho, self.mask)
         for part in passes(tasks, z_i, rows):
             self._now = part
             out |= by_task(self._run(unet, *self._pairs(z_i, z_j, part), part), part)
@@ -246,7 +246,7 @@ class StableMTL(nn.Module):
 
         latents: of the labels; cells: {task: (B,1,h,w) bool}, where they hold; keys: of the samples (data.Mixture).
         """
-        return self(z_i, z_j, tuple(latents), streams=streams), latents
+        return self(z_i, z_j, tuple(latents), streams=streams, keys=keys), latents
 
     @torch.no_grad()
     def predict(self, image, next_image=None, tasks=None, rows=None):

@@ -93,8 +93,7 @@ class Config:
     # optimisation
     steps: int = setting(None, "optimizer steps; with --resume, so many in all", kind=cli.whole(1))
     batch: int = setting(None, "samples per optimizer step, over all processes", kind=cli.whole(1))
-    micro: int = setting(None, "samples per forward pass; changes memory, not the result, but for --rho: a mask is of "
-                         "a pass", kind=cli.whole(1))
+    micro: int = setting(None, "samples per forward pass; changes memory, not the result", kind=cli.whole(1))
     optimizer: str = setting("adam", "adam, or adam-bf16, which keeps its moments in bfloat16, rounded stochastically "
                              "(docs/cost.md says what fits which GPU)", OPTIMIZERS)
     lora: int = setting(0, "train the main UNet of stage 2 by LoRA of this rank on all its attentions and feed-forward "
@@ -125,9 +124,8 @@ class Config:
     channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
     compile: bool = setting(False, "torch.compile the blocks that repeat (pays on GPUs)")
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
-    processes: int = setting(None, "on the CPU, processes that share every batch, with the result of one, but for "
-                             "--rho (default, or 0: one per core, of two samples or more, on the toy base)",
-                             kind=cli.whole(0, 1024))
+    processes: int = setting(None, "on the CPU, processes that share every batch, with the result of one (default, or "
+                             "0: one per core, of two samples or more, on the toy base)", kind=cli.whole(0, 1024))
     threads: int = setting(None, "CPU threads of each process (default, or 0: one on the toy base, else torch's "
                            "choice)", kind=cli.whole(0, 1024))
     save_every: int = setting(500, "steps between checkpoints", kind=cli.whole(1))

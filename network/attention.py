@@ -3,6 +3,8 @@
 Shapes: B images, T tasks, N latent pixels of a block, C its width.
 """
 import math
+import zlib
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +91,7 @@ class TaskAttention(nn.Module):
         return tuple(feats), *out
 
     def forward(self, a, task, kv, mask=None):
-        """a: (B,N,C) main stream of `task`; kv: keys_values; mask: None or (T,) scores -> (T,) bool, True: left out
+        """a: (B,N,C) main stream of `task`; kv: keys_values; mask: None or (T,B) scores -> (T,B) bool, True: left out
 
         Returns (B,N,C), the term to add to a, and the detached (T,B,N,heads) attention over the other tasks, before
         any is left out.
@@ -105,31 +107,46 @@ class TaskAttention(nn.Module):
         weights = logits.softmax(0)
         chosen = weights.detach()
         if mask is not None:
-            left_out = mask(chosen.float().mean((1, 2, 3)))
-            weights = logits.masked_fill(left_out.view(-1, 1, 1, 1), float("-inf")).softmax(0)
+            left_out = mask(chosen.float().mean((2, 3)))
+            weights = logits.masked_fill(left_out[..., None, None], float("-inf")).softmax(0)
         y = ((weights.to(head.dtype) @ head.T) * v).sum(0)                               # (B,N,C)
         return self.to_out_task(y), chosen
 
 
-def draw_mask(scores, rho, how):
-    """Attention-guided masking (section 3.2): which of the T auxiliary tasks this layer leaves out in this step.
+def draw_mask(scores, numbers, rho, how):
+    """Attention-guided masking (section 3.2): which of the T auxiliary tasks a layer leaves out, for each of B images.
 
-    scores: (T,) mean attention, sums to 1. With probability rho: `score` samples one task in proportion to its score,
-    `score-k` a random number 1..T-1 of them, `argmax` takes the highest, `uniform` samples one evenly. One task is
-    always left. -> (T,) bool
+    scores: (T,B) mean attention of an image, sums to 1 over T; numbers: (T+2 or more,B) uniform random. With
+    probability rho: `score` samples one task in proportion to its score, `score-k` a random number 1..T-1 of them,
+    `argmax` takes the highest, `uniform` samples one evenly. One task is always left. -> (T,B) bool
     """
-    left_out = torch.zeros_like(scores, dtype=torch.bool)
-    if len(scores) < 2 or torch.rand(()) >= rho:
-        return left_out
+    others = len(scores)
+    act, several, own = numbers[0] < rho, numbers[1], numbers[2:others + 2]
     if how == "argmax":
-        chosen = scores.argmax()
+        order = scores
     elif how == "uniform":
-        chosen = torch.randint(len(scores), (1,))
-    else:
-        count = 1 if how == "score" else int(torch.randint(1, len(scores), (1,)))
-        chosen = torch.multinomial(scores.cpu().clamp(min=1e-12), count)
-    left_out[chosen] = True
-    return left_out
+        order = own
+    else:       # the first of a race in which each comes at a rate of its score
+        order = scores.clamp(min=1e-12) / -own.log()
+    count = 1 + (several * (others - 1)).long() if how == "score-k" else 1
+    place = order.argsort(0, descending=True).argsort(0)
+    return (place < count) & act & (others > 1)
+
+
+def masking(keys, tasks, layers, rho, how):
+    """The masks of a training step, {(main task, layer): function for TaskAttention.forward}; {} if there are none.
+
+    keys: of the B samples. What is drawn follows from the step's seed, the sample's key, the main task and the layer
+    alone, so that a sample's masks depend neither on its batch nor on how many processes share it.
+    """
+    layers, out = [*layers], {}
+    for task in tasks if keys and rho > 0 else ():
+        seeds = [zlib.crc32(f"{torch.initial_seed()} {task} {key}".encode()) for key in keys]
+        shape, device = (len(layers), 2 + len(layers[0].tasks)), layers[0].to_out_task.weight.device
+        each = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        for layer, numbers in zip(layers, torch.stack(each, 2).to(device), strict=True):
+            out[task, layer] = partial(draw_mask, numbers=numbers, rho=rho, how=how)
+    return out
 
 
 # ---- whether the attention has learned anything ----

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import evaluate
-import model
 import train
 from cli import run
 from data import train_readers
-from model import StableMTL, draw_mask
+from model import StableMTL
+from network import attention
+from network.attention import draw_mask
 from tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -117,28 +118,29 @@ def test_n_to_n_supervises_every_label_an_image_has(begin):
 
 
 def test_masks_follow_the_attention_of_the_trained_layer(begin, monkeypatch):
-    """--mask score: what is left out in a layer is drawn from that layer's own mean attention, --rho says how often,
-    per layer."""
+    """--mask score: what is left out in a layer is drawn from that layer's own attention to the image, --rho says how
+    often, per layer and image."""
     m, drawn = begin("--stage 2 --rho 0.5")["model"], []
     for layer in m.attention.values():      # attention that is not even
         for i, t in enumerate(m.tasks):
             layer.task_to_q[t].net[-1].bias.data += 1
             layer.task_to_k[t].fc2.bias.data += 0.3 * i
 
-    def spy(scores, rho, how):
-        drawn.append((scores, draw_mask(scores, rho, how), rho, how))
+    def spy(scores, numbers, rho, how):
+        drawn.append((scores, draw_mask(scores, numbers, rho, how), rho, how))
         return drawn[-1][1]
-    monkeypatch.setattr(model, "draw_mask", spy)
+    monkeypatch.setattr(attention, "draw_mask", spy)
     z, n, layers = torch.randn(2, 4, 8, 12), 60, len(m.attention)
-    torch.manual_seed(0)
     with torch.no_grad():
         streams = m.streams(z, z, m.tasks)
-        for _ in range(n):
-            m(z, z, ["depth"], streams=streams)
+        for step in range(n):
+            torch.manual_seed(step)
+            m(z, z, ["depth"], streams=streams, keys=[("rooms", 0, False), ("rooms", 1, False)])
     assert len(drawn) == n * layers
     assert {d[2:] for d in drawn} == {(0.5, "score")}
-    masked = [(scores, left_out) for scores, left_out, *_ in drawn if left_out.any()]
-    assert len(masked) / len(drawn) == pytest.approx(0.5, abs=0.11)
+    images = [(scores[:, k], left_out[:, k]) for scores, left_out, *_ in drawn for k in range(2)]
+    masked = [(scores, left_out) for scores, left_out in images if left_out.any()]
+    assert len(masked) / len(images) == pytest.approx(0.5, abs=0.11)
     left_out = sum(mask for _, mask in masked).float()      # three other tasks; expected: the sum of the scores
     expected = sum(scores for scores, _ in masked)
     assert expected.max() > 1.3 * expected.min(), "even attention would show nothing"

@@ -58,11 +58,11 @@ def test_watching_changes_nothing(checkpointing):
     m, z, grads, found = tiny.model(multi=True), tiny.latents(), [], []
     if checkpointing:
         m.main.enable_gradient_checkpointing()
-    m.training = True
+    m.training, keys = True, [("rooms", k, False) for k in range(len(z[0]))]
     for watching, rho in (False, 0.0), (True, 0.0), (True, 1.0):
         m.rho, m.watch = rho, torch.zeros(len(WATCHED)) if watching else None
         m.zero_grad()
-        m(*z, ["depth"])["depth"].square().mean().backward()
+        m(*z, ["depth"], keys=keys)["depth"].square().mean().backward()
         grads.append([p.grad for p in m.main.parameters()])
         found.append(watching and watched(dict(zip(WATCHED, m.watch.tolist(), strict=True)))["attention_entropy"])
     assert all(map(torch.equal, *grads[:2])) and not all(map(torch.equal, *grads[1:]))
@@ -76,7 +76,7 @@ def test_watching_changes_nothing(checkpointing):
 def test_the_log_of_stage_2_tells_it(go, stage1, tmp_path):
     """Step 0 adds nothing, later steps something; micro-batches of another size and held-out samples in between change
     no number; stage 1 has none."""
-    flags = "--stage 2 --rho 0 --steps 4 --lr 0.01 --attention-lr 1 --batch 4"
+    flags = "--stage 2 --rho 0.7 --steps 4 --lr 0.01 --attention-lr 1 --batch 4"
     for name, more in ("a", "--micro 4"), ("b", "--micro 1 --val-samples 2"):
         out = shutil.copytree(stage1, tmp_path / name)
         assert go(f"{flags} {more} --out {out}")[0] == 0

@@ -9,7 +9,8 @@ import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
-from model import StableMTL, TaskAttention, draw_mask, transformer_blocks, widen_input
+from model import StableMTL, TaskAttention, transformer_blocks, widen_input
+from network.attention import draw_mask
 from tasks import TASKS
 from tools import bench
 
@@ -162,20 +163,23 @@ def test_task_attention_equals_a_naive_loop(heads, shared):
 
 @torch.no_grad()
 def test_masked_task_is_as_good_as_absent():
-    """Leaving a task out equals never having had its stream; the mask is drawn from the mean attention over images,
-    pixels and heads."""
+    """Leaving a task out of an image equals never having had its stream there; the mask is drawn from the mean attention
+    over pixels and heads."""
     layer, a, feats = attention_layer()
     kv, seen = layer.keys_values(feats), []
     _, weights = layer(a, "semantic", kv)
 
     def out_of_depth(scores):
         seen.append(scores)
-        return torch.tensor([t == "depth" for t in ALL[1:]])
+        return torch.tensor([[t == "depth", False] for t in ALL[1:]])
 
     masked, _ = layer(a, "semantic", kv, out_of_depth)
+    whole, _ = layer(a, "semantic", kv)
     absent, _ = layer(a, "semantic", layer.keys_values({t: f for t, f in feats.items() if t != "depth"}))
-    close(masked, absent)
-    close(seen[0], weights.mean((1, 2, 3)), 1e-6)
+    close(masked[0], absent[0])
+    close(masked[1], whole[1])
+    assert (absent - whole).abs().amax((1, 2)).min() > 1e-4
+    close(seen[0], weights.mean((2, 3)), 1e-6)
 
 
 def test_heads_must_divide_the_width():
@@ -202,8 +206,9 @@ SCORES = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.07, 0.03])
 
 
 def draws(how, n=3000, rho=1.0, scores=SCORES):
-    torch.manual_seed(11)
-    return torch.stack([draw_mask(scores, rho, how) for _ in range(n)])
+    """n masks, (n,T)"""
+    numbers = torch.rand(len(scores) + 2, n, generator=torch.Generator().manual_seed(11))
+    return draw_mask(scores[:, None].expand(-1, n), numbers, rho, how).T
 
 
 @pytest.mark.parametrize("how, expected", [
@@ -244,19 +249,47 @@ def test_masking_acts_in_training_only(multi, monkeypatch):
     z, drawn = tiny.latents(1), []
     plain = multi(*z, ["depth"])["depth"]
 
-    def draw(scores, rho, how):
-        drawn.append(draw_mask(scores, rho, how))
+    def draw(*args, **options):
+        drawn.append(draw_mask(*args, **options))
         return drawn[-1]
 
-    monkeypatch.setattr("model.draw_mask", draw)
+    def learnt():
+        return multi(*z, ["depth"], keys=[("rooms", 0, False)])["depth"]
+
+    monkeypatch.setattr("network.attention.draw_mask", draw)
     monkeypatch.setattr(multi, "rho", 1.0)
-    assert torch.equal(multi(*z, ["depth"])["depth"], plain) and not drawn
+    assert torch.equal(learnt(), plain) and not drawn
     monkeypatch.setattr(multi, "training", True)
     torch.manual_seed(0)
-    assert (multi(*z, ["depth"])["depth"] - plain).abs().max() > 1e-4
-    assert len(drawn) == 16 and len({d.tolist().index(True) for d in drawn}) > 1
+    assert (learnt() - plain).abs().max() > 1e-4
+    assert len(drawn) == 16 and len({d[:, 0].tolist().index(True) for d in drawn}) > 1
     monkeypatch.setattr(multi, "rho", 0.0)
-    assert torch.equal(multi(*z, ["depth"])["depth"], plain)
+    assert torch.equal(learnt(), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention, how", [("n-to-1", "score"), ("n-to-1", "score-k"), ("n-to-1", "argmax"),
+                                            ("n-to-1", "uniform"), ("n-to-n", "score")])
+def test_masks_belong_to_a_sample(attention, how):
+    """An image gets the same masks whatever is beside it in the pass, others in the next step, and two images do not
+    get the same."""
+    m, z = tiny.model(multi=True, attention=attention), tiny.latents(3)
+    m.rho, m.mask, m.training = 0.7, how, True
+    keys, tasks = [("rooms", 0, False), ("rooms", 0, True), ("streets", 7, False)], ["depth", "normal"]
+
+    def masked(step, chosen):
+        torch.manual_seed(step)
+        return m(*(x[chosen] for x in z), tasks, keys=[keys[k] for k in chosen])
+    together, other = masked(4, [0, 1, 2]), masked(5, [0, 1, 2])
+    for t in tasks:
+        for k in range(3):
+            close(masked(4, [k])[t], together[t][k:k + 1])
+        if how != "argmax":
+            assert (other[t] - together[t]).abs().amax((1, 2, 3)).min() > 1e-5
+    same = [x[:1].repeat(2, 1, 1, 1) for x in z]
+    torch.manual_seed(4)
+    a, b = m(*same, tasks, keys=keys[:2])["depth"]
+    assert how == "argmax" or (a - b).abs().max() > 1e-5
 
 
 # ---- batching and cost ----
@@ -367,18 +400,17 @@ def test_n_to_n_attends_to_the_other_main_streams():
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_gradient_checkpointing_gives_the_same_gradients(stage, rho):
-    """Blocks run again in the backward pass see the same streams and draw the same masks; only the task at hand gets a
+    """Blocks run again in the backward pass see the same streams and masks; only the task at hand gets a
     query gradient."""
     m, z = tiny.model(multi=stage == 2), tiny.latents()
     trained = m.main if stage == 2 else m.unet
     params = {n: p for n, p in m.named_parameters() if p.requires_grad}
-    m.rho, m.training, grads = rho, True, []
+    m.rho, m.training, grads, keys = rho, True, [], [("rooms", k, False) for k in range(len(z[0]))]
     for checkpointing in (False, True):
         if checkpointing:
             trained.enable_gradient_checkpointing()
         calls = counting({"block": next(iter(transformer_blocks(trained).values())).ff})
-        torch.manual_seed(5)
-        m(*z, ["depth"])["depth"].square().mean().backward()
+        m(*z, ["depth"], keys=keys)["depth"].square().mean().backward()
         grads.append({n: p.grad for n, p in params.items() if p.grad is not None})
         assert calls["block"]["calls"] == 1 + checkpointing
         m.zero_grad()

@@ -79,6 +79,33 @@ def test_what_the_streams_are_told(tmp_path):
 
 
 @torch.no_grad()
+def test_what_the_streams_are_told_of_predictions(tmp_path, monkeypatch):
+    """--tell predictions: of a training image what stage 1 predicts from its cached frames, everywhere, computed once;
+    of a test image what it predicts there."""
+    m, stage1 = tiny.model(multi=True), tiny.model()
+    readers = [r.complete() for r in train_readers(size=(16, 24), scenes=1)]
+    cache = LatentCache(tmp_path, readers, fingerprint(m.vae.state_dict()), "cityscapes")
+    cache.create(readers, m)
+    cache.build(readers, m, registry("cityscapes"))
+    told, z = oracle.Predicted(cache, stage1), torch.zeros(2, 4, 8, 12)
+    for _ in range(2):
+        oracle.Truth(m, told, readers).fetch([("streets", 0, 0), ("streets", 0, 1)], z, z)
+    frames = [cache.get(readers[1], 0, ALL, flip)["frames"] for flip in (0, 1)]
+    expected = stage1(*(torch.stack(f) for f in zip(*frames, strict=True)), ALL)
+    assert len(told.known) == 2
+    for t in ALL:
+        assert (m.truth[t] - expected[t]).abs().max() < 2e-3 * expected[t].abs().max()      # float16
+    assert told.get(readers[0], 0, ("semantic",), 0)["valid"]["semantic"].all()     # no label indoors, but a prediction
+
+    reader, seen = data.test_readers(size=(16, 24), scenes=1)[1], []
+    monkeypatch.setattr(oracle, "network_maps", lambda model, *frames, tasks: seen.append(frames) or {})
+    with pytest.raises(KeyError):       # nothing to measure: only what was told counts here
+        oracle.measure(m, reader, None, stage1)
+    expected = stage1(*map(m.encode, seen[0]), ALL)
+    assert all(torch.equal(m.truth[t], expected[t]) for t in ALL)
+
+
+@torch.no_grad()
 def test_streams_that_are_not_kept_see_the_truth_too(tmp_path):
     """A cache with room for the first of two scenes gives for the second what the model computes from its truth, as
     without a cache, whatever truth was told before; for both together the streams of both."""
@@ -138,6 +165,10 @@ def test_a_whole_oracle(go, second, tiny_base, tmp_path, monkeypatch):
     assert "AbsRel" in said and "largest weight" in said
     code, _, error = go()
     assert code == 2 and "already holds a result" in error and json.loads((out / "results.json").read_text()) == report
+    shutil.rmtree(out)
+    assert go("--seed 3 --tell predictions", "--attention-lr 2")[0] == 0
+    other = json.loads((out / "results.json").read_text())
+    assert (report["tell"], other["tell"]) == ("truth", "predictions") and other["results"] != report["results"]
 
 
 def test_the_auxiliary_unet_learns_to_repeat(go, tmp_path, monkeypatch):

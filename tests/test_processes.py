@@ -45,7 +45,7 @@ def test_the_number_of_processes_changes_nothing(tiny_base, stage1, tmp_path, mo
     resume after that of one."""
     outs, log = [tmp_path / n for n in ("one", "two", "two then one", "one then two")], tmp_path / "output.txt"
     one, two, two_one, one_two = outs
-    flags = "--steps 2 --save-every 1 --rho 0 --lr 0.001 --batch 5 --micro 2 --val-samples 3"
+    flags = "--steps 2 --save-every 1 --rho 0.7 --lr 0.001 --batch 5 --micro 2 --val-samples 3"
     for out, n in (one, 1), (two, 2):
         shutil.copytree(stage1, out)
         ranks(monkeypatch, n, f"--stage 2 --base {tiny_base} {TINY} {flags}".split() + ["--out", str(out)], log)
@@ -78,7 +78,7 @@ def test_processes_of_its_own_change_nothing(tiny_base, stage1, tmp_path):
     all; as many processes as samples and more work, too."""
     for n in (1, 3):
         out = shutil.copytree(stage1, tmp_path / str(n))
-        flags = (f"--stage 2 --rho 0 --steps 3 --save-every 1 --lr 0.001 --batch 2 --micro 2 --val-samples 3 "
+        flags = (f"--stage 2 --rho 0.7 --steps 3 --save-every 1 --lr 0.001 --batch 2 --micro 2 --val-samples 3 "
                  f"--processes {n} --cache {out / 'cache'}")
         kill.finish([*f"--base {tiny_base} {TINY}".split(), *flags.split(), "--out", str(out)], tmp_path / "output.txt")
     one, three = tmp_path / "1", tmp_path / "3"

@@ -297,7 +297,8 @@ def batches(model, args, task, source):
     """The micro-batches of one step, as train.py's mixture delivers them, but of random numbers."""
     shape = (3, *args.size) if source == "images" else (4, *(s // model.factor for s in args.size))
     x, valid = torch.rand(args.micro, *shape), torch.ones(args.micro, 1, *shape[1:], dtype=torch.bool)
-    batch = {"tasks": (task,), "keys": (), "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}
+    keys = [("bench", k, False) for k in range(args.micro)]
+    batch = {"tasks": (task,), "keys": keys, "frames": [x, x], "labels": {task: x}, "valid": {task: valid}}
     return [batch] * max(1, BATCH // args.micro)
 
 

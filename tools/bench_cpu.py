@@ -65,7 +65,8 @@ def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch
     optimizer = make_optimizer(cfg, trainable(model))
     share, task = len(range(rank, batch, world)), model.tasks[-1]
     z, valid = (torch.rand(share, c, *(s // model.factor for s in size)) for c in (4, 1))
-    given = [{"tasks": (task,), "keys": (), "frames": [z, z], "labels": {task: z}, "valid": {task: valid >= 0}}]
+    keys = [("bench", k, False) for k in range(share)]
+    given = [{"tasks": (task,), "keys": keys, "frames": [z, z], "labels": {task: z}, "valid": {task: valid >= 0}}]
     streams = Known(model.streams(z, z, model.tasks)) if "streams" in source else None
     objective, times = LatentObjective(model, {"latent": 1.0}, False, streams), []
     for step in range(steps + 2):       # two to warm up

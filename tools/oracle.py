@@ -9,6 +9,9 @@
    see the truth of the other tasks; that of the main task never reaches the main stream.
 3. It is measured as evaluate.py does, the truth of the other tasks given to its streams.
 
+With --tell predictions the streams hold, in the same way, what stage 1 predicts of each task: nothing that stage 1 does
+not know, but said in so many words. The auxiliary UNet becomes no better predictor by that: it repeats.
+
 What the bound means: whether this main UNet, with this attention and as many steps, can make use of other tasks at all.
 If it gains little over a single stream that was continued (tools.study), better streams would not help it: what limits
 it is the attention or its training. If it gains much, the streams of stage 1 are what is missing.
@@ -59,9 +62,29 @@ def known(z, cells):
     return z * cells.any((1, 2, 3), keepdim=True)
 
 
+class Predicted:
+    """In the place of a latent cache, the same frames with other labels: what a model predicts of them, valid
+    everywhere. Each image is predicted once."""
+
+    def __init__(self, cache, model):
+        self.cache, self.model, self.known = cache, model, {}
+
+    @torch.no_grad()
+    def get(self, reader, index, tasks, flip, seed=None):
+        """As LatentCache.get."""
+        item, key = self.cache.get(reader, index, tasks, flip), (reader.name, int(index), bool(flip))
+        if key not in self.known:
+            device = next(self.model.parameters()).device
+            predicted = self.model(*(f[None].to(device) for f in item["frames"]), self.model.tasks)
+            self.known[key] = {t: z[0].half().cpu() for t, z in predicted.items()}
+        labels = {t: self.known[key][t].float() for t in tasks}
+        everywhere = torch.ones(1, *item["frames"][0].shape[1:], dtype=torch.bool)
+        return item | {"labels": labels, "valid": dict.fromkeys(tasks, everywhere)}
+
+
 class Truth:
-    """True label latents of the images of a latent cache; in the place of a StreamCache it hands them to the model
-    before a pass, whose streams are then computed."""
+    """Label latents of the images of a latent cache; in the place of a StreamCache it hands them to the model before a
+    pass, whose streams are then computed."""
 
     def __init__(self, model, cache, readers):
         self.model, self.cache, self.readers = model, cache, {r.name: r for r in readers}
@@ -131,13 +154,15 @@ def fit(model, mixture, streams, cfg, log):
 
 
 @torch.no_grad()
-def measure(model, reader, limit, batch=16):
-    """evaluate.py's metrics of a test set, with the truth of the other tasks in the streams -> {task: metrics}."""
+def measure(model, reader, limit, stage1=None, batch=16):
+    """evaluate.py's metrics of a test set, with the truth of the other tasks in the streams, or what stage1 predicts of
+    them -> {task: metrics}."""
     scores, wanted, device = {}, labelled(reader, model.tasks), next(model.parameters()).device
     for group in test_batches(reader.complete(), model.tasks, batch, 0, limit):
         labels = [maps for _, maps, _ in group]
         frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
-        model.truth = encoded(model, labels)
+        z = [model.encode(f) for f in frames]       # where there is no second frame, the first is seen twice
+        model.truth = encoded(model, labels) if stage1 is None else stage1(z[0], z[-1], model.tasks)
         tasks = [t for t in labels[0] if t in wanted]
         predicted = network_maps(model, *frames, tasks=tasks)
         for n, maps in enumerate(labels):
@@ -169,6 +194,8 @@ def parse(argv):
     flag("--steps", type=whole(1), help="optimizer steps of stage 2 (default: the preset's)")
     flag("--aux-steps", type=whole(1), default=200, help="steps in which the auxiliary UNet learns to repeat the truth "
          "(default: %(default)s)")
+    flag("--tell", choices=("truth", "predictions"), default="truth", help="what the streams hold: true labels, or "
+         "what stage 1 predicts (default: %(default)s)")
     flag("--limit", type=whole(1), default=64, help="test scenes per world (default: %(default)s)")
     args, flags = parser.parse_args(argv[:at]), argv[at + 1:]
     if taken := OURS & {f.split("=")[0] for f in flags}:
@@ -193,12 +220,14 @@ def main(argv=None):
     size, cfg.overwrite = parse_size(cfg.size), True        # whatever stage 2 is there: nothing is written to --ckpt
     model = train.build_model(cfg, parse_tasks(cfg.tasks), settings.stages_in(cfg)).to(device)
     auxiliary = StableMTL.load(args.ckpt, 1, device)
+    stage1 = StableMTL.load(args.ckpt, 1, device) if args.tell == "predictions" else None
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]
     everything = [r.complete() for r in readers]
     cache = LatentCache(cfg.cache, everything, fingerprint(auxiliary.vae.state_dict()), cfg.palette)
-    options = {"codecs": auxiliary.codecs, "batch": cfg.batch, "micro": cfg.micro, "cache": cache}
-    lessons = Mixture(everything, auxiliary.tasks, seed=cfg.seed + 1000, **options)
-    mixture = Mixture(readers, model.tasks, seed=cfg.seed + 2000, isolation=cfg.isolation,
+    told = cache if stage1 is None else Predicted(cache, stage1)
+    options = {"codecs": auxiliary.codecs, "batch": cfg.batch, "micro": cfg.micro}
+    lessons = Mixture(everything, auxiliary.tasks, seed=cfg.seed + 1000, cache=told, **options)
+    mixture = Mixture(readers, model.tasks, seed=cfg.seed + 2000, isolation=cfg.isolation, cache=cache,
                       drop=parse_drop(cfg.drop, [r.name for r in readers]), **options)
     with locked(out), (out / "log.jsonl").open("w", buffering=1) as log:
         # ---- the truth of all training scenes; kept until all is done, for a run that was stopped ----
@@ -207,11 +236,11 @@ def main(argv=None):
 
         # ---- the auxiliary UNet learns to repeat it ----
         first = dataclasses.replace(cfg, stage=1, steps=args.aux_steps, warmup=min(cfg.warmup, args.aux_steps // 4))
-        fit(auxiliary, lessons, Truth(auxiliary, cache, everything), first, log)
+        fit(auxiliary, lessons, Truth(auxiliary, told, everything), first, log)
 
         # ---- stage 2 beside it ----
         model.unet.load_state_dict(auxiliary.unet.state_dict())
-        streams = Truth(model, cache, everything)
+        streams = Truth(model, told, everything)
         if cfg.stream_gb:
             streams = TrueStreams(streams, cfg.cache, everything, model, cfg.stream_gb * 1e9,
                                   train.precision(cfg, device)[0])
@@ -221,19 +250,20 @@ def main(argv=None):
         results, attention = {}, {}
         for reader in (r for r in test_readers(size=size, limit=args.limit) if labelled(r, model.tasks)):
             model.watch = torch.zeros(len(WATCHED), device=device)
-            results[reader.name] = measure(model, reader, args.limit)
+            results[reader.name] = measure(model, reader, args.limit, stage1)
             attention[reader.name] = watched(dict(zip(WATCHED, model.watch.tolist(), strict=True)))
         write_json(out / "results.json", {
-            "checkpoint": args.ckpt, "stage": 2, "oracle": True, "split": "test", "data": "toy",
+            "checkpoint": args.ckpt, "stage": 2, "oracle": True, "tell": args.tell, "split": "test", "data": "toy",
             "commit": train.commit(), "settings": dataclasses.asdict(cfg), "aux_steps": args.aux_steps,
             "stage1": settings.stage1_settings(args.ckpt), "results": results, "trivial": {}, "skipped": [],
             "made_from": {}, "unfinished": [], "attention": attention})
         shutil.rmtree(cfg.cache)
     named = {"entropy": "attention_entropy", "largest weight": "attention_largest", "term": "attention_term"}
-    told = [f"{name}: " + ", ".join(f"{what} {short(x[key])}" for what, key in named.items())
-            for name, x in attention.items()]
-    print("\n".join(["", *table(results, {}), "", "what the attention over tasks does:", *told, "",
-                     f"the truth in the streams of {args.ckpt}; written to {out / 'results.json'}"]))
+    lines = [f"{name}: " + ", ".join(f"{what} {short(x[key])}" for what, key in named.items())
+             for name, x in attention.items()]
+    held = {"truth": "the truth", "predictions": "its predictions"}[args.tell]
+    print("\n".join(["", *table(results, {}), "", "what the attention over tasks does:", *lines, "",
+                     f"{held} in the streams of {args.ckpt}; written to {out / 'results.json'}"]))
     return 0
 
 

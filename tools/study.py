@@ -94,7 +94,14 @@ def with_true_streams(job, args, test):
     own = {"--ckpt": job.parent, "--out": job.out, "--steps": job.steps, "--aux-steps": job.steps, "--seed": job.seed,
            "--limit": args.limit}
     ours = [str(x) for pair in own.items() for x in pair]
-    return oracle.main([*ours, "--", *args.alone, *args.flags, *job.flags])
+    before, after = of_oracle(job.flags)
+    return oracle.main([*ours, *before, "--", *args.alone, *args.flags, *after])
+
+
+def of_oracle(flags):
+    """The flags of a row -> (those of tools.oracle itself, those of its stage 2)."""
+    at = flags.index("--") if "--" in flags else -1
+    return flags[:max(at, 0)], flags[at + 1:]
 
 
 def labelled(job, args, test):
@@ -287,12 +294,15 @@ def accepted(flags, args):
     better now than after hours of other models."""
     nowhere = str(Path(args.out) / "nowhere")       # no checkpoint there whose settings would be taken over
     parsers = {"train.py": (train.parse_args, [*flags, "--out", nowhere]),
-               "tools.oracle": (oracle.parse, ["--ckpt", nowhere, "--out", nowhere, "--", *flags]),
+               "tools.oracle": (oracle.parse, ["--ckpt", nowhere, "--out", nowhere]),
                "tools.discover": (discover.parse, ["--ckpt", nowhere])}
     for name in args.only:
         row = args.suite.variants[name]
         own = row.flags.format(task=args.tasks[0], parent=f"{nowhere}/parent", out=nowhere).split()
         try:
+            if row.program == "tools.oracle":
+                ours, theirs = of_oracle(own)
+                own = [*ours, "--", *flags, *theirs]
             if row.program in parsers:
                 parser, before = parsers[row.program]
                 parser([*before, *own])

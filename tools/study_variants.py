@@ -10,7 +10,8 @@ from tasks import parse_tasks
 
 class Variant(NamedTuple):
     title: str
-    flags: str                      # of the program; with {task}: one model per task; {parent}, {out}: the two folders
+    flags: str                      # of the program; with {task}: one model per task; {parent}, {out}: the two folders;
+                                    # of tools.oracle those of stage 2, its own before a --
     parent: str = ""                # the variant whose model it starts from
     program: str = "train.py"       # or evaluate.py, of the parent; or tools.oracle, tools.discover, from the parent
     length: str = ""                # how many steps, a key of `lengths`; "": by what it starts from
@@ -79,6 +80,8 @@ VARIANTS = {
     "streams-off": Variant("multi stream, rho 0.4, evaluated without its streams", "--streams off", "multi",
                            "evaluate.py"),
     "oracle": Variant("multi stream, rho 0.4, streams that hold the truth", "--rho 0.4", "single", "tools.oracle"),
+    "told": Variant("multi stream, rho 0.4, streams that hold stage 1's predictions",
+                    "--tell predictions -- --rho 0.4", "single", "tools.oracle"),
     # named by --only alone: each of these costs as much as those above
     "attention-lr-1": Variant("multi stream, rho 0.4, attention at the common learning rate",
                               "--stage 2 --rho 0.4 --attention-lr 1", "single"),
@@ -121,6 +124,9 @@ CLAIMS = [
     Claim("streams that hold the truth beat the single stream trained for as many steps", "oracle", "continued",
           zero=CONTROL),
     Claim("streams that hold the truth beat those of stage 1", "oracle", "multi", zero=CONTROL),
+    Claim("streams that hold stage 1's predictions beat the single stream trained for as many steps", "told",
+          "continued", zero=CONTROL),
+    Claim("streams that hold stage 1's predictions beat those of stage 1", "told", "multi", zero=CONTROL),
     Claim("a learning rate of its own helps the task attention", "multi", "attention-lr-1", zero=CONTROL),
     Claim("masking one task by its score beats masking several", "multi", "score-k", zero=CONTROL),
     Claim("masking by score beats masking the highest", "multi", "argmax", zero=CONTROL),
