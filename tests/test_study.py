@@ -314,7 +314,7 @@ def oracle_call(argv):
 
 
 def test_seeds_differ_and_variants_share_batches(made_up):
-    """Each seed has its own draws; the continued single stream gets stage 2's batches (train.py: seed + 1000 x stage)."""
+    """Each seed has its own draws; the continued single stream gets stage 2's batches (seed + 1000 x stage)."""
     assert made_up("--seeds 2") == 0
     (first_oracle, stage2), (first_told, alike), (second_oracle, _), _ = filter(None, map(oracle_call, made_up.calls))
     assert stage2 == alike == "rho 0.4, batch 8" and first_told["--tell"] == "predictions"
