@@ -1,4 +1,4 @@
-"""Pictures: panels of images with the key of their colours, charts, heat maps of the attention over tasks.
+"""Pictures: panels of images with the key of their colours, charts, small maps, heat maps of the attention over tasks.
 
 Panels are Pillow images. Charts and heat maps are matplotlib figures, drawn by Agg without a screen and without
 pyplot's global state: figure.savefig(path) writes them. matplotlib is imported only where something is drawn with it.
@@ -269,6 +269,49 @@ def draw_scatter(title, points, xlabel, ylabel):
     return figure
 
 
+# ---- small maps, matrices ----
+
+def draw_maps(rows):
+    """Rows of maps of one size, a colour bar at the end of each row -> matplotlib figure.
+
+    rows: [(what the bar says, the numbers at its ends, [(title, map), ...])]. A map is a picture (H,W,3) uint8, or
+    numbers (H,W), as the last one of a row is.
+    """
+    columns = max(len(cells) for *_, cells in rows)
+    figure = _figure(1.2 * columns + 0.8, 1.3 * len(rows))
+    places = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, (low, high), cells) in zip(places, rows, strict=True):
+        for axes in line:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for axes, (title, values) in zip(line, cells, strict=False):
+            axes.set_title(title, fontsize=9)
+            image = axes.imshow(values, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+        figure.colorbar(image, ax=list(line), pad=0.01, aspect=12).set_label(label, fontsize=9)
+    return figure
+
+
+def draw_matrix(title, names, values):
+    """Numbers (N,N) from -1 to 1 of each pair of N names -> matplotlib figure."""
+    figure = _figure(2.6 + 0.42 * len(names), 1.8 + 0.36 * len(names))
+    axes = figure.add_subplot()
+    image = _heat(axes, values, names, names, "RdBu_r", (-1, 1), ".2f")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def _heat(axes, values, rows, columns, colours, ends, form):
+    """Numbers (rows, columns) as coloured squares with the number in each; NaN stays empty -> the image."""
+    image = axes.imshow(values, cmap=colours, vmin=ends[0], vmax=ends[1], aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=9)
+    axes.set_yticks(range(len(rows)), rows, fontsize=9)
+    for (i, j), x in np.ndenumerate(values):
+        if np.isfinite(x):
+            colour = "white" if abs(x) > 0.55 * ends[1] else "black"
+            axes.text(j, i, format(x, form), ha="center", va="center", fontsize=8, color=colour)
+    return image
+
+
 # ---- which task looks at which (paper Figs. 7 and 9) ----
 
 def attention_table(log, tasks):
@@ -303,15 +346,9 @@ def draw_attention(table, columns=4):
     for k, (title, rows) in enumerate(panels.items()):
         axes = figure.add_subplot(lines, columns, k + 1)
         values = np.array([[100 * row.get(t, np.nan) for t in tasks] for row in rows.values()])
-        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=peak, aspect="auto")
+        image = _heat(axes, values, list(rows), tasks, "Blues", (0, peak), ".0f")
         axes.set_facecolor("0.85")      # a task has no stream of its own to attend to
         axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=9)
-        axes.set_yticks(range(len(rows)), rows, fontsize=9)
-        for (i, j), w in np.ndenumerate(values):
-            if np.isfinite(w):
-                colour = "white" if w > 0.55 * peak else "black"
-                axes.text(j, i, f"{w:.0f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, ax=figure.axes, aspect=40, pad=0.01, label="attention, %")
     figure.supxlabel("row: task that is predicted, or block; column: stream that it attends to\n"
                      f"a row sums to 100 %; even shares are {even:.3g} %", fontsize=9)

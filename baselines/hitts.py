@@ -152,6 +152,11 @@ class IntraTask(nn.Module):
         return self.after(x + larger(cells, x.shape[-2:])), theta + self.token(y[:, -1])
 
 
+def relevance(x, theta):
+    """sigmoid(theta F), where a task's token finds its task. x: (B,C,h,w), theta: (B,C) -> (B,h,w)."""
+    return torch.einsum("bc,bchw->bhw", theta, x).sigmoid()
+
+
 class FineTokens(nn.Module):
     """phi_i = MLP(theta_i + W_o o_p), o_p the p-th unit vector of P dimensions (the orthogonal embedding, OE), and
     G' = conv(G * softplus(phi F)). Without OE all P tokens are equal and cannot tell classes apart."""
@@ -168,10 +173,13 @@ class FineTokens(nn.Module):
         theta = theta[:, None].expand(-1, self.size, -1)
         return self.mlp(theta if self.embedding is None else theta + self.embedding.weight.T)
 
+    def weights(self, x, theta):
+        """x: (B,C,h,w), theta: (B,C) -> softplus(phi F) (B,P,h,w)."""
+        return F.softplus(torch.einsum("bpc,bchw->bphw", self.tokens(theta), x))
+
     def forward(self, x, theta):
         """x: (B,C,h,w), theta: (B,C) -> logits (B,P,h,w)."""
-        scores = torch.einsum("bpc,bchw->bphw", self.tokens(theta), x)
-        return self.out(self.logits(x) * F.softplus(scores))
+        return self.out(self.logits(x) * self.weights(x, theta))
 
 
 # ---- the system ----
@@ -278,7 +286,7 @@ class HiTTs(System):
         out = super().errors(b, maps)
         for t, aim in b.get("features", {}).items():
             x, theta = (y.float() for y in every[t])
-            sure = torch.einsum("bc,bchw->bhw", theta, x).sigmoid().detach()
+            sure = relevance(x, theta).detach()
             weight = torch.where(b["lacks"][t].view(-1, 1, 1), sure, torch.ones_like(sure))
             out[f"feature {t}"] = (weight * (x - aim).square().mean(1)).sum()
         return out

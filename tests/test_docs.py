@@ -24,7 +24,7 @@ import settings
 import train
 from readers.folder import Folder
 from tasks import TASKS
-from tools import app, bench, convert, discover, distil, fullsize, gpu_report, oracle, regions, study
+from tools import app, bench, convert, discover, distil, fullsize, gpu_report, oracle, regions, study, tokens
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -32,12 +32,13 @@ MAINS = {"train.py": train.main, "evaluate.py": evaluate.main, "sample.py": samp
          "tools.bench": bench.main, "tools.study": study.main, "tools.convert": convert.main,
          "tools.distil": distil.main, "tools.gpu_report": gpu_report.main, "tools.oracle": oracle.main,
          "tools.discover": discover.main, "tools.regions": regions.main, "tools.app": app.main,
-         "tools.fullsize": fullsize.main,
+         "tools.fullsize": fullsize.main, "tools.tokens": tokens.main,
          "tests/kill.py": kill.main}
 # what these make of a command line before they act; of the other commands the flags alone are read
 PARSERS = {"train.py": settings.parse_args, "evaluate.py": evaluate.parse, "sample.py": sample.parse,
            "tools.bench": bench.parse, "tools.study": study.parse, "tools.distil": distil.parse,
-           "tools.gpu_report": gpu_report.parse, "tools.oracle": oracle.parse, "tools.app": app.parse}
+           "tools.gpu_report": gpu_report.parse, "tools.oracle": oracle.parse, "tools.app": app.parse,
+           "tools.tokens": tokens.parse}
 FOREIGN = {"--nproc_per_node"}      # a flag of torchrun
 EXAMPLES = {"readers/mine.py"}      # files that a reader of the pages would write
 

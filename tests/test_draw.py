@@ -16,7 +16,7 @@ import data
 import draw
 from metrics import aligned
 from readers.toyworld import ToyWorld
-from tasks import CITYSCAPES, TASKS
+from tasks import CITYSCAPES, CLASSES, TASKS
 
 UP_TO_SCALE = ("depth", "optical_flow", "scene_flow", "shading", "albedo")
 
@@ -289,6 +289,31 @@ def test_scatter_tells_points_apart():
     for x, y in [(0.5, 0), *points.values()]:       # markers are whole: none was, at the right edge
         px, py = axes.transData.transform((x, y))
         assert frame.x0 < px < frame.x1 - 8 and frame.y0 + 8 < py < frame.y1 - 8
+
+
+def test_maps_in_rows():
+    """Pictures as they are, numbers in the colours of their row, and a bar that says what these are."""
+    numbers = [np.linspace(0, top, 384).reshape(16, 24) for top in (1, 9)]
+    rows = [("weights", (0.5, 9), [("scene", np.zeros((16, 24, 3), np.uint8)), ("vegetation", numbers[0]),
+                            ("optical_flow", numbers[1])]), ("another one", (0, 1), [("only", numbers[0])])]
+    figure = draw.draw_maps(rows)
+    assert {"scene", "vegetation", "optical_flow", "only", "weights", "another one"} <= set(readable(figure))
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in shown] == ["scene", "vegetation", "optical_flow", "only"]
+    assert [axes.images[0].get_clim() for axes in shown[1:]] == [(0.5, 9), (0.5, 9), (0, 1)]
+    for axes, (_, values) in zip(shown, [cell for *_, cells in rows for cell in cells], strict=True):
+        assert np.array_equal(axes.images[0].get_array(), values)
+
+
+def test_matrix():
+    """Every number is in its square, below the name of its column."""
+    values = np.linspace(-1, 1, 64).reshape(8, 8)
+    figure = draw.draw_matrix("cosines\nmean of two: 0.123", CLASSES, values)
+    readable(figure)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == [f"{x:.2f}" for x in values.flat]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(CLASSES)
+    assert axes.images[0].get_clim() == (-1, 1)
 
 
 def test_curves():
