@@ -15,6 +15,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from cli import Parser, markdown, parse_device, parse_size, run, steady, whole, writable  # before torch, for Ctrl-C
 
@@ -56,8 +57,8 @@ def teacher(folder, device):
 @torch.no_grad()
 def measure(model, discovery, limit, batch=8):
     """Up to `limit` training images of each world, against the labels of all tasks; of motion only where training has
-    two frames -> {(task, whether the images lack its label): {each of WHO: Accumulator, "worlds": their names, "passed"
-    and "pixels": how many are sure, of how many}}"""
+    two frames -> {(task, whether the images lack its label): {each of WHO: Accumulator, "worlds": their names,
+    "shares": how much of each image is sure}}"""
     found, device = {}, next(model.parameters()).device
     for reader in discovery.mixture.readers:
         every = reader.complete()
@@ -71,13 +72,12 @@ def measure(model, discovery, limit, batch=8):
                 for n, (_, labels, index) in enumerate(group):
                     new = {who: METRICS[TASKS[t].metric][0](clip=reader.depth_range) for who in WHO}
                     lacks, (label, valid) = discovery.lacks((reader.name, index), t), labels[t]
-                    part = found.setdefault((t, lacks), {"worlds": [], "passed": 0, "pixels": 0} | new)
-                    maps = predicted[t][n], likeliest[n], likeliest[n]
-                    for who, map, mask in zip(WHO, maps, (valid, valid, valid & passed[n]), strict=True):
-                        part[who].add(map, label, mask)
-                    part["worlds"] += [reader.name] * (reader.name not in part["worlds"])
-                    part["passed"] += int(passed[n].sum())
-                    part["pixels"] += passed[n].numel()
+                    part = found.setdefault((t, lacks), {"worlds": {}, "shares": []} | new)
+                    part["prediction"].add(predicted[t][n], label, valid)
+                    part["likeliest bin"].add(likeliest[n], label, valid)
+                    part["sure"].add(likeliest[n], label, valid & passed[n])
+                    part["worlds"][reader.name] = None
+                    part["shares"].append(passed[n].float().mean().item())
     return found
 
 
@@ -88,13 +88,10 @@ def table(tasks, found, least):
         part, (_, metric, lower) = found[t, lacks], METRICS[TASKS[t].metric]
         results = {who: part[who].result() for who in WHO if part[who].images}
         row = {"task": t, "label": "none" if lacks else "yes", "worlds": ", ".join(part["worlds"])}
-        told.append(row | {"metric": f"{metric} {'↓' if lower else '↑'}"})
+        sure = {"share sure": fmean(part["shares"]), "tau": least[t]} if t in least else {}
+        full.append(row | {"results": results} | sure)
+        told.append(row | {"metric": f"{metric} {'↓' if lower else '↑'}"} | {k: f"{x:.3f}" for k, x in sure.items()})
         told[-1] |= {who: f"{result[metric]:.4g}" for who, result in results.items()}
-        full.append(row | {"results": results})
-        if t in least:
-            share = part["passed"] / part["pixels"]
-            told[-1] |= {"share sure": f"{share:.2%}", "tau": f"{least[t]:.3f}"}
-            full[-1] |= {"share sure": share, "tau": least[t]}
     return told, full
 
 
