@@ -1,6 +1,7 @@
 """What training computes once and reads back: latents of images and labels, and the auxiliary streams of stage 2."""
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 from pathlib import Path
@@ -125,17 +126,17 @@ class LatentCache:
             jobs = _Jobs(reader, todo, wanted, codecs, skip_bad)
             groups = fetch(jobs, workers if len(todo) > batch else 0, batch_size=batch, collate_fn=list)
             for group in tqdm(groups, f"caching latents of {reader.name}", disable=not todo or rank > 0, leave=False):
-                for index, items, bad in group:
-                    skipped += bad
-                    images = [(key, x) for key, x in items if not key[0].endswith("_valid")]
-                    latents = encode(model, [(key[0], x) for key, x in images])
-                    for (name, flip), z in zip((key for key, _ in images), latents, strict=True):
-                        arrays[name][index, flip] = z
-                    for (name, flip), mask in (entry for entry in items if entry[0][0].endswith("_valid")):
-                        arrays[name][index, flip] = whole_cells(mask[None], model.factor)[0].numpy()
+                parts = [(name, index, flip, x) for index, items, _ in group for (name, flip), x in items]
+                images = [part for part in parts if not part[0].endswith("_valid")]
+                latents = encode(model, [(name, x) for name, _, _, x in images])
+                for (name, index, flip, _), z in zip(images, latents, strict=True):
+                    arrays[name][index, flip] = z
+                for name, index, flip, mask in (part for part in parts if part[0].endswith("_valid")):
+                    arrays[name][index, flip] = whole_cells(mask[None], model.factor)[0].numpy()
                 for array in arrays.values():
                     array.flush()
                 for index, _, bad in group:
+                    skipped += bad
                     arrays["done"][index] = not bad
         self.arrays.clear()   # reopened read-only, also by the workers
         return skipped
@@ -146,12 +147,17 @@ def prefix(reader, tasks):
     return f"{tasks[0]}_" if tasks[0] in reader.train_crop else ""
 
 
-def encode(model, images, batch=32):
+# pixels that pass the VAE at once: small images a batch at a time, at a real dataset's size an image and its mirror
+AT_ONCE = 50_000
+
+
+def encode(model, images):
     """[(array name, (3,H,W))] of any sizes -> what the model makes of them in float16, latents (4,h,w), in order."""
     device, out, groups = next(model.parameters()).device, [None] * len(images), {}
     for k, (name, x) in enumerate(images):
         groups.setdefault((name if name in TASKS else None, x.shape), []).append(k)
-    for (task, _), alike in groups.items():
+    for (task, shape), alike in groups.items():
+        batch = max(2, AT_ONCE // math.prod(shape[1:]))
         for part in (alike[i:i + batch] for i in range(0, len(alike), batch)):
             x = torch.stack([images[k][1] for k in part]).to(device)
             with torch.no_grad():
