@@ -171,7 +171,7 @@ class Generalist(StableMTL):
 
     # -- prediction --
 
-    def forward(self, z_i, z_j, tasks, rows=None, streams=None):
+    def forward(self, z_i, z_j, tasks, rows=None, streams=None, keys=()):
         if self.objective == "regress":
             return super().forward(z_i, z_j, tasks, rows)
         grid = [s // (1 if self.condition == "latent" else self.factor) for s in z_i.shape[-2:]]
