@@ -208,7 +208,7 @@ class HiTTs(System):
     def fit(self, mixture):
         """Centres of directions: k-means of training labels, of the first few images of each dataset."""
         for t in (t for t in self.tasks if self.bins[t].vectors):
-            vectors = []
+            vectors = [torch.empty(0, 3)]
             for reader in (r for r in mixture.readers if labelled(r, [t])):
                 known = sorted(mixture.labelled.get((reader.name, t), ()))[:SAMPLES]
                 for _, item in first_images(mixture, reader, known, (t,), self.codecs):

@@ -180,6 +180,16 @@ def test_centres_come_from_training_labels():
     assert (vectors @ centres.T).amax(1).mean() > (vectors @ spread(20).T).amax(1).mean()
 
 
+def test_centres_without_a_readable_label(monkeypatch):
+    """--skip-bad and not one image that can be read: the spread ones stay."""
+    def broken(*args, **options):
+        raise OSError("cut short")
+    monkeypatch.setattr("baselines.trunk.prepare", broken)
+    model = HiTTs(("normal",))
+    model.fit(mixture([Made("a", ("normal",))], ("normal",), skip_bad=True))
+    assert torch.equal(model.bins["normal"].centres, HiTTs(("normal",)).bins["normal"].centres)
+
+
 # ---- discovery ----
 
 READERS = Made("a", ("normal", "semantic")), Made("b", ("depth", "normal"), labelled={"normal": [1, 2]})
