@@ -191,6 +191,12 @@ def trainable(model):
     return {part: {k: p for k, p in m.named_parameters() if p.requires_grad} for part, m in parts.items()}
 
 
+def check_size(cfg, model):
+    """ValueError where toy images would not be whole latent cells."""
+    if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
+        raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
+
+
 def set_mode(model, training):
     """Train what is trained; VAE and auxiliary stream stay in eval mode."""
     model.train(training)
@@ -323,8 +329,7 @@ def train(rank, world, device, cfg, saved, tensors):
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     everything = readers
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
-    if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
-        raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
+    check_size(cfg, model)
     codecs = model.codecs
     model.to(device)
     if cfg.channels_last:

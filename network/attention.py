@@ -133,17 +133,21 @@ def draw_mask(scores, numbers, rho, how):
     return (place < count) & act & (others > 1)
 
 
+def generator(what):
+    """Random numbers that follow from a text alone."""
+    return torch.Generator().manual_seed(zlib.crc32(what.encode()))
+
+
 def masking(keys, tasks, layers, rho, how):
     """The masks of a training step, {(main task, layer): function for TaskAttention.forward}; {} if there are none.
 
-    keys: of the B samples. What is drawn follows from the step's seed, the sample's key, the main task and the layer
-    alone, so that a sample's masks depend neither on its batch nor on how many processes share it.
+    keys: of the B samples. What is drawn follows from the step's seed (torch.manual_seed), the sample's key, the main
+    task and the layer alone, so that a sample's masks depend neither on its batch nor on how many processes share it.
     """
     layers, out = [*layers], {}
     for task in tasks if keys and rho > 0 else ():
-        seeds = [zlib.crc32(f"{torch.initial_seed()} {task} {key}".encode()) for key in keys]
         shape, device = (len(layers), 2 + len(layers[0].tasks)), layers[0].to_out_task.weight.device
-        each = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        each = [torch.rand(shape, generator=generator(f"{torch.initial_seed()} {task} {[*key]}")) for key in keys]
         for layer, numbers in zip(layers, torch.stack(each, 2).to(device), strict=True):
             out[task, layer] = partial(draw_mask, numbers=numbers, rho=rho, how=how)
     return out

@@ -23,6 +23,7 @@ from torch import nn
 
 from model import TIMESTEP, StableMTL, by_task, check_choices, passes
 from network import loading
+from network.attention import generator
 from tasks import TASKS
 
 SPACES, OBJECTIVES, CONDITIONS = ("latent", "pixel"), ("regress", "diffuse"), ("latent", "features", "raw")
@@ -219,7 +220,7 @@ def channels(vae, space, condition):
 
 def draw(what, shape, device):
     """(noise of this shape, a step 0..999) that follow from the text `what` alone."""
-    g = torch.Generator().manual_seed(zlib.crc32(what.encode()))
+    g = generator(what)
     return torch.randn(shape, generator=g).to(device), torch.randint(TIMESTEP + 1, (), generator=g).to(device)
 
 

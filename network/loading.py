@@ -116,13 +116,17 @@ def _pretrained(kind, base, part):
     raise failed
 
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+REVISION = re.compile(r"@[\w./-]+")
 
 
-def on_hub(name):
-    """Whether a name can only be meant for the hub, "org/name" or "org/name@revision": nothing here is called so, and
-    it has one slash, with a letter or digit after it and at its start. Anything else is a path, and so is any Path."""
-    return isinstance(name, str) and not os.path.exists(name) and HUB_ID.fullmatch(name) is not None
+def on_hub(name, revisions=False):
+    """Whether a name can only be meant for the hub, "org/name" or, with revisions, "org/name@revision": nothing here is
+    called so, and it has one slash, with a letter or digit after it and at its start. Anything else is a path, and so
+    is any Path."""
+    if not isinstance(name, str) or os.path.exists(name):
+        return False
+    return HUB_ID.fullmatch(REVISION.sub("", name) if revisions else name) is not None
 
 
 def load_part(kind, base, part):
@@ -293,7 +297,7 @@ def checkpoint_folder(name=None):
                                     "train one (python train.py --stage 1), or name one, a folder or a hub id")
         print(f"no out/ here: taking the trained toy model, {toy.MODEL}", file=sys.stderr)
         return toy.MODEL
-    if not on_hub(name):
+    if not on_hub(name, revisions=True):
         return Path(name)
     from huggingface_hub import errors, snapshot_download
     repository, _, revision = str(name).partition("@")

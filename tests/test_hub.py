@@ -21,7 +21,7 @@ import toy
 import train
 from cli import run
 from model import StableMTL
-from network.loading import SHARED
+from network.loading import SHARED, on_hub
 from tools import convert, distil
 
 QUICK = "--limit 1 --trivial 0 --workers 0 --batch 1"
@@ -124,6 +124,12 @@ def test_what_is_not_there_is_one_sentence(hub, monkeypatch, capsys, error, said
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and re.search(f"no checkpoint in some/one@v3: there is no such folder, .*{said}", told)
     assert here() == []
+
+
+def test_a_revision_is_of_a_checkpoint():
+    """--base and --decoder know none, and the hub no such repository."""
+    assert on_hub("some/one") and on_hub("some/one@refs/pr/3", revisions=True)
+    assert not on_hub("some/one@v3") and not on_hub("some/one@", revisions=True)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "no/such/", "./such", "../such", "/no/such", "~/such",

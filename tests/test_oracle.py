@@ -165,10 +165,24 @@ def test_a_whole_oracle(go, second, tiny_base, tmp_path, monkeypatch):
     assert "AbsRel" in said and "largest weight" in said
     code, _, error = go()
     assert code == 2 and "already holds a result" in error and json.loads((out / "results.json").read_text()) == report
-    shutil.rmtree(out)
-    assert go("--seed 3 --tell predictions", "--attention-lr 2")[0] == 0
-    other = json.loads((out / "results.json").read_text())
-    assert (report["tell"], other["tell"]) == ("truth", "predictions") and other["results"] != report["results"]
+
+
+def test_a_whole_oracle_of_predictions(go, tmp_path, monkeypatch):
+    """--tell predictions: the auxiliary UNet's labels and the streams of stage 2 are predictions, stage 2's own labels
+    and every truth otherwise are true ones."""
+    seen, fit = [], oracle.fit
+
+    def spy(model, mixture, streams, *args):
+        seen.append((type(mixture.cache), type(getattr(streams, "truth", streams).cache)))
+        fit(model, mixture, streams, *args)
+    monkeypatch.setattr(oracle, "fit", spy)
+    for flags in ("--tell predictions", "--tell predictions", ""):
+        assert go(flags, "--stream-gb 0" if len(seen) == 2 else "")[0] == 0
+        report = json.loads((tmp_path / "oracle/results.json").read_text())
+        shutil.rmtree(tmp_path / "oracle")
+        assert report["tell"] == ("truth" if len(seen) == 6 else "predictions")
+    told = [(oracle.Predicted, oracle.Predicted), (LatentCache, oracle.Predicted)]
+    assert seen == [*told, *told, (LatentCache, LatentCache), (LatentCache, LatentCache)]
 
 
 def test_the_auxiliary_unet_learns_to_repeat(go, tmp_path, monkeypatch):
@@ -241,6 +255,7 @@ def test_a_stopped_oracle_starts_anew(go, tmp_path, monkeypatch):
     ("", "--seed 3", "--seed after --"), ("", "--rho 2", "--rho"), ("", "--attention n-to-n", "leave out --attention"),
     ("", "--loss pixel", "--loss"), ("", "--drop rooms:deph", "--drop rooms:deph"),
     ("", "--drop streets:semantic", "no training labels for semantic"), ("--steps 0", "", "--steps"),
+    ("", "--size 17x24", "multiple of 2"),
     ("--ckpt nowhere", "", "there is none in nowhere")])
 def test_mistakes_end_in_a_sentence(go, tmp_path, flags, more, says):
     """Each names the flag; nothing is written: labels to drop were looked at only when the truth had been learnt."""

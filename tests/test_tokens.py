@@ -98,6 +98,17 @@ def test_what_discovery_settles_passes(found):
         assert fmean(parts[t, True]["shares"]) == pytest.approx(0.5, abs=0.01)
 
 
+def test_worlds_without_a_task_of_it_take_no_part(quick, tmp_path):
+    """As in train.py: all that is left here has its labels, so that nothing is to be discovered."""
+    argv = f"--stage 1 --system hitts {TINY} --tasks normal,depth --scenes 2 --processes 1 --out {tmp_path}".split()
+    assert train.main([*argv, "--overwrite"]) == 0
+    model, discovery = tokens.teacher(tmp_path, CPU)
+    assert discovery.least == {}
+    parts = tokens.measure(model, discovery, 1)
+    assert {key: list(part["worlds"]) for key, part in parts.items()} == {
+        ("normal", False): ["rooms", "streets"], ("depth", False): ["rooms", "streets"]}
+
+
 @pytest.mark.parametrize("oe", [True, False])
 def test_cosines(oe):
     """Each pair by itself. Without the orthogonal embedding all are 1, so that tokens cannot tell classes apart."""

@@ -58,7 +58,7 @@ def push(ckpt, repository):
     A new repository is public; one made before stays as private as it is. Token and so on are huggingface_hub's.
     FileNotFoundError, ValueError: the checkpoint is not whole, or the name is none; OSError: the hub did not take it.
     """
-    if not HUB_ID.fullmatch(repository) or "@" in repository:
+    if not HUB_ID.fullmatch(repository):
         raise ValueError(f"--push {repository}: expected a name on the hub, org/name")
     folder, spec = Path(ckpt), read_checkpoint(ckpt)["spec"]
     paths = sorted(path for pattern in SHARED for path in folder.glob(pattern))

@@ -75,7 +75,8 @@ class Predicted:
         item, key = self.cache.get(reader, index, tasks, flip), (reader.name, int(index), bool(flip))
         if key not in self.known:
             device = next(self.model.parameters()).device
-            predicted = self.model(*(f[None].to(device) for f in item["frames"]), self.model.tasks)
+            with torch.autocast(device.type, enabled=False):    # as in the test
+                predicted = self.model(*(f[None].to(device) for f in item["frames"]), self.model.tasks)
             self.known[key] = {t: z[0].half().cpu() for t, z in predicted.items()}
         labels = {t: self.known[key][t].float() for t in tasks}
         everywhere = torch.ones(1, *item["frames"][0].shape[1:], dtype=torch.bool)
@@ -161,8 +162,10 @@ def measure(model, reader, limit, stage1=None, batch=16):
     for group in test_batches(reader.complete(), model.tasks, batch, 0, limit):
         labels = [maps for _, maps, _ in group]
         frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
-        z = [model.encode(f) for f in frames]       # where there is no second frame, the first is seen twice
-        model.truth = encoded(model, labels) if stage1 is None else stage1(z[0], z[-1], model.tasks)
+        if stage1 is None:
+            model.truth = encoded(model, labels)
+        else:       # where there is no second frame, the first is seen twice
+            model.truth = stage1(model.encode(frames[0]), model.encode(frames[-1]), model.tasks)
         tasks = [t for t in labels[0] if t in wanted]
         predicted = network_maps(model, *frames, tasks=tasks)
         for n, maps in enumerate(labels):
@@ -219,6 +222,7 @@ def main(argv=None):
         torch.set_num_threads(cfg.threads or 1)
     size, cfg.overwrite = parse_size(cfg.size), True        # whatever stage 2 is there: nothing is written to --ckpt
     model = train.build_model(cfg, parse_tasks(cfg.tasks), settings.stages_in(cfg)).to(device)
+    train.check_size(cfg, model)
     auxiliary = StableMTL.load(args.ckpt, 1, device)
     stage1 = StableMTL.load(args.ckpt, 1, device) if args.tell == "predictions" else None
     readers = [r for r in train_readers("", size, cfg.scenes) if set(r.tasks) & set(auxiliary.tasks)]

@@ -50,6 +50,7 @@ def teacher(folder, device):
     model = steady(baselines.load(folder, device=device))
     readers = train_readers(size=parse_size(known["size"]), scenes=known["scenes"])
     drop = parse_drop(known["drop"], [r.name for r in readers])
+    readers = [r for r in readers if set(r.tasks) & set(model.tasks)]       # as train.py leaves the others out
     mixture = Mixture(readers, model.tasks, model.codecs, drop=drop, isolation=False, joint=True)
     return model, Discovery(mixture, model.tasks, model)
 

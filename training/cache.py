@@ -41,7 +41,7 @@ class LatentCache:
         if not path.is_file():
             return
         shape = {"vae": str, "palette": str, "datasets": {str: dict}}
-        old, new = read_json(path, "", shape, f"delete {folder}, it is built again"), self.about["datasets"]
+        old, new = read_json(path, "", shape, f"delete {folder}, {self.anew}"), self.about["datasets"]
         differs = [f"{k} {old[k]}, now {self.about[k]}" for k in ("vae", "palette") if old[k] != self.about[k]]
         for name, facts in new.items():     # runs of few tasks need few datasets, and share the folder
             was = old["datasets"].get(name, facts)
@@ -147,8 +147,7 @@ def prefix(reader, tasks):
     return f"{tasks[0]}_" if tasks[0] in reader.train_crop else ""
 
 
-# pixels that pass the VAE at once: small images a batch at a time, at a real dataset's size an image and its mirror
-AT_ONCE = 50_000
+AT_ONCE = 50_000    # pixels that pass the VAE at once: of small images many, of a real dataset's size four images
 
 
 def encode(model, images):
@@ -157,7 +156,7 @@ def encode(model, images):
     for k, (name, x) in enumerate(images):
         groups.setdefault((name if name in TASKS else None, x.shape), []).append(k)
     for (task, shape), alike in groups.items():
-        batch = max(2, AT_ONCE // math.prod(shape[1:]))
+        batch = max(4, AT_ONCE // math.prod(shape[1:]))
         for part in (alike[i:i + batch] for i in range(0, len(alike), batch)):
             x = torch.stack([images[k][1] for k in part]).to(device)
             with torch.no_grad():
