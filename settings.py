@@ -65,7 +65,8 @@ class Config:
     pseudo_weight: float = setting(0.5, "how often such a dataset is drawn, a labelled one having weight 1 or less",
                                    kind=cli.number(0, ends=False))
     # model
-    widths: str = setting(None, "comma-separated widths of a fresh toy UNet instead of the base's; empty = the base's")
+    widths: str = setting(None, "comma-separated widths of a fresh toy UNet instead of the base's, or in --stage 0 of "
+                          "the base's own; empty = the base's")
     second_frame: str = setting("concat", "how the second frame enters", SECOND_FRAMES)
     space: str = setting("latent", "what the UNet predicts: latents of label codes, or their pixels at that size; with "
                          "the next four, the Diffusion Generalist (docs/systems.md)", SPACES)
@@ -253,7 +254,7 @@ def idle_flags(cfg):
         (OURS, cfg.system != "stablemtl" and f"it belongs to StableMTL, and this is --system {cfg.system}"),
         (("options", "teacher", "discover"),
          cfg.system == "stablemtl" and "it belongs to the other systems: name one with --system"),
-        ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads")],
+        ([f.name for f in dataclasses.fields(cfg) if f.name not in ("stage", "out", "seed", "threads", "widths")],
          cfg.stage == 0 and "--stage 0 has its settings in toy/make.py"),
         (("rho", "mask", "heads", "shared_qkv", "attention", "main_init", "stream_gb", "attention_lr", "query_init",
           "rho_after", "main_lr", "freeze_main", "clip_apart", "lora", "frozen"),
@@ -263,8 +264,8 @@ def idle_flags(cfg):
         (("input_scale", "ddim_steps"), cfg.objective == "regress" and "it goes with --objective diffuse"),
         (("loss",), axes(cfg) and "with --space, --objective or --condition the loss is that of what the UNet gives"),
         (("init",), cfg.stage == 2 and "stage 2 starts from the stage 1 in --out"),
-        (("widths",), not (fresh or cfg.main_init == "base") and "it makes a fresh UNet, in a stage 1 without --init "
-         "or with --main-init base"),
+        (("widths",), not (cfg.stage == 0 or fresh or cfg.main_init == "base") and
+         "it makes a fresh UNet, in a stage 1 without --init or with --main-init base"),
         (("lora",), cfg.main_init == "base" and "a low rank starts from stage 1: leave --main-init out"),
         (("mask", "rho_after"), cfg.rho == 0 and "with --rho 0 nothing is left out"),
         (("rho", "mask", "rho_after"), cfg.rho_after >= cfg.steps and "--rho-after lasts to the last step"),

@@ -261,7 +261,7 @@ def main(argv=None):
     cfg = parse_args(argv, __doc__)
     if cfg.stage == 0:
         torch.set_num_threads(cfg.threads or 1)
-        return make(Path(cfg.out), seed=cfg.seed)
+        return make(Path(cfg.out), seed=cfg.seed, widths=parse_widths(cfg.widths))
     saved, tensors = None, None
     if cfg.resume:
         saved, tensors = read_state(Path(cfg.out))

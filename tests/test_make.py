@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import TOY_TRAIN, tensor_image
 from model import StableMTL, from_base
 from readers.toyworld import ToyWorld
@@ -54,6 +55,17 @@ def test_the_second_lesson_has_three_exercises():
     assert ((wanted - j)[fill].abs() == 1).all() and mend.any()
 
 
+def test_the_command_hands_on_its_flags(tmp_path, monkeypatch):
+    """--stage 0: folder, seed and widths; without --widths the usual ones."""
+    calls = []
+    monkeypatch.setattr(train, "make", lambda *args, **options: calls.append((args, options)))
+    for flags in ("--seed 3 --widths 40,40,64,80", ""):
+        train.main(f"--stage 0 --out {tmp_path / 'base'} {flags}".split())
+    assert calls == [((tmp_path / "base",), {"seed": seed, "widths": widths})
+                     for seed, widths in ((3, (40, 40, 64, 80)), (0, ()))]
+    assert tuple(make.new_unet().config.block_out_channels) == make.WIDTHS
+
+
 def test_make(tmp_path, monkeypatch):
     """A base that StableMTL starts from, in half precision; an existing VAE is kept, the world `real` never drawn."""
     seen, init = set(), ToyWorld.__init__
@@ -63,10 +75,10 @@ def test_make(tmp_path, monkeypatch):
         init(self, world, *args, **more)
     monkeypatch.setattr(ToyWorld, "__init__", spy)
     monkeypatch.setattr(make, "new_vae", lambda widths=(8, 8), new=make.new_vae: new(widths))
-    monkeypatch.setattr(make, "new_unet", lambda new=make.new_unet: new((8, 8, 16, 16)))
-    sizes = dict(scenes=2, films=3, size=(24, 24), vae_steps=2, unet_steps=(1, 1), workers=0)
+    sizes = dict(scenes=2, films=3, size=(24, 24), vae_steps=2, unet_steps=(1, 1), workers=0, widths=(8, 8, 16, 16))
     make.make(tmp_path, **sizes)
     model = from_base(str(tmp_path), ("depth", "normal"))
+    assert tuple(model.unet.config.block_out_channels) == sizes["widths"]
     assert isinstance(model, StableMTL) and seen == set(TOY_TRAIN)
     before = (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     unet = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()

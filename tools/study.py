@@ -9,11 +9,12 @@
 
 tools/study_variants.py says what is compared, tools/study_systems.py what in the suite systems; --only all adds the
 rows that are left out otherwise. Models are trained by train.py (two by tools/oracle.py, whose streams are told the
-truth or predictions), measured by evaluate.py. Optimizer steps are equal: every single stream takes --steps; every multi stream starts from
-the single stream of its seed and takes --steps2 more, and `continued` takes the same number of further steps, on the
-same batches, as a single stream. A single-task model takes --steps divided by the number of tasks: as many steps of its
-task as the single stream takes of it, so that all of them together cost one single stream (the paper trains each for
-its own full schedule: --single-steps). Another system takes --steps, and so does a student that learns from a model.
+truth or predictions), measured by evaluate.py. Optimizer steps are equal: every single stream takes --steps; every
+multi stream starts from the single stream of its seed and takes --steps2 more, and `continued` takes the same number
+of further steps, on the same batches, as a single stream. A single-task model takes --steps divided by the number of
+tasks: as many steps of its task as the single stream takes of it, so that all of them together cost one single stream
+(the paper trains each for its own full schedule: --single-steps). Another system takes --steps, and so does a student
+that learns from a model.
 
 Delta_m is against the single-task models of the same seed; of what starts from a single stream, also against that
 stream continued for as many steps; in the suite systems, also against the single-task trunks. It is taken on `real`,

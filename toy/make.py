@@ -23,6 +23,7 @@ from readers.raycast import photo
 from readers.toyworld import ToyWorld, build
 from tasks import CLASSES, IGNORE, PALETTES, TASKS, registry
 
+WIDTHS = 32, 32, 48, 64     # of the UNet's levels
 THIN = [CLASSES.index(c) for c in ("pole", "light", "sign")]
 
 
@@ -37,7 +38,7 @@ def new_vae(widths=(24, 48)):
         scaling_factor=1.0)
 
 
-def new_unet(widths=(32, 32, 48, 64), tokens=32, in_channels=12, groups=8):
+def new_unet(widths=WIDTHS, tokens=32, in_channels=12, groups=8):
     """SD2's layout (three levels with cross-attention, one without; 16 transformer blocks), one head per layer."""
     return stock.UNet2DConditionModel(
         in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=2, norm_num_groups=groups,
@@ -295,10 +296,12 @@ def train_unet(unet, token, latents, lesson, steps, generator, batch=16, lr=2e-3
     _optimise(unet, loss, steps, lr, generator, "pre-training the UNet")
 
 
-def make(folder, scenes=800, films=4000, size=(32, 48), vae_steps=4000, unet_steps=(2400, 4000), seed=0, workers=2):
+def make(folder, scenes=800, films=4000, size=(32, 48), vae_steps=4000, unet_steps=(2400, 4000), seed=0, workers=2,
+         widths=()):
     """Train all of it and write the folder in half precision. An existing vae/ is kept: delete it to train it anew.
 
-    scenes: per world, for the VAE and the UNet's first lesson; films: per world, for its second lesson.
+    scenes: per world, for the VAE and the UNet's first lesson; films: per world, for its second lesson; widths: of the
+    UNet's four levels, () = the usual ones.
     """
     folder, generator = Path(folder), torch.Generator()
 
@@ -325,7 +328,7 @@ def make(folder, scenes=800, films=4000, size=(32, 48), vae_steps=4000, unet_ste
     latents = film_latents(vae, max(scenes, films), size, workers)
     token = encode_prompts(tokenizer, text_encoder.float(), {"": ""})[""]
     restart(1)
-    unet = new_unet()
+    unet = new_unet(widths or WIDTHS)
     train_unet(unet, token, latents[:len(TOY_TRAIN) * scenes], first_lesson, unet_steps[0], generator)
     unet.half().float()     # so that the second lesson can begin from a stored first one
     restart(3)
