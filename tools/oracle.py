@@ -164,8 +164,9 @@ def measure(model, reader, limit, stage1=None, batch=16):
         frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
         if stage1 is None:
             model.truth = encoded(model, labels)
-        else:       # where there is no second frame, the first is seen twice
-            model.truth = stage1(model.encode(frames[0]), model.encode(frames[-1]), model.tasks)
+        else:
+            second = frames[1] if len(frames) > 1 else None
+            model.truth = stage1(*stage1.see_both(frames[0], second, model.tasks), model.tasks)
         tasks = [t for t in labels[0] if t in wanted]
         predicted = network_maps(model, *frames, tasks=tasks)
         for n, maps in enumerate(labels):

@@ -95,14 +95,14 @@ def with_true_streams(job, args, test):
     own = {"--ckpt": job.parent, "--out": job.out, "--steps": job.steps, "--aux-steps": job.steps, "--seed": job.seed,
            "--limit": args.limit}
     ours = [str(x) for pair in own.items() for x in pair]
-    before, after = of_oracle(job.flags)
-    return oracle.main([*ours, *before, "--", *args.alone, *args.flags, *after])
+    return oracle.main([*ours, *for_oracle(job.flags, [*args.alone, *args.flags])])
 
 
-def of_oracle(flags):
-    """The flags of a row -> (those of tools.oracle itself, those of its stage 2)."""
+def for_oracle(flags, common):
+    """A row's flags of tools.oracle, its own before a -- and those of stage 2 after it, with the flags for train.py
+    that all rows have."""
     at = flags.index("--") if "--" in flags else -1
-    return flags[:max(at, 0)], flags[at + 1:]
+    return [*flags[:max(at, 0)], "--", *common, *flags[at + 1:]]
 
 
 def labelled(job, args, test):
@@ -302,8 +302,7 @@ def accepted(flags, args):
         own = row.flags.format(task=args.tasks[0], parent=f"{nowhere}/parent", out=nowhere).split()
         try:
             if row.program == "tools.oracle":
-                ours, theirs = of_oracle(own)
-                own = [*ours, "--", *flags, *theirs]
+                own = for_oracle(own, flags)
             if row.program in parsers:
                 parser, before = parsers[row.program]
                 parser([*before, *own])

@@ -114,14 +114,15 @@ class LatentCache:
             os.replace(path.with_suffix(".tmp"), path)
 
     def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=None, rank=0, world=1):
-        """Encode what is not cached yet, of `world` ranks the rank-th share, into the arrays that `create` made.
+        """Encode what is not cached yet, of `world` ranks the rank-th share, into the arrays that `create` made. Ranks
+        share whole batches, so that their number changes no bit.
 
         skip_bad: as in data.Mixture. Returns the names of skipped samples, which are tried again next time.
         """
         skipped = []
         for reader in readers:
             arrays = {name: self.array(reader, name, "r+") for name in self.layout(reader, model)}
-            todo = [i for i in range(rank, len(reader), world) if not arrays["done"][i]]
+            todo = [i for i in range(len(reader)) if i // batch % world == rank and not arrays["done"][i]]
             wanted = {t: set(reader.indices(t)) for t in reader.tasks}
             jobs = _Jobs(reader, todo, wanted, codecs, skip_bad)
             groups = fetch(jobs, workers if len(todo) > batch else 0, batch_size=batch, collate_fn=list)
