@@ -33,9 +33,15 @@ MADV_HUGEPAGE, HUGE_PAGE = 14, 1 << 21
 class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of printing its usage: a wrong flag ends as any other mistake does, in one sentence."""
 
+    usage_at_hand = ""      # of the command whose flags were read last
+
     def __init__(self, **options):
         tool = COMMAND.parent == ROOT / "tools"     # usage: how the command at hand is typed
         super().__init__(prog=f"python -m tools.{COMMAND.stem}" if tool else f"python {COMMAND.name}", **options)
+
+    def parse_known_args(self, *args, **options):
+        Parser.usage_at_hand = self.format_usage()
+        return super().parse_known_args(*args, **options)
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists every flag)")
@@ -320,6 +326,7 @@ def _other(work, rank, pipe, parent):
 
 # ---- the frame of every command ----
 
+SMALLER = "--size", "--rows", "--micro", "--processes"      # less of each takes less memory
 PLAIN = {"↓": "v", "↑": "^", "±": "+-"}
 
 
@@ -329,6 +336,12 @@ def _plain(error):
 
 
 codecs.register_error("plain", _plain)
+
+
+def _less_memory():
+    """What to do about a lack of memory: the flags that help, of those that the command at hand has."""
+    flags = [flag for flag in SMALLER if f"[{flag} " in Parser.usage_at_hand]
+    return "use smaller images" + (f", or lower {' or '.join(flags)}" if flags else "")
 
 
 def run(main):
@@ -348,13 +361,13 @@ def run(main):
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         told = error
     except torch.OutOfMemoryError as error:
-        told = f"out of GPU memory: use smaller images, lower --rows, or in training --micro ({error})"
+        told = f"out of GPU memory: {_less_memory()} ({error})"
     except KeyboardInterrupt:
         code, told = 130, "interrupted"
     except Exception as error:
         # the latter is torch's, on the CPU
         if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
-        told = f"out of memory: use smaller images, lower --rows or --processes, or in training --micro ({error!r})"
+        told = f"out of memory: {_less_memory()} ({error!r})"
     print(f"{COMMAND.name}: {' '.join(str(told).split())}", file=sys.stderr)
     return code

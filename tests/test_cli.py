@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import cli
+import evaluate
+import sample
 import settings
 import train
 from network import stock
@@ -288,3 +290,18 @@ def test_a_lack_of_memory_is_one_sentence(capsys, much):
     assert said.count("\n") == 1 and "out of memory: use smaller images" in said
     with pytest.raises(RuntimeError, match="size of tensor"):
         cli.run(lambda: torch.ones(2) + torch.ones(3))
+
+
+@pytest.mark.parametrize(("read", "remedy"), [
+    (settings.parse_args, "smaller images, or lower --size or --micro or --processes ("),
+    (evaluate.parse, "smaller images, or lower --rows or --processes ("),
+    (lambda argv: sample.parse(["--toy", "real:1"]), "smaller images, or lower --size or --rows ("),
+    (lambda argv: cli.Parser().parse_args(argv), "smaller images ("),
+])
+def test_a_lack_of_memory_names_the_flags_of_the_command(capsys, read, remedy):
+    """Those that it has, and no other."""
+    def command():
+        read([])
+        np.empty(1 << 55)
+    assert cli.run(command) == 2
+    assert remedy in capsys.readouterr().err
