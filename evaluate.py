@@ -330,7 +330,8 @@ def parse(argv):
          "--processes load by themselves")
     flag("--processes", type=whole(0, 1024), default=0, help="that share the test sets, on the CPU; changes no number "
          "(default: one per core for a small network, else 1)")
-    flag("--trivial", type=whole(), default=128, help="training labels per dataset behind the trivial rows; 0 = none")
+    flag("--trivial", type=whole(), default=128, help="training labels per dataset behind the trivial "
+         "rows (default: %(default)s); 0 = none")
     flag("--baseline", help="results.json of single-task runs (several: comma-separated), or `paper`: prints Delta_m")
     flag("--confidence", action="store_true", help="also the error of the pixels that a comparison with the mirror "
          "image trusts most, beside the best possible order; takes twice as long")

@@ -89,7 +89,7 @@ class Config:
                               "variance of their input", QUERY_INITS)
     rho: float = setting(0.4, "probability that a layer leaves out an auxiliary task in a training step",
                          kind=cli.number(0, 1))
-    rho_after: int = setting(0, "stage 2: steps before the first of these", kind=cli.whole(0))
+    rho_after: int = setting(0, "stage 2: steps at the start in which --rho leaves nothing out", kind=cli.whole(0))
     mask: str = setting("score", "how the task to leave out is chosen", MASKS)
     # optimisation
     steps: int = setting(None, "optimizer steps; with --resume, so many in all", kind=cli.whole(1))
@@ -290,6 +290,7 @@ def check(cfg, given=()):
         cfg.preset = "paper" if cfg.base and cfg.data else "toy"
     further = 2 if cfg.stage == 2 or cfg.init else 1    # a continued stage 1 is what a stage 2 is compared with
     for name, value in PRESETS[cfg.preset].items():
+        value = "" if name == "widths" and cfg.base else value      # a base has its own
         if getattr(cfg, name) is None and not (name == "size" and cfg.data):
             setattr(cfg, name, value[further] if isinstance(value, dict) else value)
     for names, why in idle_flags(cfg):

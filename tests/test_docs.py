@@ -66,9 +66,10 @@ COMMANDS = sorted({(program, *argv) for page in PAGES for program, argv in comma
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch, tiny_ckpt):
-    """What the pages take for granted, as the current folder: a checkpoint in out/ and a small decoder for it, two
-    photos, a video, data of one's own."""
+    """What the pages take for granted, as the current folder: a checkpoint in out/ (in mtl/, too) and a small decoder for
+    it, two photos, a video, data of one's own."""
     shutil.copytree(tiny_ckpt, tmp_path / "out")
+    (tmp_path / "mtl").symlink_to("out")
     distil.new_decoder(tiny.vae()).save_pretrained(tmp_path / "out/decoder")
     rng = np.random.default_rng(0)
     for path in ("photo.jpg", "next.jpg", "my/images/street.png"):

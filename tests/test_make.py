@@ -1,4 +1,6 @@
 """toy/make.py: films are those of the worlds, the lessons show and hide what they say, and what is made is a base."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,9 @@ def test_make(tmp_path, monkeypatch):
     assert isinstance(model, StableMTL) and seen == set(TOY_TRAIN)
     before = (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     unet = (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="already holds a base or a trained model: name another --out"):
+        make.make(tmp_path, **sizes)
+    shutil.rmtree(tmp_path / "unet")
     make.make(tmp_path, **sizes)
     assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == unet     # the same seeds

@@ -159,6 +159,12 @@ def test_a_checkpoint_that_does_not_say_cannot_be_changed_either(go, second, fla
     assert go(f"--stage 2 --tasks {THREE}")[0] == 0
 
 
+def test_a_base_keeps_its_widths():
+    """The preset that makes a wider UNet makes none in place of a base's own; --widths still does."""
+    for flags, widths in ("", "64,128,192,256"), ("--base base", ""), ("--base base --widths 8,8,8,8", "8,8,8,8"):
+        assert settings.parse_args(f"--preset toy-gpu {flags}".split()).widths == widths
+
+
 def test_main_init_base_with_widths(go, tiny_base, tmp_path):
     """A fresh main UNet of the widths of stage 1's fresh UNet, however a config writes them; others are refused."""
     assert go(f"--tasks {THREE} --widths 8,8,16,16")[0] == 0

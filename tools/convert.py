@@ -15,8 +15,10 @@ VAE and task tokens are the base's, which training leaves alone. Files may be to
 code in them ever runs), or safetensors. Every key must be known and of the right shape, none may be missing, and every
 value must be finite. What comes out is a checkpoint as train.py writes them: evaluate it, predict with it, train on:
 
-    python train.py --stage 2 --out conv            a multi stream of one's own on an imported single stream
-    python train.py --stage 1 --init conv           the single stream trained further
+    python train.py --stage 2 --data <root> --out conv                  a multi stream of one's own on it
+    python train.py --stage 1 --data <root> --init conv --out tuned     the single stream trained further
+
+Without --data they would train on the toy worlds: imported weights do not say what they were trained on.
 """
 import argparse
 import copy

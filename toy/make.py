@@ -5,7 +5,8 @@
     text_encoder/  CLIPTextModel with random weights: a fixed, distinct token per prompt is all that is asked of it
     tokenizer/     CLIPTokenizer that knows the words of the seven prompts
 
-`python train.py --stage 0` makes it. The VAE never sees the world `real`; the UNet sees neither that world nor a label.
+`python train.py --stage 0 --out base/` makes it. The VAE never sees the world `real`; the UNet sees neither that world
+nor a label.
 """
 import math
 from pathlib import Path
@@ -299,11 +300,14 @@ def train_unet(unet, token, latents, lesson, steps, generator, batch=16, lr=2e-3
 def make(folder, scenes=800, films=4000, size=(32, 48), vae_steps=4000, unet_steps=(2400, 4000), seed=0, workers=2,
          widths=()):
     """Train all of it and write the folder in half precision. An existing vae/ is kept: delete it to train it anew.
+    ValueError: the folder holds a base or a trained model.
 
     scenes: per world, for the VAE and the UNet's first lesson; films: per world, for its second lesson; widths: of the
     UNet's four levels, () = the usual ones.
     """
     folder, generator = Path(folder), torch.Generator()
+    if any((folder / name).exists() for name in ("unet", "model.json")):
+        raise ValueError(f"{folder} already holds a base or a trained model: name another --out")
 
     def restart(part):      # every part draws from its own seed, whether or not the one before it was trained
         torch.manual_seed(seed + part)
