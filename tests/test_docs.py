@@ -66,8 +66,8 @@ COMMANDS = sorted({(program, *argv) for page in PAGES for program, argv in comma
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch, tiny_ckpt):
-    """What the pages take for granted, as the current folder: a checkpoint in out/ (in mtl/, too) and a small decoder for
-    it, two photos, a video, data of one's own."""
+    """The current folder, with what the pages take for granted: checkpoints in out/, mtl/, a small decoder, photos,
+    a video, data of one's own."""
     shutil.copytree(tiny_ckpt, tmp_path / "out")
     (tmp_path / "mtl").symlink_to("out")
     distil.new_decoder(tiny.vae()).save_pretrained(tmp_path / "out/decoder")
