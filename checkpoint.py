@@ -186,7 +186,7 @@ def link(source, target):
 def save_model(model, out, frozen=None):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
 
-    While out/model.new exists, some files are of this model and some of the one before.
+    While out/model.new exists, some files are of this model and some of the one before: StableMTL.load refuses them.
     """
     out, temporary, complete = Path(out), Path(out) / "model.tmp", Path(out) / "model.new"
     try:

@@ -338,9 +338,12 @@ def _plain(error):
 codecs.register_error("plain", _plain)
 
 
-def _less_memory():
-    """What to do about a lack of memory: the flags that help, of those that the command at hand has."""
+def less_memory(python=""):
+    """What to do about a lack of memory: the flags that help, of those that the command at hand has; `python` where
+    there is none, but a program of one's own."""
     flags = [flag for flag in SMALLER if f"[{flag} " in Parser.usage_at_hand]
+    if python and not Parser.usage_at_hand:
+        return python
     return "use smaller images" + (f", or lower {' or '.join(flags)}" if flags else "")
 
 
@@ -361,13 +364,13 @@ def run(main):
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         told = error
     except torch.OutOfMemoryError as error:
-        told = f"out of GPU memory: {_less_memory()} ({error})"
+        told = f"out of GPU memory: {less_memory()} ({error})"
     except KeyboardInterrupt:
         code, told = 130, "interrupted"
     except Exception as error:
         # the latter is torch's, on the CPU
         if not (isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)):
             raise
-        told = f"out of memory: {_less_memory()} ({error!r})"
+        told = f"out of memory: {less_memory()} ({error!r})"
     print(f"{COMMAND.name}: {' '.join(str(told).split())}", file=sys.stderr)
     return code

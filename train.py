@@ -40,9 +40,7 @@ import baselines
 import toy
 from baselines.teacher import with_true_labels
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
-from data import Mixture, labelled, loader, parse_drop, picture, prepare, train_readers, unreadable
-from draw import COMPARED, cell, compare, draw_panel, sample_rows
-from metrics import aligned
+from data import Mixture, labelled, loader, parse_drop, train_readers
 from model import StableMTL, from_base, load_base
 from network import stock
 from network.attention import WATCHED, watched
@@ -54,13 +52,14 @@ from toy.make import make, new_unet
 from training.cache import LatentCache, StreamCache, fingerprint
 from training.discovery import read_pseudo
 from training.losses import LatentObjective, accumulate, sync_gradients
+from training.pictures import save_picture
 from training.track import find_tracker, tracking
 
 
 @torch.no_grad()
 def held_out_loss(model, objective, held_out, workers, device, autocast):
-    """(loss on the same few samples each time, every task with equal weight; names of unreadable ones). Draws no random
-    number."""
+    """(loss on the same few samples each time, every task with equal weight, NaN if nothing of them is valid; names of
+    unreadable ones). Draws no random number."""
     losses, skipped = [], []
     set_mode(model, False)
     for fetched in loader(held_out, 0, len(held_out.tasks), workers):      # the mixture's first cycle: every task once
@@ -68,7 +67,7 @@ def held_out_loss(model, objective, held_out, workers, device, autocast):
         losses += (sync_gradients([], loss, device)[0] if dist.is_initialized() else loss).values()
         skipped += fetched["skipped"]
     set_mode(model, True)
-    return sum(losses) / max(1, len(losses)), skipped
+    return sum(losses) / len(losses) if losses else math.nan, skipped
 
 
 def learning_rate(cfg, step):
@@ -396,7 +395,9 @@ def train(rank, world, device, cfg, saved, tensors):
                 scaling = {"scaler": scaler.state_dict() if scaler else None}
                 save_state(out, about | scaling, step, parts, optimizer)    # first: from here --resume can do the rest
                 save_model(model, out, settled)
-            if held_out and (step % cfg.save_every == 0 or step == cfg.steps):      # not where Ctrl-C happened to fall
+            # where the run ends, or ended before it was lengthened, and not where Ctrl-C happened to fall
+            ends = cfg.steps, saved and saved["train"]["steps"]
+            if held_out and (step % cfg.save_every == 0 or step in ends):
                 loss, bad = held_out_loss(model, objective, held_out, workers, device, autocast)
                 skipped.extend(bad)
                 about["held_out"][str(step)] = loss if math.isfinite(loss) else None
@@ -412,7 +413,9 @@ def train(rank, world, device, cfg, saved, tensors):
 
         # ---- the loop ----
         save()      # also after a kill between the state and the model: what was half-written becomes whole
-        start, seen, stops, in_vain = time.time(), 0, [], 0
+        if chief and cfg.overwrite and not saved and not held_out:
+            shutil.rmtree(out / "best", ignore_errors=True)     # the replaced run's
+        start, seen, stops, in_vain, fruitless = time.time(), 0, [], 0, dict.fromkeys(model.tasks, 0)
         patience = PATIENCE if scaler else 1
         bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
         log = open_log(out / "log.jsonl", cfg.stage, step) if chief else open(os.devnull, "w")
@@ -426,10 +429,15 @@ def train(rank, world, device, cfg, saved, tensors):
                 if in_vain == patience:
                     raise FloatingPointError(diverged(step, drawn, done.losses, done.norm, in_vain, out))
 
+                tasks = in_order(t for tasks, *_ in drawn for t in tasks)
+                fruitless |= {t: 0 if done.losses else fruitless[t] + 1 for t in tasks}
+                if barren := [t for t in tasks if fruitless[t] == PATIENCE]:
+                    raise ValueError(too_sparse(barren[0], model.factor))
+
                 # one log line per step
                 seen += cfg.batch
                 loss = sum(objective.weights[k] * v for k, v in done.losses.items())
-                entry = {"stage": cfg.stage, "step": step, "task": in_order(t for tasks, *_ in drawn for t in tasks),
+                entry = {"stage": cfg.stage, "step": step, "task": tasks,
                          "dataset": sorted({name for _, name, _ in drawn}),
                          "loss": loss if done.finite else None, "lr": done.lr,
                          "grad_norm": done.norm if done.finite else None,
@@ -453,6 +461,7 @@ def train(rank, world, device, cfg, saved, tensors):
                 if chief and cfg.picture_every and (step % cfg.picture_every == 0 or step == cfg.steps):
                     picture_file = out / "pictures" / f"stage{cfg.stage}_{step:06d}.png"
                     save_picture(model, shown, picture_file, cfg.skip_bad)
+                    set_mode(model, True)
                 if done.stop or (world == 1 and stops):
                     break
         if step < cfg.steps:
@@ -496,7 +505,7 @@ def done_already(cfg, model):
     return f"{told}; to lengthen stage {cfg.stage}, give --resume more --steps"
 
 
-PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up
+PATIENCE = 20       # steps in a row without a finite gradient before fp16 training gives up, or without a valid label
 
 
 def diverged(step, drawn, losses, norm, in_vain, out):
@@ -506,6 +515,12 @@ def diverged(step, drawn, losses, norm, in_vain, out):
     tasks = "+".join(in_order(t for tasks, *_ in drawn for t in tasks))
     return (f"step {step}, task {tasks}: loss {losses}, gradient norm {norm}{often}; samples {names}. The last good "
             f"checkpoint is in {out}: lower --lr, look at these samples, or after fp16 try --precision fp32")
+
+
+def too_sparse(task, factor):
+    """The sentence for labels that nothing is learned from, LiDAR's for example."""
+    return (f"{PATIENCE} steps for {task} found nothing to learn from: in none of their labels is a whole latent cell, "
+            f"{factor}x{factor} pixels, valid. Fill the labels in, or leave the task out with --tasks or --drop")
 
 
 def best_step(about):
@@ -555,44 +570,6 @@ def about_run(cfg, model, readers, saved):
         about["stage1"] = stage1_settings(cfg.init or cfg.out)
         about["imported"] = read_config(cfg.init or cfg.out).get("imported")
     return about
-
-
-def first_sample(reader, wanted, codecs, skip_bad):
-    """(tasks, what data.prepare makes of it) of the first sample with a label of the wanted tasks; None if there is
-    none. ValueError if it cannot be read, or with skip_bad the next one is taken."""
-    tasks = labelled(reader, wanted)
-    for index in (i for t in tasks for i in reader.indices(t)):
-        own = tuple(t for t in tasks if index in reader.indices(t))
-        try:
-            return own, prepare(reader, index, own, codecs)
-        except (OSError, ValueError) as error:
-            if not skip_bad:
-                raise unreadable(reader, index, error, skip_bad, "for a picture, ") from error
-    return None
-
-
-@torch.no_grad()
-def save_picture(model, readers, path, skip_bad=False):
-    """A sample of every dataset: its frames, then every label beside the prediction, fitted as for the metric."""
-    training, device, cells = model.training, next(model.parameters()).device, []
-    model.eval()
-    for reader in readers:
-        sample = first_sample(reader, model.tasks, model.codecs, skip_bad)
-        if not sample:
-            continue
-        (tasks, item), pairs = sample, []
-        maps = model.predict(*(f[None].to(device) for f in item["frames"]), tasks)
-        for t in tasks:
-            codec, predicted, valid = model.codecs[t], maps[t][0].float().cpu(), item["valid"][t][0]
-            label = codec.decode(item["labels"][t][None])[0]
-            pairs.append(compare(codec, label, valid, aligned(codec, predicted, label, valid), native=False))
-        titles = [f"{reader.name} {reader.split}", "second frame"][:1 if torch.equal(*item["frames"]) else 2]
-        frames = [(title, cell(picture(f))) for title, f in zip(titles, item["frames"], strict=False)]
-        cells += sample_rows(frames, pairs, 5)
-    if cells:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
-    set_mode(model, training)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cli import half
+from cli import half, less_memory
 from inference.confidence import agreement, turned
 from inference.photometric import Camera, find_scales
 from readers.media import read_image, to_rgb
@@ -81,7 +81,8 @@ def network_maps(model, image, next_image=None, tasks=None, rows=None):
             raise
         count, _, height, width = image.shape
         what = f"{width}x{height} pixels" if count == 1 else f"{count} images of {width}x{height} pixels"
-        raise ValueError(f"out of memory at {what}: use --rows 1, or a smaller --size or batch") from error
+        remedy = less_memory("use rows=1, smaller images or a smaller batch")
+        raise ValueError(f"out of memory at {what}: {remedy}") from error
 
 
 def mirror_maps(model, image, next_image=None, tasks=None, rows=None):

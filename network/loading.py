@@ -339,7 +339,7 @@ def read_checkpoint(folder, stage=None):
     "stem", a state dict.
 
     FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a file
-    is damaged, or the parts do not belong together.
+    is damaged, the parts do not belong together, or some of them are of another step.
     """
     folder, spec = Path(folder), read_model_json(folder)
     if spec["kind"] != "stablemtl":
@@ -354,6 +354,9 @@ def read_checkpoint(folder, stage=None):
     if spec["multi"] and stage != 1:
         kinds["main_unet"] = stock.UNet2DConditionModel
         files.append("task_attention")
+    if (folder / "model.new").is_dir() and (axes or "main_unet" in kinds):      # see checkpoint.save_model
+        raise ValueError(f"{folder} holds files of two steps, for its saving goes on or was cut short: try again, or "
+                         "continue its training with --resume")
     expected = [f"{part}/{name}" for part in kinds for name in PART_FILES]
     absent = [f for f in (*expected, *(f"{name}.safetensors" for name in files)) if not (folder / f).is_file()]
     if absent:

@@ -57,20 +57,21 @@ def check(root, full=False, size=None):
                 continue
             lines.append(f"{reader.name}: not here, expected in {reader.place(root)}; get it from {reader.page}")
             continue
-        for split in reader.use.values():
+        for role, split in reader.use.items():
             try:
                 data = make(reader, root, split, size)
             except (OSError, ValueError) as e:
                 lines.append(f"{reader.name} {split}: {e}")
                 continue
             lines.append(f"{reader.name} {split}: {len(data)} samples in {data.folder}")
-            lines += [f"    {task:12} {len(data.labelled(task)):6}  {trial(data, task, full)}" for task in data.tasks]
+            for task in data.tasks:
+                lines.append(f"    {task:12} {len(data.labelled(task)):6}  {trial(data, task, full, role)}")
     return lines
 
 
-def trial(data, task, full):
+def trial(data, task, full, role):
     """The first problem with labels of a task, as a sentence, or how many were tried and how much of them is valid."""
-    known, shares = data.labelled(task), []
+    known, shares, whole = data.labelled(task), [], []
     if not known:
         return "no sample of this split has this label"
     for i in known if full else sorted({known[k] for k in (0, len(known) // 2, -1)}):
@@ -81,4 +82,15 @@ def trial(data, task, full):
         if not valid.any():
             return f"{data.source(i, task)} has no valid pixel"
         shares.append(valid.mean())
-    return f"{len(shares)} tried, all load, {sum(shares) / len(shares):.0%} of their pixels valid"
+        whole.append(whole_blocks(valid))
+    told = f"{len(shares)} tried, all load, {sum(shares) / len(shares):.0%} of their pixels valid"
+    if role != "test" and sum(whole) < 0.01 * len(whole):
+        told += ", but hardly a block of 8x8 as a whole: too sparse to train Stable Diffusion on"
+    return told
+
+
+def whole_blocks(valid, side=8):
+    """The share of blocks of side x side pixels, latent cells of Stable Diffusion, that are valid as a whole; 1 if
+    there are none. valid: (H,W) bool."""
+    h, w = (length // side for length in valid.shape)
+    return valid[:h * side, :w * side].reshape(h, side, w, side).all((1, 3)).mean() if h * w else 1

@@ -8,7 +8,9 @@ import pytest
 from kill import log_lines
 from PIL import Image
 from raw import own_folder, picture, write
+from runs import saved
 
+import cli
 import train
 from readers import check, found
 from readers.folder import Folder, split_by_name
@@ -364,3 +366,24 @@ def test_a_label_that_no_held_out_image_has(tmp_path, tiny_base):
                       "--workers 0 --threads 1 --warmup 1 --val-samples 1".split()) == 0
     assert (out / "best/model.json").exists()
     assert {line["task"][0] for line in log_lines(out)} == {"depth", "shading"}
+
+
+def test_labels_too_sparse_to_learn_from(tmp_path, tiny_base, monkeypatch, capsys):
+    """One valid pixel in twenty, as of a LiDAR, leaves no latent cell whole: training ended with all losses 0 and
+    called it the lowest. It says what is wrong, the check does beforehand, and the pixel loss learns from them."""
+    root, rng = tmp_path / "data", np.random.default_rng(0)
+    for i in range(3):
+        write(root / f"images/{i}.png", picture(64, 96, i))
+        write(root / f"depth/{i}.npy", rng.uniform(1, 9, (64, 96)) * (rng.random((64, 96)) < 0.05))
+    for split in "train", "val", "test":
+        write(root / f"{split}.txt", b"0\n1\n2\n")
+    told = [line for line in check(root) if "5% of their pixels valid" in line]
+    assert [line.endswith("hardly a block of 8x8 as a whole: too sparse to train Stable Diffusion on") for line in told
+            ] == [True, True, False]     # test labels may be sparse
+    monkeypatch.setattr(train, "PATIENCE", 3)
+    flags = f"--stage 1 --data {root} --base {tiny_base} --steps 4 --batch 1 --workers 0 --threads 1 --save-every 2"
+    assert cli.run(lambda: train.main([*flags.split(), "--out", str(tmp_path / "out")])) == 2
+    assert "3 steps for depth found nothing to learn from: in none of their labels is a whole latent cell" in (
+        capsys.readouterr().err)
+    assert set(saved(tmp_path / "out")["held_out"].values()) == {None} and not (tmp_path / "out/best").exists()
+    assert train.main([*flags.split(), "--loss", "pixel", "--out", str(tmp_path / "pixel")]) == 0

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 import sample
+from cli import Parser
 from inference import infer
 from model import StableMTL
 from tasks import TASKS
@@ -155,14 +156,16 @@ def test_mistakes_are_one_sentence(tiny_model, arguments, said):
 
 
 def test_a_lack_of_memory_names_the_remedy(tiny_model, monkeypatch):
-    """Other errors of torch stay what they are."""
-    said = ["CPU: could not allocate memory", "something else"]
+    """In the words of a program of one's own, or the flags of the command. Other errors of torch stay what they are."""
+    said = ["CPU: could not allocate memory"] * 2 + ["something else"]
 
     def fail(*args, **options):
         raise RuntimeError(said.pop(0))
     monkeypatch.setattr(StableMTL, "predict", fail)
-    with pytest.raises(ValueError, match="out of memory at 48x32 pixels: use --rows 1"):
-        tiny_model.infer(array(), size=48)
+    for usage, remedy in ("", "rows=1, smaller images or"), ("[--rows ROWS]", "smaller images, or lower --rows$"):
+        monkeypatch.setattr(Parser, "usage_at_hand", usage)
+        with pytest.raises(ValueError, match=f"out of memory at 48x32 pixels: use {remedy}"):
+            tiny_model.infer(array(), size=48)
     with pytest.raises(RuntimeError, match="something else"):
         tiny_model.infer(array())
 

@@ -215,6 +215,39 @@ def test_lengthened_run_equals_uninterrupted(go, tmp_path):
     assert compare(tmp_path / "whole", tmp_path / "out") == []
 
 
+def test_a_lengthened_run_remembers_where_it_ended(go, tmp_path, monkeypatch):
+    """The held-out loss of the last step, which is no multiple of --save-every, stays known: what is in best/ is the
+    best of all. (It was forgotten, so that best/ could be replaced by worse.)"""
+    losses = iter([3, 2, 1, 1, 4, 5])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: (next(losses), []))
+    given = f"--tasks {THREE} --save-every 2 --val-samples 1"
+    assert go(f"{given} --steps 3")[0] == 0
+    best = {p: p.read_bytes() for p in (tmp_path / "out/best").rglob("*.safetensors")}
+    code, said, _ = go("--resume --steps 5")
+    assert code == 0 and "lowest held-out loss: 1.0000 at step 3" in said
+    assert saved(tmp_path / "out")["held_out"] == {"0": 3, "2": 2, "3": 1, "4": 4, "5": 5}
+    assert best and best == {p: p.read_bytes() for p in best}
+
+
+def test_best_is_never_of_the_run_before(go, tmp_path):
+    """--overwrite without held-out samples leaves no best/ of what it replaced."""
+    assert go(f"--tasks {THREE} --steps 1 --val-samples 1")[0] == 0 and (tmp_path / "out/best").is_dir()
+    assert go(f"--tasks {THREE} --steps 1 --val-samples 0 --overwrite")[0] == 0
+    assert not (tmp_path / "out/best").exists()
+
+
+def test_a_checkpoint_of_two_steps_is_refused(go, stage1, tmp_path, monkeypatch):
+    """Killed while the files of a multi stream replace the earlier ones: predicting with both would be silent nonsense.
+    Its single stream is whole, and --resume mends all."""
+    out = shutil.copytree(stage1, tmp_path / "out")
+    assert go("--stage 2 --steps 1")[0] == 0
+    (out / "model.new").mkdir()
+    with pytest.raises(ValueError, match="files of two steps.*try again, or continue its training with --resume"):
+        StableMTL.load(out)
+    assert StableMTL.load(out, stage=1).multi is None
+    assert go("--resume")[0] == 0 and StableMTL.load(out).multi
+
+
 def test_a_continued_run_in_the_folder_that_it_continues(go, stage1, tmp_path, monkeypatch):
     """--init X --out X --overwrite: X is read before it is replaced, and --resume goes on from the run's own state. An
     unfinished X is refused."""

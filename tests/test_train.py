@@ -21,6 +21,7 @@ from data import Mixture, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
 from tasks import TASKS, registry
 from training import losses
+from training.pictures import save_picture
 
 pytestmark = pytest.mark.usefixtures("quick")
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
@@ -53,10 +54,10 @@ def test_a_picture_of_what_can_be_read(tiny_model, tmp_path):
     names what is not."""
     path, bad = tmp_path / "pictures" / "a.png", Made(n=3, broken=0)
     with pytest.raises(ValueError, match="for a picture, made sample 0: made/0.png is truncated.*--skip-bad"):
-        train.save_picture(tiny_model, [bad], path)
-    train.save_picture(tiny_model, [Made(n=1, broken=0)], path, skip_bad=True)
+        save_picture(tiny_model, [bad], path)
+    save_picture(tiny_model, [Made(n=1, broken=0)], path, skip_bad=True)
     assert not path.exists()
-    train.save_picture(tiny_model, [bad], path, skip_bad=True)
+    save_picture(tiny_model, [bad], path, skip_bad=True)
     assert path.is_file() and 1 in bad.loads and 2 not in bad.loads
     tiny_model.eval()
 
