@@ -149,6 +149,13 @@ def digest(facts):
     return f"{zlib.crc32(json.dumps(facts).encode()):08x}"
 
 
+def stamps(paths, top):
+    """[(path relative to `top`, bytes, time of its last change)]: what tells, unread, whether files are still the same.
+    """
+    about = [(path, path.stat()) for path in sorted(paths)]
+    return [(path.relative_to(top).as_posix(), s.st_size, s.st_mtime_ns) for path, s in about]
+
+
 def crc(path):
     """Checksum of a file, read in pieces."""
     value = 0
@@ -293,7 +300,7 @@ def open_log(path, stage, step):
     return path.open("a", buffering=1)
 
 
-# ---- one run at a time ----
+# ---- one run at a time, or several that know of each other ----
 
 @contextlib.contextmanager
 def locked(out):
@@ -324,9 +331,31 @@ def locked(out):
 def in_turn(folder):
     """While the block runs, no other process is in such a block for this folder: each waits for its turn."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with Path(folder, "lock").open("a") as f:
+    # not the file of `locked`: to close it once would let go of all locks that this process has on it
+    with Path(folder, "cache.lock").open("a") as f:
         fcntl.lockf(f, fcntl.LOCK_EX)       # until the file is closed
         yield
+
+
+def hold(folder):
+    """Keep the folder from `remove_unheld`, together with others that hold it: as long as the returned file is open.
+
+    Both want to be called `in_turn`, so that none removes what another is about to hold.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    f = Path(folder, "lock").open("a+")
+    fcntl.flock(f, fcntl.LOCK_SH)
+    return f
+
+
+def remove_unheld(folder):
+    """Delete the folder, unless a process holds it."""
+    with Path(folder, "lock").open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- records: what can be computed again, and is cheaper to read ----

@@ -462,9 +462,9 @@ def settings(args, folder, size):
 
 def fingerprints(common, readers, train):
     """{test set: eight hexadecimal digits} for `settings`, its samples, and the training sets' behind GUESSES."""
-    def samples(reader):
-        return [(r.name, r.split, len(r), r.size, r.version) for r in [reader, *train]]
-    return {r.name: digest([common, samples(r)]) for r in readers}
+    about = [(r.name, r.split, len(r), r.size, r.version, r.identity()) for r in [*readers, *train]]
+    behind = about[len(readers):]
+    return {r.name: digest([common, own, behind]) for r, own in zip(readers, about, strict=False)}
 
 
 def current(report, keys):

@@ -383,7 +383,7 @@ def train(rank, world, device, cfg, saved, tensors):
         if cfg.frozen == "bf16":        # now: a cache is the same with and without it
             freeze_in_bf16(model)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
-            streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9, autocast)
+            streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9, autocast, own=cfg.cache == "auto")
         objective = system.objective(model, cfg, mixture, streams)
 
         # ---- what is saved ----

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import digest, read_json, write_json
+from checkpoint import digest, read_json, stamps, write_json
 from data import labelled, or_skip, test_batches
 from inference.infer import as_array, network_maps, restore
 from readers.exports import FORMATS, decode, endings, fits, save
@@ -146,9 +146,7 @@ class Predictions:
 
     def state(self, reader):
         """Eight hexadecimal digits for the predictions of a dataset: names, sizes and times of their files."""
-        paths = sorted(p for p in (self.folder / reader.name).rglob("*") if p.is_file())
-        facts = [(str(p.relative_to(self.folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        return digest(facts)
+        return digest(stamps((p for p in (self.folder / reader.name).rglob("*") if p.is_file()), self.folder))
 
     def maps(self, reader, group, skipped=None):
         """A group of data.test_batches -> {task: [(C,H,W) of the label's size, or None where there is no file, ...]}.

@@ -30,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from readers.exports import decode, endings
+from checkpoint import digest, stamps
+from readers.exports import decode, endings, note_of
 from readers.formats import image_size, read_image, reading, visible
 from readers.geometry import length, unit_vectors
 from readers.reader import Frame, Reader, notice
@@ -166,6 +167,13 @@ class Folder(Reader):
 
     def labelled(self, task):
         return [i for i, (stem,) in enumerate(self.samples) if stem in self.labels.get(task, ())]
+
+    def identity(self):
+        """As of a reader, but one's own files may be corrected: their names, sizes and times of change count, too."""
+        groups = self.images, self.second, *self.labels.values()
+        paths = [files[stem] for (stem,) in self.samples for files in groups if stem in files]
+        notes = [note for path in paths if (note := note_of(path)).is_file()]
+        return digest([super().identity(), stamps({*paths, *notes}, self.folder)])
 
     def indices(self, task):
         """Numbers of the samples with a label of the task. ValueError if none of these labels has a valid pixel: then

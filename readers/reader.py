@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import digest
 from readers.formats import read_image, visible
 from readers.geometry import every
 from tasks import TASKS
@@ -124,6 +125,11 @@ class Reader:
         if task not in self.tasks:
             return []
         return sorted(self.paired) if TASKS[task].frames == 2 else range(len(self))
+
+    def identity(self):
+        """A digest of which samples these are, found without opening a file: what was made of others is refused, or
+        made anew. The files of a public dataset do not change, so its keys are enough."""
+        return digest([self.split, self.samples])
 
     def indices(self, task):
         """Numbers of the samples to use for the task: `labelled`, less what a dataset leaves out."""

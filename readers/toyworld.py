@@ -349,6 +349,10 @@ class ToyWorld:
     def __len__(self):
         return self.n
 
+    def identity(self):
+        """As of a reader: nothing beyond `version`, for a scene follows from its index."""
+        return None
+
     def stem(self, i):
         """The name of a sample, for files about it."""
         return str(i)

@@ -25,6 +25,9 @@ class Made:
     def __len__(self):
         return self.n
 
+    def identity(self):
+        return self.name
+
     def indices(self, task):
         return self.labelled.get(task, range(self.n))
 

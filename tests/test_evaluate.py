@@ -13,6 +13,7 @@ import toy
 import train
 from cli import run
 from model import StableMTL
+from readers.folder import Folder
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 
@@ -114,6 +115,28 @@ def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, caps
     stop = "rooms"
     for more in (["--overwrite"], ["--limit", "2"], ["--trivial", "2"], ["--split", "val"]):
         assert go("twice", *more)[0] == 130 and computed == ["rooms"]
+
+
+def test_results_of_other_files_are_not_reused(own_data, tmp_path):
+    """A corrected label, or as many other stems in test.txt, changes the fingerprint, also where it lies in a training
+    set behind the trivial predictors: the results of the old ones were kept."""
+    root = shutil.copytree(own_data, tmp_path / "own")
+    lists = {split: root / f"{split}.txt" for split in ("test", "train")}
+    for split, path in lists.items():
+        path.write_text("s0\n" if split == "test" else "s1\n")
+
+    def key():
+        test, train = (Folder(root, split) for split in lists)
+        return evaluate.fingerprints([], [test], [train])["folder"]
+    seen = [key()]
+    assert key() == seen[0]
+    for name in ("s0", "s1"):
+        np.save(root / f"depth/{name}.npy", np.load(root / f"depth/{name}.npy") * 2)
+        seen.append(key())
+    for path in lists.values():
+        path.write_text("s2\n")
+        seen.append(key())
+    assert len(set(seen)) == 5
 
 
 def test_results_of_other_weights_are_not_reused(tiny_ckpt_1, tmp_path):

@@ -1,5 +1,7 @@
 """A folder of one's own images and labels: every format and convention that people have, told or refused by name."""
+import os
 import re
+import shutil
 import sys
 
 import cv2
@@ -37,6 +39,33 @@ def load(root, task):
     """(label, valid) of the only sample."""
     s = Folder(root, "train").load(0, [task])
     return s["labels"][task], s["valid"][task]
+
+
+# ---- which files ----
+
+def test_identity_of_a_folder(tmp_path):
+    """It follows the list of stems and the files of these, wherever the folder lies; neither file contents nor files
+    of other splits are looked at."""
+    root = tmp_path / "my"
+    own_folder(root, 4)
+    (root / "train.txt").write_text("p0\np1\n")
+
+    def identity(root=root):
+        return Folder(root, "train").identity()
+    seen = [identity()]
+    assert seen == [identity(shutil.copytree(root, tmp_path / "moved"))]      # with their times
+    np.save(root / "depth/p3.npy", np.ones((6, 8), np.float32))
+    assert identity() == seen[0]
+    changes = [lambda: (root / "train.txt").write_text("p0\np2\n"),
+               lambda: os.utime(root / "depth/p0.npy", (1, 1)),
+               lambda: (root / "next/p2.png").unlink() or (root / "optical_flow/p2.flo").unlink()
+               or (root / "scene_flow/p2.npy").unlink(),
+               lambda: (root / "semantic/p0.png.json").write_text("{}"),
+               lambda: write(root / "images/p0.png", picture(6, 8, 9))]
+    for change in changes:
+        change()
+        seen.append(identity())
+    assert len(set(seen)) == len(seen)
 
 
 # ---- labels ----

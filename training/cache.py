@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint import Records, in_turn, read_json, write_json
+from checkpoint import Records, hold, in_turn, read_json, remove_unheld, write_json
 from data import fetch, mirror, prepare, unreadable, views, whole_cells
 from tasks import TASKS
 
@@ -25,7 +25,7 @@ class LatentCache:
     arrays: frame0, frame1, then <task> and <task>_valid; a task with its own crop has frames of its own
     (<task>_frame0, ...). Training from it opens no image file and runs no VAE. It draws no vertical flip, colour jitter
     or random crop. An interrupted `build` continues where it stopped and adds datasets; a folder made with another VAE,
-    palette, size or state of a dataset is refused (ValueError).
+    palette, size or state of a dataset (Reader.identity) is refused (ValueError).
     """
 
     kind, anew, room = "latent cache", "it is built again", "make room, or in training --cache none"
@@ -55,7 +55,7 @@ class LatentCache:
     def facts(reader):
         """What the latents of a dataset depend on."""
         return {"samples": len(reader), "size": list(reader.size), "tasks": list(reader.tasks),
-                "version": reader.version}
+                "version": reader.version, "files": reader.identity()}
 
     def layout(self, reader, model):
         """{array name: (shape, dtype)} of a dataset."""
@@ -212,13 +212,15 @@ class StreamCache:
         <folder>/streams-<hash of stage 1>/<dataset>.f16      a record per sample and horizontal flip, float16
 
     A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
-    or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
+    or read, so that a resumed run equals an uninterrupted one. Which samples these are, the latent cache in the same
+    folder has checked. Each dataset has an equal part of `limit` bytes for the
     records of its first samples. Micro-batches of others are left to the model, which computes what it needs, at once.
 
     autocast: what opens its context in training; the name of a folder that was filled under one ends in its precision.
+    own: no other run is meant to use `folder`, so the streams of earlier stage 1s are deleted (if none reads them).
     """
 
-    def __init__(self, folder, readers, model, limit, autocast=contextlib.nullcontext):
+    def __init__(self, folder, readers, model, limit, autocast=contextlib.nullcontext, own=False):
         self.model, self.shapes, self.records, self.kept = model, {}, {}, {}
         tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
         weight, known = next(model.unet.parameters()), {}
@@ -226,7 +228,11 @@ class StreamCache:
         with autocast():
             if torch.is_autocast_enabled(device):
                 name += f"-{torch.get_autocast_dtype(device)}".replace("torch.", "")
-        folder = Path(folder) / name
+        place, folder = Path(folder), Path(folder) / name
+        with in_turn(place):
+            self.held = hold(folder)
+            for earlier in set(place.glob("streams-*")) - {folder} if own else ():
+                remove_unheld(earlier)
         for size in {tuple(reader.size) for reader in readers}:
             z = weight.new_zeros(1, model.unet.config.out_channels, *(s // model.factor for s in size))
             known[size] = {block: f[model.tasks[0]].shape[1:] for block, f in model.streams(z, z, model.tasks).items()}
