@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from draw import LABELS, cell, draw_panel
-from readers import READERS, check, found, make
+from readers import READERS, check, found, make, sized
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 
@@ -368,6 +368,8 @@ def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, w
 
 # ---- the command ----
 
+SIZED = "public datasets have sizes of their own"
+
 def show(reader, index):
     """A Pillow image of a sample at the size training sees: the frames and every label, its invalid pixels black."""
     tasks = tuple(t for t in reader.tasks if index in reader.indices(t))
@@ -386,8 +388,10 @@ def shown(args):
     """(reader, sample number) that --show names; ValueError if there is no such sample."""
     name, _, index = args.show.partition(":")
     if not args.data:
-        reader = ToyWorld(name, args.split, all_labels=True)
+        reader = ToyWorld(name, args.split, size=parse_size(args.size) or (32, 48), all_labels=True)
     elif name in READERS and args.split in READERS[name].use:
+        if args.size and READERS[name].size:
+            raise ValueError(f"--size would do nothing here: {SIZED}")
         reader = make(READERS[name], args.data, READERS[name].use[args.split], parse_size(args.size))
     else:
         use = ", ".join(f"{r.name} ({', '.join(r.use)})" for r in READERS.values())
@@ -406,13 +410,18 @@ def main(argv=None):
                         help="with --check: load every sample, not only the first, middle and last of each task")
     parser.add_argument("--show", metavar="NAME:INDEX", help="write a picture of one sample with all its labels")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="where --show takes it from")
-    parser.add_argument("--size", help="HxW of one's own images (default: theirs)")
+    parser.add_argument("--size", help="HxW of one's own images (default: theirs), or of the toy worlds (32x48)")
     parser.add_argument("--output", "--out", default="", help="file that --show writes (default: NAME_INDEX.png)")
     args = parser.parse_args(argv)
     if not (args.check or args.show):
         parser.error("nothing to do: add --check or --show NAME:INDEX")
     if args.check and not args.data:
         raise ValueError("--check looks at real datasets: add --data <root> (the toy worlds are always there)")
+    for name, goes, why in (("full", args.check, "it goes with --check"), ("split", args.show, "it goes with --show"),
+                            ("output", args.show, "it goes with --show"),
+                            ("size", not args.data or not sized(args.data), SIZED)):
+        if vars(args)[name] != parser.get_default(name) and not goes:
+            raise ValueError(f"--{name} would do nothing here: {why}")
     if args.check:
         print("\n".join(check(args.data, args.full, parse_size(args.size))))
     if args.show:

@@ -347,15 +347,14 @@ def parse(argv):
     flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
     flag("--json", type=writable, help="where to write the results (default: see above)")
     args = parser.parse_args(argv)
-    idle = [f"--{name}" for name in OF_A_MODEL if vars(args)[name] != parser.get_default(name)]
-    if args.predictions and idle:
-        raise ValueError(f"{' and '.join(idle)} would do nothing here: --predictions are scored as they are")
-    if args.palette and not args.oracle:
-        raise ValueError("--palette changes the codec, not the model: it goes with --oracle only")
-    if args.oracle and (args.confidence or args.pixels):
-        raise ValueError("--confidence and --pixels judge predictions, and --oracle makes none: leave them out")
-    if args.streams is not None and args.oracle:
-        raise ValueError("--streams changes the model, not the codec: it does not go with --oracle")
+    for so, names, why in ((args.predictions, OF_A_MODEL, "--predictions are scored as they are"),
+                           (not args.oracle, ["palette"], "it changes the codec, and goes with --oracle only"),
+                           (args.oracle, ["confidence", "pixels"], "--oracle makes no predictions to judge"),
+                           (args.oracle, ["streams"], "it changes the model, and --oracle is about the codec"),
+                           (args.oracle and not args.ckpt, ["stage"], "the toy base has no stages: name a --ckpt")):
+        idle = [f"--{name}" for name in names if vars(args)[name] != parser.get_default(name)]
+        if so and idle:
+            raise ValueError(f"{' and '.join(idle)} would do nothing here: {why}")
     return args
 
 
@@ -518,6 +517,8 @@ def main(argv=None):
     readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline, args.limit)
     if args.predictions:
         readers = model.covered(readers)
+    if args.kitti_baseline == "paper" and "kitti_2015" not in [r.name for r in readers]:
+        raise ValueError("--kitti-baseline paper would do nothing here: KITTI 2015 is not among the test sets")
     train = []
     if args.trivial and not args.oracle:
         with suppress(FileNotFoundError):   # test sets alone: there are no training labels to be trivial with

@@ -40,9 +40,9 @@ from inference import infer, predictions
 from inference.infer import check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
 from inference.results import Result, array_files, fingerprint, finished, own_folder, write
-from inference.video import Place, write_clips
+from inference.video import Place, check_film, write_clips
 from network.loading import checkpoint_folder, read_model_json
-from readers.exports import FORMATS, parse_formats
+from readers.exports import FORMATS, fits, parse_formats
 from readers.media import IMAGES, VIDEOS, frame_reader, read_image
 from readers.toyworld import WORLDS, ToyWorld
 from tasks import CLASSES, TASKS, parse_tasks
@@ -152,7 +152,8 @@ def toy(args):
     world.size = tuple(read_config(args.ckpt)["size"] or world.size)
     sample = world.load(int(index), world.tasks)
     title = f"toy world {args.toy}"
-    return Input(title, f"{name}-{index}", lambda: sample["image"], lambda: sample["next"], truth=sample)
+    after = None if args.single else lambda: sample["next"]
+    return Input(title, f"{name}-{index}", lambda: sample["image"], after, truth=sample)
 
 
 # ---- from frames to maps ----
@@ -228,6 +229,8 @@ def parse(argv):
         raise ValueError("--camera does nothing without --pixels, nor --fps without --video: add these, or drop it")
     if args.video and (args.single or args.toy):
         raise ValueError("--video films a sequence: give frames or a video, without --single and --toy")
+    if args.toy and args.stride != 1:
+        raise ValueError("--stride would do nothing here: --toy is a single sample")
     args.camera = parse_camera(args.camera) if args.camera else None
     return args
 
@@ -283,7 +286,8 @@ def predict_testset(args):
     config, whose, output = read_config(args.ckpt), str(args.ckpt), Path(args.output or "predictions")
     home = place((config["train"] or {}).get("data"))
     data, size = choose(args.testset, home, config["size"], whose)
-    readers = test_sets(data, size, split, asked, whose, limit=args.limit)
+    written = [t for t in asked if any(fits(TASKS[t], form) for form in forms)]
+    readers = test_sets(data, size, split, written, whose, limit=args.limit)
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
                                "stage": 2 if model.multi else 1, "key": digest(settings(args, model))}, args.overwrite)
     tally, skipped = Counter(), []
@@ -334,6 +338,8 @@ def main(argv=None):
     unscaled, places = Counter(), []        # what films are made of
     if args.video and "npy" not in forms:
         raise ValueError(f"--format {args.format}: films are made of NPY files, name npy as well")
+    if args.video and isinstance(inputs, list):     # else there is a video or an animation among them
+        check_film(inputs, asked)
     bar = tqdm(inputs, unit="input", disable=None)
     try:
         for item in bar:

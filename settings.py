@@ -12,6 +12,7 @@ from pathlib import Path
 
 import baselines
 import cli
+import readers
 import toy
 from checkpoint import STATE, read_config, read_json, state_file
 from model import SECOND_FRAMES
@@ -270,6 +271,8 @@ def idle_flags(cfg):
         (("mask", "rho_after"), cfg.rho == 0 and "with --rho 0 nothing is left out"),
         (("rho", "mask", "rho_after"), cfg.rho_after >= cfg.steps and "--rho-after lasts to the last step"),
         (("main_lr",), cfg.freeze_main >= cfg.steps and "--freeze-main lasts to the last step"),
+        (("size",), cfg.data and readers.sized(cfg.data, "train") and
+         f"the datasets in {cfg.data} have sizes of their own"),
         (("scenes",), cfg.data and "it counts scenes of the toy worlds, and --data names others"),
         (("stream_gb",), cfg.attention == "n-to-n" and "n-to-n has no frozen streams"),
         (("stream_gb",), not cfg.cache_folder and "streams are kept beside the latents, and this run has no --cache"),

@@ -368,7 +368,7 @@ def train(rank, world, device, cfg, saved, tensors):
         if scaler and saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
 
-    with locked(out) if chief else contextlib.nullcontext():
+    with locked(out) if chief else contextlib.nullcontext(), tracking(cfg, chief) as track:
         skipped, streams = [], None
         if cache:
             if chief:
@@ -420,7 +420,7 @@ def train(rank, world, device, cfg, saved, tensors):
         bar = tqdm(total=cfg.steps, initial=step, desc=f"stage {cfg.stage}", disable=not chief, mininterval=2)
         log = open_log(out / "log.jsonl", cfg.stage, step) if chief else open(os.devnull, "w")
         # Ctrl-C ends the run after the step at hand, whole
-        with bar, log, tracking(cfg, chief) as track, cli.on_stop(partial(cli.note_stop, stops)):
+        with bar, log, cli.on_stop(partial(cli.note_stop, stops)):
             for fetched in loader(mixture, step, cfg.steps, workers if mixture.cache is None else 0):
                 batches, drawn = fetched["batches"], fetched["drawn"]
                 skipped += fetched["skipped"]

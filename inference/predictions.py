@@ -62,6 +62,8 @@ def write(model, reader, tasks, folder, forms, batch, rows=None, limit=None, ski
         wanted = [t for t in group[0][1] if t in TASKS]
         files = [(n, t, form, Path(folder, reader.name, t, f"{reader.stem(index)}{FORMATS[form]}"))
                  for n, (_, _, index) in enumerate(group) for t in wanted for form in forms if fits(TASKS[t], form)]
+        if not files:       # none of the forms fits these labels
+            continue
         if all(path.is_file() for *_, path in files):
             tally["kept"] += len(group)
             continue

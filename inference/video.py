@@ -27,6 +27,7 @@ from tasks import MOTION, TASKS
 
 FPS = 10.0      # where the input does not say
 STEADY = 90     # per cent of the frames whose colours may not saturate
+NO_FILM = "nothing to film: --video takes three frames or more, numbered images in a folder, or a video"
 
 
 # ---- one frame on disk ----
@@ -191,6 +192,13 @@ def runs(places):
     return list(pairwise([0, *cuts, len(places)]))
 
 
+def check_film(inputs, tasks):
+    """ValueError if none of the inputs (sample.Input) has a map of these tasks that follows one of the input before."""
+    still = any(TASKS[t].frames == 1 for t in tasks)
+    if not any(now.next and (after.next or still) for now, after in pairwise(inputs)):
+        raise ValueError(NO_FILM)
+
+
 def unscaled(folders):
     """{(folder, task)} whose motion has no unit although that of other frames has: of scales.json, if there are any."""
     notes = {f: json.loads((f / "scales.json").read_text()) for f in folders if (f / "scales.json").is_file()}
@@ -207,7 +215,7 @@ def write_clips(output, places, inputs, tasks, fps=None, stride=1):
     """
     parts, inputs = runs(places), iter(inputs)
     if max(b - a for a, b in parts) < 2:
-        raise ValueError("nothing to film: --video takes three frames or more, numbered images in a folder, or a video")
+        raise ValueError(NO_FILM)
     for first, end in parts:
         if end - first == 1:
             next(inputs)

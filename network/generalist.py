@@ -147,10 +147,10 @@ class Generalist(StableMTL):
     def stack(self, z_i, z_j, third=None):
         """concat(frame i, frame j, noised target or 0) on the latent grid."""
         frames = z_i, z_j
-        if self.condition == "features":
-            frames = self.stem(z_i), self.stem(z_j)
+        if self.condition == "features":    # strided convolutions round up, and the grid of the labels rounds down
+            frames = [self.stem(_whole(frame, self.factor)) for frame in frames]
         elif self.condition == "raw":
-            frames = F.avg_pool2d(z_i, self.factor), F.avg_pool2d(z_j, self.factor)
+            frames = [F.avg_pool2d(frame, self.factor) for frame in frames]
         if third is None:
             third = z_i.new_zeros(len(z_i), self.unet.config.out_channels, *frames[0].shape[-2:])
         return torch.cat([*frames, third], 1)
@@ -236,7 +236,12 @@ def seeded(model, image):
         model.seeds = None
 
 
+def _whole(x, factor):
+    """(B,C,H,W) without the rows and columns at its end that fill no whole cell."""
+    h, w = (s // factor * factor for s in x.shape[-2:])
+    return x[..., :h, :w]
+
+
 def _pick(x, factor):
     """(B,C,H,W) -> (B,C,H//f,W//f): of each cell the pixel that nearest-exact resizing takes."""
-    h, w = (s // factor * factor for s in x.shape[-2:])
-    return x[..., factor // 2:h:factor, factor // 2:w:factor]
+    return _whole(x, factor)[..., factor // 2::factor, factor // 2::factor]

@@ -44,6 +44,12 @@ def found(root, role, size=None):
     return [make(r, root, r.use[role], size) for r in readers]
 
 
+def sized(root, role=None):
+    """Whether all datasets under `root` (that serve as `role`) have sizes of their own, so that no other one acts."""
+    there = [r for r in READERS.values() if role in (None, *r.use) and r.there(root)]
+    return bool(there) and all(r.size for r in there)
+
+
 def check(root, full=False, size=None):
     """Printable lines: for every dataset the samples per task and the first thing that is wrong with a label, of the
     first, middle and last one (full: of all), or what was looked for and not found. size: as in `found`."""

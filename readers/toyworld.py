@@ -40,7 +40,6 @@ ALL = ("semantic", "normal", "depth", "optical_flow", "scene_flow", "shading", "
 FLOWS = ("optical_flow", "scene_flow")
 WORLDS = {"rooms": ("normal", "depth", "shading", "albedo"),
           "streets": ("semantic", "normal", "depth", "optical_flow", "scene_flow"), "things": FLOWS, "real": ALL}
-TRAIN_WORLDS = ("rooms", "streets", "things")
 SPLITS = {"train": 4000, "val": 100, "test": 200}  # default number of samples
 
 # What sets `real` apart from the worlds of training: camera, light, patterns and (hue, saturation, value) of colours.

@@ -1,12 +1,15 @@
 """Which datasets are there, what is wrong with them, and how one adds another."""
 import numpy as np
 import pytest
+from PIL import Image
 from raw import kitti_2015, own_folder, picture, virtual_kitti, write
 
-from readers import READERS, check, formats, found
+import data
+from readers import READERS, check, formats, found, sized
 from readers.flyingthings3d import FlyingThings3D
 from readers.hypersim import Hypersim
 from readers.reader import Frame, Reader
+from readers.toyworld import ToyWorld
 from readers.virtual_kitti_2 import VirtualKitti2
 from tasks import TASKS
 
@@ -45,6 +48,7 @@ def test_found_and_check(tmp_path):
     virtual_kitti(tmp_path)
     own_folder(tmp_path / "folder")
     kitti_2015(tmp_path)
+    assert [sized(tmp_path, *role) for role in ((), ("train",), ("test",))] == [False] * 3
     assert [r.name for r in found(tmp_path, "train")] == ["virtual_kitti_2", "folder"]
     assert [(r.name, r.split) for r in found(tmp_path, "test")] == [("kitti_2015", "training"), ("folder", "test")]
     depth = tmp_path / "virtual_kitti_2/Scene02/clone/frames/depth/Camera_1/depth_00001.png"
@@ -74,6 +78,14 @@ class Another(Reader):
         def depth(self):
             z = formats.read_npy(self.path("depth"), 1)[..., 0]
             return z, z > 0
+
+
+def test_a_toy_sample_is_shown_at_the_size_asked_for(tmp_path, capsys):
+    """data.py --size was ignored without --data."""
+    path = tmp_path / "shown.png"
+    assert data.main(["--show", "streets:3", "--size", "16x24", "--output", str(path)]) == 0
+    asked = data.show(ToyWorld("streets", "train", size=(16, 24), all_labels=True), 3)
+    assert np.array_equal(Image.open(path), asked)
 
 
 def test_a_dataset_of_ones_own_making(tmp_path, monkeypatch):

@@ -301,6 +301,9 @@ def test_what_the_format_cannot_hold_is_not_exported(tmp_path):
     Generalist.fit(tiny.model(unet=tiny.thin_unet), **axes).save(tmp_path / "noise")
     with pytest.raises(ValueError, match=r"no room for objective diffuse \(released: regress\)$"):
         convert.export(tmp_path / "noise", tmp_path / "back")
+    tiny.model(tasks=("normal", "depth"), unet=tiny.thin_unet).save(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"no room for a stage 1 of normal, depth alone \(released: all 7 tasks\)$"):
+        convert.export(tmp_path / "two", tmp_path / "back")     # an import would take it for one of all seven
     assert not (tmp_path / "back").exists()
 
 

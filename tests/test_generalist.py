@@ -292,6 +292,21 @@ def test_real_formats(go, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "r.json").read_text())["results"]["folder"].keys() == {"depth", "albedo"}
 
 
+def test_images_of_no_whole_cells(go, tmp_path):
+    """The stem rounded their size up, the labels' grid down: a traceback after the whole cache was built."""
+    raw.own_folder(tmp_path / "own", h=17, w=25)
+    code, _, error = go(f"--condition features --data {tmp_path / 'own'} --tasks depth,albedo --size 17x25 "
+                        f"--cache {tmp_path / 'cache'}", TINY.replace("--scenes 2 --size 16x24", ""))
+    assert code == 0, error
+
+
+@pytest.mark.parametrize("condition", ["features", "raw"])
+def test_what_fills_no_cell_is_cropped(condition):
+    """Frames are seen as if their last rows and columns were not there; frames of whole cells as before."""
+    m, odd = model("latent", "regress", condition), frames(size=(35, 41))
+    assert torch.equal(m.stack(*odd), m.stack(*(f[..., :32, :40] for f in odd)))
+
+
 def test_what_a_small_decoder_learns_from_is_what_is_predicted(monkeypatch):
     """tools.distil: the noise of an image does not follow from its place among others, it is predict's."""
     m, found = model("latent", condition="latent"), []

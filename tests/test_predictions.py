@@ -6,6 +6,7 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+import raw
 import torch
 from PIL import Image
 
@@ -278,6 +279,19 @@ def test_a_test_set_is_finished_where_it_stopped(tiny_ckpt, tmp_path, capsys):
     (tmp_path / "q/thesis.txt").write_text("x")
     code, _, error = go(f"--output {tmp_path / 'q'}")
     assert code == 2 and "holds other things than predictions" in error
+
+
+def test_what_no_format_fits_is_not_counted(tiny_ckpt, tmp_path, capsys):
+    """Test sets, and samples of one, without a label that an asked format fits count as nothing: they were "kept"."""
+    raw.own_folder(tmp_path / "own", n=3, h=16, w=24)
+    (tmp_path / "own/test.txt").write_text("p0\np1\np2\n")
+    (tmp_path / "own/optical_flow/p1.flo").unlink()
+    flags = f"--ckpt {tiny_ckpt} --stage 1 --format flo --tasks depth,optical_flow --output {tmp_path / 'p'}"
+    for times in ("2 samples of folder predicted, 0 kept", "0 samples of folder predicted, 2 kept"):
+        assert sample.main(f"{flags} --testset {tmp_path / 'own'}".split()) == 0
+        assert times in capsys.readouterr().out
+    assert sample.main(f"{flags} --testset toy --limit 1 --overwrite".split()) == 0
+    assert "3 samples of streets, things, real predicted, 0 kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, sentence", [

@@ -240,6 +240,13 @@ def test_toy_sample_shows_labels(go, tmp_path, monkeypatch):
     assert outputs(tmp_path) == ["real-3"]
 
 
+def test_a_toy_sample_is_single_if_asked(go, tmp_path):
+    """--single was ignored beside --toy, and the second frame used."""
+    code, said, _ = go("--toy", "real:3", "--single", "--tasks", "depth,optical_flow", "--stage", 1)
+    assert code == 0 and "without a second frame: optical_flow skipped" in said
+    assert maps(tmp_path / "out/real-3").keys() == {"depth.npy"}
+
+
 def test_attention_rows_sum_to_one(go, tmp_path):
     """--attention reports, per main task and block, weights over the others that sum to one, blocks as they run."""
     assert go(picture(tmp_path / "x.png"), "--attention", "--tasks", "depth,normal")[0] == 0

@@ -224,6 +224,16 @@ def test_resuming_under_another_commit(go, tmp_path, monkeypatch):
     assert config["commit"] == "before" and [(r["step"], r["commit"]) for r in config["resumed"]] == [(2, "after")]
 
 
+def test_a_tracker_that_cannot_start_stops_the_run_before_the_work(go, tmp_path, monkeypatch):
+    """It has exceptions of its own, and was started after the cache was built: a traceback, late."""
+    (tmp_path / "offline.py").write_text("class Refused(Exception): pass\nlog = finish = None\n"
+                                         "def init(**told): raise Refused('no key')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, error = go(f"--tasks {THREE} --track offline --cache {tmp_path / 'cache'}")
+    assert code == 2 and "--track offline cannot start (Refused: no key)" in error and "Traceback" not in error
+    assert not (tmp_path / "cache").exists() and [p.name for p in (tmp_path / "out").iterdir()] == ["lock"]
+
+
 def test_help_and_the_list_agree():
     """Every setting's help says something, and a preset sets only settings."""
     fields = {f.name: f for f in dataclasses.fields(settings.Config)}

@@ -5,6 +5,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
+from data import TOY_TEST, TOY_TRAIN
 from readers import toyworld
 from readers.raycast import look, pixel_rays
 from readers.toyworld import WORLDS, ToyWorld
@@ -43,7 +44,7 @@ def warp(image, u, v):
 def test_world_table():
     """Rooms, streets and things carry only their own labels, and `real`, the test world, is no training world."""
     assert {len(t) for t in WORLDS.values()} == {4, 5, 2, 7} and set(WORLDS["real"]) == set(toyworld.ALL)
-    assert "real" not in toyworld.TRAIN_WORLDS and set(toyworld.TRAIN_WORLDS) | {"real"} == set(WORLDS)
+    assert "real" not in TOY_TRAIN and {*TOY_TRAIN, "real"} == set(TOY_TEST) == set(WORLDS)
 
 
 # What scenes looked like when ToyWorld.version was last changed: brightness of six parts of the picture, contrast of
@@ -164,7 +165,7 @@ def test_moving_solids_arrive_where_their_flow_says(world):
     assert np.mean(share) > 0.8 and np.mean(error) < 9, (share, error)
 
 
-@pytest.mark.parametrize("world", toyworld.TRAIN_WORLDS)
+@pytest.mark.parametrize("world", TOY_TRAIN)
 def test_image_is_albedo_times_shading(world):
     """At one ray per pixel the image is tonemap(albedo * shading), up to 8-bit rounding."""
     for s in survey(world)[:3]:

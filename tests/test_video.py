@@ -96,10 +96,22 @@ def test_mistakes_end_in_a_sentence(go, shots, flags, why):
     assert code == 2 and why in error and not said
 
 
-def test_one_image_is_no_film(go, shots):
-    """What is predicted stays; that there is nothing to film is said."""
-    code, said, error = go(shots / "f0.png", "--tasks", "depth", "--stage", 1, "--video")
-    assert code == 2 and "nothing to film" in error and said.startswith("1 predicted")
+@pytest.mark.parametrize("names, flags", [
+    (["f0.png"], []), (["f0.png", "f1.png"], []), ([""], ["--limit", "1"]),
+    ([""], ["--tasks", "optical_flow"])])
+def test_nothing_to_film_is_said_before_the_work(go, shots, tmp_path, names, flags):
+    """It was said when all was predicted. A pair makes one map, and two frames one of motion."""
+    for k in (2, 3, 4):
+        (shots / f"f{k}.png").unlink()
+    code, said, error = go(*(shots / name for name in names), "--video", *flags)
+    assert code == 2 and "nothing to film" in error and not said and not (tmp_path / "out").exists()
+
+
+def test_what_turns_out_to_be_alone_is_kept(go, shots):
+    """Where the next frame cannot be read, what is predicted stays; that there is nothing to film is said."""
+    (shots / "f1.png").write_bytes(b"no image")
+    code, said, error = go(shots, "--limit", 2, "--tasks", "depth", "--stage", 1, "--video", "--skip-bad")
+    assert code == 2 and "nothing to film" in error and said.startswith("0 predicted")
 
 
 def test_memory_does_not_grow(go, shots, monkeypatch):

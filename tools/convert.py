@@ -125,6 +125,8 @@ def export(ckpt, folder):
     released = {"palette": PALETTE, "second_frame": "concat", "heads": HEADS, "shared": False, "attention": "n-to-1",
                 **STABLEMTL}
     differs = [f"{k} {own[k]} (released: {v})" for k, v in released.items() if own.get(k, v) != v]
+    if not model.multi and len(model.tasks) < len(TASKS):   # only multi.pth names its tasks
+        differs.append(f"a stage 1 of {', '.join(model.tasks)} alone (released: all {len(TASKS)} tasks)")
     if differs:
         raise ValueError(f"{ckpt} cannot be exported: the released format has no room for {', '.join(differs)}")
     states = {"single.pth": model.unet.state_dict()} | ({"multi.pth": multi_state(model)} if model.multi else {})
@@ -152,15 +154,20 @@ def main(argv=None):
                       "what only training needs stays here")
     parser.add_argument("--ckpt", default="out", help="checkpoint to export or push (default: %(default)s)")
     args = parser.parse_args(argv)
+    if not (args.export or args.push or args.base and args.single):
+        raise ValueError("an import needs --base and --single (and --multi for stage 2); an export needs --export and "
+                         "--ckpt, an upload --push and --ckpt")
+    way = "--export" if args.export else "--push" if args.push else "an import"
+    idle = [f"--{name}" for name in (["ckpt"] if way == "an import" else ["base", "single", "multi", "out"])
+            if vars(args)[name] != parser.get_default(name)]
+    if idle:
+        raise ValueError(f"{' and '.join(idle)} would do nothing here: it does not go with {way}")
     if args.push:
         print(f"pushed {args.ckpt} to {push(args.ckpt, args.push)}")
         return
     if args.export:
         print("wrote " + " and ".join(map(str, export(args.ckpt, writable(args.export, folder=True)))))
         return
-    if not (args.base and args.single):
-        raise ValueError("an import needs --base and --single (and --multi for stage 2); an export needs --export and "
-                         "--ckpt, an upload --push and --ckpt")
     if (Path(args.out) / "model.json").exists():
         raise ValueError(f"{args.out} already holds a checkpoint: name another --out")
     writable(args.out, folder=True)

@@ -32,7 +32,11 @@ def tracking(cfg, chief):
         told = entry | {"task": task, "dataset": dataset, f"loss/{task}": entry["loss"]}
         module.log({k: v for k, v in told.items() if v is not None}, step=entry["step"])
 
-    module.init(project="stablemtl", name=f"{cfg.out}, stage {cfg.stage}", config=asdict(cfg))
+    try:
+        module.init(project="stablemtl", name=f"{cfg.out}, stage {cfg.stage}", config=asdict(cfg))
+    except Exception as error:      # each module has exceptions of its own
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--track {cfg.track} cannot start ({told}): mend that, or leave --track out") from error
     try:
         yield track
     finally:
