@@ -385,6 +385,17 @@ def test_streams_of_earlier_stage_1s_are_deleted(tmp_path, toys, multi):
     assert len(streams(own=True)[1]) == 1
 
 
+def test_stage_two_keeps_the_streams_of_one_stage_one(go, second):
+    """Each stage 2 after another stage 1 left its streams in out/cache, for good."""
+    earlier = second / "cache/streams-0123456789abcdef/rooms.f16"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"1")
+    flags = "--stage 2 --rho 0 --overwrite --cache"
+    assert go(f"{flags} {second / 'cache'}")[0] == 0 and earlier.exists()       # named: perhaps other runs use it
+    assert go(f"{flags} auto")[0] == 0 and not earlier.parent.exists()
+    assert len(list(second.glob("cache/streams-*"))) == 1
+
+
 def test_streams_of_a_precision(tmp_path, toys, multi):
     """What was computed under autocast is never read by a run in float32, nor the other way round."""
     autocast, keys, z = partial(torch.autocast, "cpu", torch.bfloat16), [("rooms", 0, False)], tiny.latents(1, (8, 12))
