@@ -370,6 +370,7 @@ def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, w
 
 SIZED = "public datasets have sizes of their own"
 
+
 def show(reader, index):
     """A Pillow image of a sample at the size training sees: the frames and every label, its invalid pixels black."""
     tasks = tuple(t for t in reader.tasks if index in reader.indices(t))

@@ -212,9 +212,9 @@ class StreamCache:
         <folder>/streams-<hash of stage 1>/<dataset>.f16      a record per sample and horizontal flip, float16
 
     A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
-    or read, so that a resumed run equals an uninterrupted one. Which samples these are, the latent cache in the same
-    folder has checked. Each dataset has an equal part of `limit` bytes for the
+    or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
     records of its first samples. Micro-batches of others are left to the model, which computes what it needs, at once.
+    That these are the same samples as when they were stored, the latent cache in the same folder has checked.
 
     autocast: what opens its context in training; the name of a folder that was filled under one ends in its precision.
     own: no other run is meant to use `folder`, so the streams of earlier stage 1s are deleted (if none reads them).
