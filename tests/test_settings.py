@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -230,8 +231,19 @@ def test_a_tracker_that_cannot_start_stops_the_run_before_the_work(go, tmp_path,
                                          "def init(**told): raise Refused('no key')\n")
     monkeypatch.syspath_prepend(tmp_path)
     code, _, error = go(f"--tasks {THREE} --track offline --cache {tmp_path / 'cache'}")
-    assert code == 2 and "--track offline cannot start (Refused: no key)" in error and "Traceback" not in error
+    assert code == 2 and "--track offline failed (Refused: no key)" in error and "Traceback" not in error
     assert not (tmp_path / "cache").exists() and [p.name for p in (tmp_path / "out").iterdir()] == ["lock"]
+
+
+def test_a_tracker_that_fails_later_is_told_as_well(go, tmp_path, monkeypatch):
+    """In mid-run: one sentence, and --resume goes on."""
+    (tmp_path / "flaky.py").write_text("def init(**told): pass\ndef finish(): pass\n"
+                                       "def log(told, step): 1 / (1 - step)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, error = go(f"--tasks {THREE} --steps 3 --save-every 1 --track flaky")
+    assert code == 2 and "--track flaky failed (ZeroDivisionError: division by zero)" in error
+    monkeypatch.setattr(sys.modules["flaky"], "log", lambda told, step: None)
+    assert go("--resume")[0] == 0
 
 
 def test_help_and_the_list_agree():

@@ -19,6 +19,16 @@ def find_tracker(name):
 
 
 @contextlib.contextmanager
+def _told(name):
+    """Whatever the module raises, as a ValueError: each has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--track {name} failed ({why}): mend that, or leave --track out") from error
+
+
+@contextlib.contextmanager
 def tracking(cfg, chief):
     """Gives a function that takes the entries of log.jsonl and hands them to the module of --track, if there is one:
     the loss once more under the name of its task, what is not finite left out."""
@@ -30,14 +40,13 @@ def tracking(cfg, chief):
     def track(entry):
         task, dataset = "+".join(entry["task"]), "+".join(entry["dataset"])
         told = entry | {"task": task, "dataset": dataset, f"loss/{task}": entry["loss"]}
-        module.log({k: v for k, v in told.items() if v is not None}, step=entry["step"])
+        with _told(cfg.track):
+            module.log({k: v for k, v in told.items() if v is not None}, step=entry["step"])
 
-    try:
+    with _told(cfg.track):
         module.init(project="stablemtl", name=f"{cfg.out}, stage {cfg.stage}", config=asdict(cfg))
-    except Exception as error:      # each module has exceptions of its own
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--track {cfg.track} cannot start ({told}): mend that, or leave --track out") from error
     try:
         yield track
     finally:
-        module.finish()
+        with _told(cfg.track):
+            module.finish()
