@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from functools import partial
 
-from cli import Parser, parse_size, run  # before torch, for Ctrl-C meanwhile
+from cli import Parser, parse_size, run, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
@@ -412,7 +412,7 @@ def main(argv=None):
     parser.add_argument("--show", metavar="NAME:INDEX", help="write a picture of one sample with all its labels")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"), help="where --show takes it from")
     parser.add_argument("--size", help="HxW of one's own images (default: theirs), or of the toy worlds (32x48)")
-    parser.add_argument("--output", "--out", default="", help="file that --show writes (default: NAME_INDEX.png)")
+    parser.add_argument("--output", "--out", type=writable, help="file that --show writes (default: NAME_INDEX.png)")
     args = parser.parse_args(argv)
     if not (args.check or args.show):
         parser.error("nothing to do: add --check or --show NAME:INDEX")

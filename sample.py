@@ -229,6 +229,8 @@ def parse(argv):
         raise ValueError("--camera does nothing without --pixels, nor --fps without --video: add these, or drop it")
     if args.video and (args.single or args.toy):
         raise ValueError("--video films a sequence: give frames or a video, without --single and --toy")
+    if args.pixels and args.single:
+        raise ValueError("--pixels finds the scales of flow in two frames: leave out --single")
     if args.toy and args.stride != 1:
         raise ValueError("--stride would do nothing here: --toy is a single sample")
     args.camera = parse_camera(args.camera) if args.camera else None
