@@ -140,9 +140,9 @@ def find(paths, single=False, stride=1):
     return inputs if moving else list(inputs)
 
 
-def toy(args):
+def toy(args, single=False):
     """--toy as an Input: a sample of a toy world's test split with all labels, of the size of the images that the
-    checkpoint was trained on; args.ckpt becomes its folder."""
+    checkpoint was trained on; single: without its second frame. args.ckpt becomes its folder."""
     name, _, index = args.toy.partition(":")
     world = ToyWorld(name, "test", all_labels=True)
     if not index.isdecimal() or int(index) >= len(world):
@@ -152,8 +152,7 @@ def toy(args):
     world.size = tuple(read_config(args.ckpt)["size"] or world.size)
     sample = world.load(int(index), world.tasks)
     title = f"toy world {args.toy}"
-    after = None if args.single else lambda: sample["next"]
-    return Input(title, f"{name}-{index}", lambda: sample["image"], after, truth=sample)
+    return Input(title, f"{name}-{index}", lambda: sample["image"], None if single else lambda: sample["next"], truth=sample)
 
 
 # ---- from frames to maps ----
@@ -332,7 +331,7 @@ def main(argv=None):
     if bool(args.paths) == bool(args.toy):
         raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3, "
                          "or --testset toy")
-    inputs = [toy(args)] if args.toy else find(args.paths, args.single, args.stride)
+    inputs = [toy(args, args.single)] if args.toy else find(args.paths, args.single, args.stride)
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
     model, asked = load(args)
     forms = parse_formats(args.format, [TASKS[t] for t in asked])
