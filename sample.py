@@ -152,7 +152,8 @@ def toy(args, single=False):
     world.size = tuple(read_config(args.ckpt)["size"] or world.size)
     sample = world.load(int(index), world.tasks)
     title = f"toy world {args.toy}"
-    return Input(title, f"{name}-{index}", lambda: sample["image"], None if single else lambda: sample["next"], truth=sample)
+    after = None if single else lambda: sample["next"]
+    return Input(title, f"{name}-{index}", lambda: sample["image"], after, truth=sample)
 
 
 # ---- from frames to maps ----
