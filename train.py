@@ -520,7 +520,7 @@ def diverged(step, drawn, losses, norm, in_vain, out):
 def too_sparse(task, factor):
     """The sentence for labels that nothing is learned from, LiDAR's for example."""
     return (f"{PATIENCE} steps for {task} found nothing to learn from: in none of their labels is a whole latent cell, "
-            f"{factor}x{factor} pixels, valid. Fill the labels in, or leave the task out with --tasks or --drop")
+            f"{factor}x{factor} pixels, valid. Fill them in, try --loss pixel, or leave the task out (--tasks, --drop)")
 
 
 def best_step(about):

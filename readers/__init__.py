@@ -91,7 +91,7 @@ def trial(data, task, full, role):
         whole.append(whole_blocks(valid))
     told = f"{len(shares)} tried, all load, {sum(shares) / len(shares):.0%} of their pixels valid"
     if role != "test" and sum(whole) < 0.01 * len(whole):
-        told += ", but hardly a block of 8x8 as a whole: too sparse to train Stable Diffusion on"
+        told += ", but hardly any block of 8x8 in full: too sparse to train Stable Diffusion on"
     return told
 
 

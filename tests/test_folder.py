@@ -407,7 +407,7 @@ def test_labels_too_sparse_to_learn_from(tmp_path, tiny_base, monkeypatch, capsy
     for split in "train", "val", "test":
         write(root / f"{split}.txt", b"0\n1\n2\n")
     told = [line for line in check(root) if "5% of their pixels valid" in line]
-    assert [line.endswith("hardly a block of 8x8 as a whole: too sparse to train Stable Diffusion on") for line in told
+    assert [line.endswith("hardly any block of 8x8 in full: too sparse to train Stable Diffusion on") for line in told
             ] == [True, True, False]     # test labels may be sparse
     monkeypatch.setattr(train, "PATIENCE", 3)
     flags = f"--stage 1 --data {root} --base {tiny_base} --steps 4 --batch 1 --workers 0 --threads 1 --save-every 2"
