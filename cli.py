@@ -46,6 +46,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (--help lists every flag)")
 
+    def refuse_idle(self, args, rules):
+        """ValueError if a flag was given that does nothing. rules: (whether the rule holds, flags' names, why), ..."""
+        for holds, names, why in rules:
+            idle = [f"--{name}" for name in names if vars(args)[name] != self.get_default(name)]
+            if holds and idle:
+                raise ValueError(f"{' and '.join(idle)} would do nothing here: {why}")
+
 
 def whole(least=0, most=2**31 - 1):
     """argparse type: an integer from `least` to `most`."""

@@ -389,7 +389,8 @@ def shown(args):
     """(reader, sample number) that --show names; ValueError if there is no such sample."""
     name, _, index = args.show.partition(":")
     if not args.data:
-        reader = ToyWorld(name, args.split, size=parse_size(args.size) or (32, 48), all_labels=True)
+        reader = ToyWorld(name, args.split, all_labels=True)
+        reader.size = parse_size(args.size) or reader.size
     elif name in READERS and args.split in READERS[name].use:
         if args.size and READERS[name].size:
             raise ValueError(f"--size would do nothing here: {SIZED}")
@@ -418,11 +419,10 @@ def main(argv=None):
         parser.error("nothing to do: add --check or --show NAME:INDEX")
     if args.check and not args.data:
         raise ValueError("--check looks at real datasets: add --data <root> (the toy worlds are always there)")
-    for name, goes, why in (("full", args.check, "it goes with --check"), ("split", args.show, "it goes with --show"),
-                            ("output", args.show, "it goes with --show"),
-                            ("size", not args.data or not sized(args.data), SIZED)):
-        if vars(args)[name] != parser.get_default(name) and not goes:
-            raise ValueError(f"--{name} would do nothing here: {why}")
+    parser.refuse_idle(args, (
+        (not args.check, ["full"], "it goes with --check"),
+        (not args.show, ["split", "output"], "it goes with --show"),
+        (args.data and sized(args.data), ["size"], SIZED)))
     if args.check:
         print("\n".join(check(args.data, args.full, parse_size(args.size))))
     if args.show:

@@ -347,14 +347,12 @@ def parse(argv):
     flag("--device", default="auto", help="cpu, cuda or mps (default: a GPU where there is one)")
     flag("--json", type=writable, help="where to write the results (default: see above)")
     args = parser.parse_args(argv)
-    for so, names, why in ((args.predictions, OF_A_MODEL, "--predictions are scored as they are"),
-                           (not args.oracle, ["palette"], "it changes the codec, and goes with --oracle only"),
-                           (args.oracle, ["confidence", "pixels"], "--oracle makes no predictions to judge"),
-                           (args.oracle, ["streams"], "it changes the model, and --oracle is about the codec"),
-                           (args.oracle and not args.ckpt, ["stage"], "the toy base has no stages: name a --ckpt")):
-        idle = [f"--{name}" for name in names if vars(args)[name] != parser.get_default(name)]
-        if so and idle:
-            raise ValueError(f"{' and '.join(idle)} would do nothing here: {why}")
+    parser.refuse_idle(args, (
+        (args.predictions, OF_A_MODEL, "--predictions are scored as they are"),
+        (not args.oracle, ["palette"], "it changes the codec, and goes with --oracle only"),
+        (args.oracle, ["confidence", "pixels"], "--oracle makes no predictions to judge"),
+        (args.oracle, ["streams"], "it changes the model, and --oracle is about the codec"),
+        (args.oracle and not args.ckpt, ["stage"], "the toy base has no stages: name a --ckpt")))
     return args
 
 

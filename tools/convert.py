@@ -157,11 +157,11 @@ def main(argv=None):
     if not (args.export or args.push or args.base and args.single):
         raise ValueError("an import needs --base and --single (and --multi for stage 2); an export needs --export and "
                          "--ckpt, an upload --push and --ckpt")
-    way = "--export" if args.export else "--push" if args.push else "an import"
-    idle = [f"--{name}" for name in (["ckpt"] if way == "an import" else ["base", "single", "multi", "out"])
-            if vars(args)[name] != parser.get_default(name)]
-    if idle:
-        raise ValueError(f"{' and '.join(idle)} would do nothing here: it does not go with {way}")
+    imports = "base", "single", "multi", "out"
+    parser.refuse_idle(args, (
+        (args.export, imports, "it does not go with --export"),
+        (args.push, imports, "it does not go with --push"),
+        (not (args.export or args.push), ["ckpt"], "it does not go with an import")))
     if args.push:
         print(f"pushed {args.ckpt} to {push(args.ckpt, args.push)}")
         return
