@@ -221,7 +221,7 @@ def made_up(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "main", evaluate_main)
     monkeypatch.setattr(oracle, "main", oracle_main)
     monkeypatch.setattr(study.StableMTL, "load", lambda folder, stage=None: Copied())
-    monkeypatch.setattr(study_report, "operations", lambda folder, batch: 1e9)
+    monkeypatch.setattr(study_report, "operations", lambda folder, batch: 1e9 * batch)
     monkeypatch.setattr(study_report, "draw_attended", lambda args: {})
     for draw in (draw_losses, draw_gains, draw_isolation):
         monkeypatch.setattr(study_report, draw.__name__, lambda *_: None)
@@ -238,6 +238,7 @@ def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
     result, text = read(made_up.out / "results.json"), (made_up.out / "study.md").read_text()
     sections = text.split("\n## ")
     assert list(result["variants"]) == list(VARIANTS)
+    assert [result["variants"][name]["operations per step"] for name in ("batch-4", "multi")] == [4e9, 8e9]
     for v in VARIANTS.values():     # in two tables of results; in those of cost and attention if it has these
         tables = 2 + (v.program == "train.py") + ("--stage 2" in v.flags or v.program == "tools.oracle")
         assert sum(f"| {v.title} |" in section for section in sections) == tables
@@ -273,8 +274,7 @@ def test_every_variant_has_a_row_that_follows_from_its_runs(made_up):
     lines = {claim.claim: zeros[claim.zero].key for claim in CLAIMS}
     for claim in result["claims"]:
         sides = (delta[lines[claim["claim"]], claim[side]][claim["where"]] for side in ("better", "worse"))
-        pairs = zip(*sides, strict=True)
-        assert claim["differences"] == pytest.approx([a - b for a, b in pairs])
+        assert claim["differences"] == pytest.approx([a - b for a, b in zip(*sides, strict=True)])
         assert claim["verdict"] == verdict(claim["differences"])
         needed = claim["seeds needed"]
         assert (needed is None or needed > 3) == (claim["verdict"] == "undecided")

@@ -60,7 +60,7 @@ def collect(args):
             row["steps"] += job.steps
             if job.steps:
                 entries = log(job.out)
-                row["minutes"] += job.steps * args.settings["batch"] / entries[-1]["img_per_s"] / 60
+                row["minutes"] += job.steps * job.batch(args) / entries[-1]["img_per_s"] / 60
                 row["attention"] |= attended(entries)
     for name, seeds in out.items():
         tasks = set(tasks_of(args.suite.variants[name], args))
@@ -132,9 +132,9 @@ def summary(args):
     for name, seeds in seen.items():
         variant, step, total = suite.variants[name], None, None     # of what is no plain training
         if variant.program == "train.py":
-            folder = next(job.out for job in runs(args) if job.variant == name and job.finished)
-            kind = study_cost.alike(folder)
-            step = counted[kind] = counted.get(kind) or operations(folder, args.settings["batch"])
+            job = next(job for job in runs(args) if job.variant == name and job.finished)
+            kind = study_cost.alike(job.out), job.batch(args)
+            step = counted[kind] = counted.get(kind) or operations(job.out, job.batch(args))
             cost[name] = step * next(iter(seeds.values()))["steps"]
             total = sum(cost.get(n, 0) for n in (name, *suite.ancestors(name)))
         for seed, row in seeds.items():

@@ -89,6 +89,25 @@ VARIANTS = {
     "score-k": Variant("multi stream, rho 0.4, several tasks masked", "--stage 2 --rho 0.4 --mask score-k", "single"),
     "argmax": Variant("multi stream, rho 0.4, highest masked", "--stage 2 --rho 0.4 --mask argmax", "single"),
     "uniform": Variant("multi stream, rho 0.4, any masked", "--stage 2 --rho 0.4 --mask uniform", "single"),
+    # other recipes of stage 2 (docs/log.md)
+    "attention-lr-20": Variant("multi stream, rho 0.4, attention at 20 times the learning rate",
+                               "--stage 2 --rho 0.4 --attention-lr 20", "single"),
+    "main-lr-0.3": Variant("multi stream, rho 0.4, main UNet at 0.3 of the learning rate",
+                           "--stage 2 --rho 0.4 --main-lr 0.3", "single"),
+    "freeze-main": Variant("multi stream, rho 0.4, main UNet frozen for the first 200 steps",
+                           "--stage 2 --rho 0.4 --freeze-main 200", "single"),
+    "query-unit": Variant("multi stream, rho 0.4, queries that start with unit gain",
+                          "--stage 2 --rho 0.4 --query-init unit", "single"),
+    "clip-apart": Variant("multi stream, rho 0.4, attention clipped apart",
+                          "--stage 2 --rho 0.4 --clip-apart", "single"),
+    "rho-after": Variant("multi stream, rho 0.4 after 300 steps", "--stage 2 --rho 0.4 --rho-after 300", "single"),
+    "batch-4": Variant("multi stream, rho 0.4, twice the steps of 4 images", "--stage 2 --rho 0.4 --batch 4", "single",
+                       length="longer"),
+    "continued-batch-4": Variant("single stream, continued for twice the steps of 4 images",
+                                 "--stage 1 --init {parent} --batch 4", "single", length="longer"),
+    "longer": Variant("multi stream, rho 0.4, twice the steps", "--stage 2 --rho 0.4", "single", length="longer"),
+    "continued-longer": Variant("single stream, continued for twice the steps", "--stage 1 --init {parent}", "single",
+                                length="longer"),
     # what saves memory (docs/cost.md)
     "adam-bf16": Variant("multi stream, rho 0.4, Adam's moments in bfloat16",
                          "--stage 2 --rho 0.4 --optimizer adam-bf16", "single"),
@@ -131,6 +150,17 @@ CLAIMS = [
     Claim("masking one task by its score beats masking several", "multi", "score-k", zero=CONTROL),
     Claim("masking by score beats masking the highest", "multi", "argmax", zero=CONTROL),
     Claim("masking by score beats masking any", "multi", "uniform", zero=CONTROL),
+    Claim("20 times the learning rate for the task attention beats 10 times", "attention-lr-20", "multi", zero=CONTROL),
+    Claim("a slower main UNet helps", "main-lr-0.3", "multi", zero=CONTROL),
+    Claim("a main UNet that is frozen at first helps", "freeze-main", "multi", zero=CONTROL),
+    Claim("queries that start with unit gain help", "query-unit", "multi", zero=CONTROL),
+    Claim("clipping the task attention apart helps", "clip-apart", "multi", zero=CONTROL),
+    Claim("masking that starts later helps", "rho-after", "multi", zero=CONTROL),
+    Claim("twice the steps of half the images help", "batch-4", "multi", zero=CONTROL),
+    Claim("the multi stream beats the single stream trained for as many steps, of 4 images", "batch-4",
+          "continued-batch-4", zero=CONTROL),
+    Claim("the multi stream beats the single stream trained for as many steps, twice of them", "longer",
+          "continued-longer", zero=CONTROL),
     Claim("Adam's moments in float32 beat those in bfloat16", "multi", "adam-bf16", zero=CONTROL),
     Claim("frozen weights in float32 beat those in bfloat16", "multi", "frozen-bf16", zero=CONTROL),
     Claim("training all of the main UNet beats a rank of 16", "multi", "lora", zero=CONTROL),
@@ -176,6 +206,10 @@ class Run(NamedTuple):
         """Of its program, as a list."""
         return self.row.flags.format(task=self.task, parent=self.parent, out=self.out).split()
 
+    def batch(self, args):
+        """Images per step: the row's own --batch, or the study's."""
+        return int(dict(zip(self.flags, self.flags[1:], strict=False)).get("--batch", args.settings["batch"]))
+
     @property
     def filling(self):
         """Up to its first checkpoint a model fills the latent cache, which all share."""
@@ -192,8 +226,9 @@ class Run(NamedTuple):
 
 def lengths(args):
     """{what a variant's length may be: steps}: of a single stream, of what goes on from one, of a single-task model, of
-    two single streams, of what trains nothing."""
-    return {"whole": args.steps, "further": args.steps2, "share": args.single_steps, "twice": 2 * args.steps, "none": 0}
+    two single streams, of twice what goes on from one, of what trains nothing."""
+    return {"whole": args.steps, "further": args.steps2, "share": args.single_steps, "twice": 2 * args.steps,
+            "longer": 2 * args.steps2, "none": 0}
 
 
 def usual_length(variant):

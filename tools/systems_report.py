@@ -31,7 +31,7 @@ def add_costs(args, result):
     for name, row in result["variants"].items():
         row |= dict.fromkeys(("images", "labels", "weights", "prediction"), 0)
         for job in first_of(args, name):
-            images = job.steps * args.settings["batch"]
+            images = job.steps * job.batch(args)
             row["images"] += images
             row["labels"] += round(images * study_cost.labels_per_image(job.out))
             for key, value in study_cost.prediction(job.out).items():
