@@ -11,7 +11,7 @@ from tasks import parse_tasks
 class Variant(NamedTuple):
     title: str
     flags: str                      # of the program; with {task}: one model per task; {parent}, {out}: the two folders;
-                                    # of tools.oracle those of stage 2, its own before a --
+                                    # {fifth} of its steps; of tools.oracle those of stage 2, its own before a --
     parent: str = ""                # the variant whose model it starts from
     program: str = "train.py"       # or evaluate.py, of the parent; or tools.oracle, tools.discover, from the parent
     length: str = ""                # how many steps, a key of `lengths`; "": by what it starts from
@@ -94,13 +94,14 @@ VARIANTS = {
                                "--stage 2 --rho 0.4 --attention-lr 20", "single"),
     "main-lr-0.3": Variant("multi stream, rho 0.4, main UNet at 0.3 of the learning rate",
                            "--stage 2 --rho 0.4 --main-lr 0.3", "single"),
-    "freeze-main": Variant("multi stream, rho 0.4, main UNet frozen for the first 200 steps",
-                           "--stage 2 --rho 0.4 --freeze-main 200", "single"),
+    "freeze-main": Variant("multi stream, rho 0.4, main UNet frozen for a fifth of the steps",
+                           "--stage 2 --rho 0.4 --freeze-main {fifth}", "single"),
     "query-unit": Variant("multi stream, rho 0.4, queries that start with unit gain",
                           "--stage 2 --rho 0.4 --query-init unit", "single"),
     "clip-apart": Variant("multi stream, rho 0.4, attention clipped apart",
                           "--stage 2 --rho 0.4 --clip-apart", "single"),
-    "rho-after": Variant("multi stream, rho 0.4 after 300 steps", "--stage 2 --rho 0.4 --rho-after 300", "single"),
+    "rho-after": Variant("multi stream, rho 0.4 after a fifth of the steps", "--stage 2 --rho 0.4 --rho-after {fifth}",
+                         "single"),
     "batch-4": Variant("multi stream, rho 0.4, twice the steps of 4 images", "--stage 2 --rho 0.4 --batch 4", "single",
                        length="longer"),
     "continued-batch-4": Variant("single stream, continued for twice the steps of 4 images",
@@ -204,7 +205,7 @@ class Run(NamedTuple):
     @property
     def flags(self):
         """Of its program, as a list."""
-        return self.row.flags.format(task=self.task, parent=self.parent, out=self.out).split()
+        return self.row.flags.format(task=self.task, parent=self.parent, out=self.out, fifth=self.steps // 5).split()
 
     def batch(self, args):
         """Images per step: the row's own --batch, or the study's."""
