@@ -1,2 +1,2 @@
-"""What model.py is made of: the attention over tasks, weights as people have them, what fits a smaller GPU, and another
-stage 1."""
+"""What model.py is made of: the attention over tasks, loading and checking weights, what fits a smaller GPU, and
+another stage 1."""
