@@ -123,8 +123,10 @@ class Config:
     device: str = setting("auto", "auto = cuda where there is one, else mps, else cpu")
     precision: str = setting("auto", "autocast: auto = bf16 on GPUs that have it, else fp16; fp32 on the CPU",
                              ("auto", "fp32", "bf16", "fp16"))
-    channels_last: bool = setting(False, "memory format of the convolutions (pays on GPUs)")
-    compile: bool = setting(False, "torch.compile the blocks that repeat (pays on GPUs)")
+    channels_last: bool = setting(False, "memory format of the convolutions (on an H100 it paid only beside "
+                                  "cached streams: docs/cost.md)")
+    compile: bool = setting(False, "torch.compile the blocks that repeat (on an H100 it paid only beside cached "
+                            "streams: docs/cost.md)")
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
     processes: int = setting(None, "on the CPU, processes that share every batch, with the result of one (default, or "
                              "0: one per core, of two samples or more, on the toy base)", kind=cli.whole(0, 1024))
@@ -150,6 +152,8 @@ class Config:
         return {"auto": auto, "none": ""}.get(self.cache, self.cache)
 
 
+# of --help, each from this flag on
+HEADINGS = {"stage": "the run", "data": "data", "widths": "model", "steps": "optimisation", "seed": "running"}
 KINDS = {f.name: (None, f.type) for f in dataclasses.fields(Config)}    # as checkpoint.misfit reads it
 TOY = dict(scenes=600, size="32x48", widths="", batch=8, micro=8, lr={1: 7e-4, 2: 3.5e-4}, attention_lr=10.0,
            beta2=0.99, schedule="cosine", clip=1.0, steps={1: 4800, 2: 1000})
@@ -180,13 +184,15 @@ def parse_args(argv=None, description=None):
     parser = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
-        told = "" if f.default in (None, "") else f" (default: {f.default})"
-        flag, help = flag_name(f.name), f.metadata["help"] + told
-        if f.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+        if f.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[f.name])
+        flag, help = flag_name(f.name), f.metadata["help"] + default_told(f)
+        if f.type is bool:      # --no-<flag> where it changes something
+            both = f.default or f.name in INHERITED
+            group.add_argument(flag, action=argparse.BooleanOptionalAction if both else "store_true", help=help)
         else:
             kind = f.metadata["kind"] or f.type
-            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help)
+            group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=help)
     given = vars(parser.parse_args(argv))
     cfg = Config(**given)
     if cfg.resume:
@@ -197,6 +203,16 @@ def parse_args(argv=None, description=None):
         return cfg
     inherit(cfg, given)
     return check(cfg, given)
+
+
+def default_told(field):
+    """The default of a flag, or those of the presets, as --help says it."""
+    if field.name not in TOY:
+        return "" if field.default in (None, "", False) else f" (default: {field.default})"
+    values = {name: preset[field.name] for name, preset in PRESETS.items()}
+    both = {name: " / ".join(map(str, x.values())) if isinstance(x, dict) else x for name, x in values.items()}
+    stages = ", stage 1 / stage 2" if values != both else ""
+    return f" (default{stages}: {', '.join(f'{name} {x}' for name, x in both.items() if x != '')})"
 
 
 def flag_name(name):
