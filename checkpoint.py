@@ -1,10 +1,11 @@
-"""Files that survive: everything is written under a temporary name, flushed to disk, and renamed.
+"""Files that survive: everything is written under a temporary name, what a run goes on from flushed to disk, and
+renamed.
 
     out/state/         what --resume needs: settings, step, trained weights, Adam's moments
                        (json + safetensors, with a checksum)
     out/state.prev/    the one before, used with a notice if state/ turns out damaged
 
-Nothing is pickled. Nothing random has a state: what step s sees (data.Mixture) and draws (train.train) follows from
+Nothing is pickled. Nothing random has a state: what step s sees (data.Mixture) and draws (train.optimizer_step) follows from
 (seed, s) alone.
 """
 import contextlib

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def refuse_idle(self, args, rules):
         """ValueError if a flag was given that does nothing. rules: (whether the rule holds, flags' names, why), ..."""
         for holds, names, why in rules:
-            idle = [f"--{name}" for name in names if vars(args)[name] != self.get_default(name)]
+            idle = ["--" + name.replace("_", "-") for name in names if vars(args)[name] != self.get_default(name)]
             if holds and idle:
                 raise ValueError(f"{' and '.join(idle)} would do nothing here: {why}")
 

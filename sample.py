@@ -225,14 +225,20 @@ def parse(argv):
     flag("--fps", type=number(0.1, 1000), help="frames per second of these (default: the video's own, else 10)")
     flag("--skip-bad", action="store_true", help="name, skip and count unreadable inputs instead of stopping there")
     args = parser.parse_args(argv)
-    if args.camera and not args.pixels or args.fps and not args.video:
-        raise ValueError("--camera does nothing without --pixels, nor --fps without --video: add these, or drop it")
+    if sum(map(bool, (args.paths, args.toy, args.testset))) != 1:
+        raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3, "
+                         "or --testset toy")
+    parser.refuse_idle(args, (
+        (args.testset, ["single", "stride", "size", "attention", "confidence", "pixels", "video"],
+         "--testset takes images, order and size from the test sets"),
+        (not args.testset, ["split"], "it goes with --testset"),
+        (args.toy, ["stride"], "--toy is a single sample"),
+        (not args.pixels, ["camera"], "it goes with --pixels"),
+        (not args.video, ["fps"], "it goes with --video")))
     if args.video and (args.single or args.toy):
         raise ValueError("--video films a sequence: give frames or a video, without --single and --toy")
     if args.pixels and args.single:
         raise ValueError("--pixels finds the scales of flow in two frames: leave out --single")
-    if args.toy and args.stride != 1:
-        raise ValueError("--stride would do nothing here: --toy is a single sample")
     args.camera = parse_camera(args.camera) if args.camera else None
     return args
 
@@ -278,11 +284,6 @@ def without_stage_2(folder):
 
 def predict_testset(args):
     """What --testset asks for, written; returns 130 if stopped, else 0."""
-    idle = {"paths": [], "--toy": None, "--single": False, "--stride": 1, "--size": None, "--attention": False,
-            "--confidence": False, "--pixels": False, "--video": False}
-    if wrong := [name for name, default in idle.items() if vars(args)[name.strip("-")] != default]:
-        raise ValueError(f"{' and '.join(wrong)} would do nothing here: --testset takes images, order and size from "
-                         "the test sets")
     model, asked = load(args)
     forms, split = parse_formats(args.format, [TASKS[t] for t in asked]), args.split or "test"
     config, whose, output = read_config(args.ckpt), str(args.ckpt), Path(args.output or "predictions")
@@ -327,11 +328,6 @@ def main(argv=None):
     args = parse(argv)
     if args.testset:
         return predict_testset(args)
-    if args.split:
-        raise ValueError(f"--split {args.split} chooses among test sets: it goes with --testset only")
-    if bool(args.paths) == bool(args.toy):
-        raise ValueError("nothing to predict, or too much: give images, folders or a video, or else --toy real:3, "
-                         "or --testset toy")
     inputs = [toy(args, args.single)] if args.toy else find(args.paths, args.single, args.stride)
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
     model, asked = load(args)

@@ -211,7 +211,7 @@ def test_fp16_that_never_learns_stops(go, tmp_path, monkeypatch):
     terms = losses.loss_terms
 
     def broken(*args):
-        return {kind: (error * float("nan"), count) for kind, (error, count) in terms(*args).items()}
+        return {kind: error * float("nan") for kind, error in terms(*args).items()}
     monkeypatch.setattr(losses, "loss_terms", broken)
     code, _, error = go("--aux-steps 4", "--precision fp16")
     assert code == 2 and "step 1 of stage 1: loss" in error

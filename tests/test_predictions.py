@@ -296,8 +296,8 @@ def test_what_no_format_fits_is_not_counted(tiny_ckpt, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--testset toy --single --size 64", "--single and --size would do nothing here: --testset takes images, order"),
-    ("--testset toy photo.jpg", "paths would do nothing here"),
-    ("--toy real:0 --split val", "--split val chooses among test sets: it goes with --testset only"),
+    ("--testset toy photo.jpg", "nothing to predict, or too much"),
+    ("--toy real:0 --split val", "--split would do nothing here: it goes with --testset"),
     ("--testset gone", "no test dataset in .*gone"),
     ("--testset toy --tasks depth --format flo", "format flo fits no task asked for")])
 def test_flags_that_do_not_go_together(tiny_ckpt, tmp_path, monkeypatch, capsys, flags, sentence):

@@ -87,7 +87,8 @@ def test_gaps_divide_clips(go, shots, tmp_path):
 
 @pytest.mark.parametrize("flags, why", [
     (["--video", "--single"], "--video films a sequence"), (["--toy", "real:3", "--video"], "--video films a sequence"),
-    (["--fps", "5"], "nor --fps without --video"), (["--camera", "1,2,3,4,5"], "--camera does nothing without --pixel"),
+    (["--fps", "5"], "--fps would do nothing here: it goes with --video"),
+    (["--camera", "1,2,3,4,5"], "--camera would do nothing here: it goes with --pixels"),
     (["--pixels", "--camera", "1,2,3"], "expected five number"), (["--pixels", "--camera", "a,2,3,4,5"], "a,2,3"),
     (["--pixels", "--camera", "0,1,1,1,2"], "expected focal length")])
 def test_mistakes_end_in_a_sentence(go, shots, flags, why):

@@ -1,6 +1,7 @@
 """The losses, and the gradient of one optimizer step.
 
-Losses are sums over what is valid, and how much that is: a step's mean does not depend on its micro-batches.
+Losses are sums over what is valid; how much that is in the whole step divides them, so that a step's mean does not
+depend on its micro-batches.
 """
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tasks import CLASSES
 # ---- losses ----
 
 def loss_terms(model, kinds, task, z_hat, z, cells, code, valid):
-    """{kind: (sum of errors, count)} of one task.
+    """{kind: sum of errors} of one task.
 
     z_hat, z: (B,4,h,w) predicted and label latents; cells: (B,1,h,w) bool; code (B,3,H,W), valid (B,1,H,W): label image
     and mask, needed only for `pixel` and `task`. What is invalid is left out before anything is computed from it: NaN
@@ -24,16 +25,16 @@ def loss_terms(model, kinds, task, z_hat, z, cells, code, valid):
     out = {}
     if "latent" in kinds:
         difference = select(z_hat, cells).float() - select(z, cells).float()
-        out["latent"] = difference.square().sum(), int(cells.sum()) * z.shape[1]
+        out["latent"] = difference.square().sum()
     if "pixel" in kinds or "task" in kinds:
         image = model.decode(z_hat).float()
         code, valid = (x[..., :image.shape[-2], :image.shape[-1]] for x in (code, valid))
         code = torch.where(valid, code, torch.zeros_like(code))
     if "pixel" in kinds:
-        out["pixel"] = select((image - code).square(), valid).sum(), int(valid.sum()) * 3
+        out["pixel"] = select((image - code).square(), valid).sum()
     if "task" in kinds:
         errors = DENSE[model.codecs[task].dense_loss](image, code, valid, model.codecs[task])
-        out["task"] = select(errors, valid).sum(), int(valid.sum())
+        out["task"] = select(errors, valid).sum()
     return out
 
 
@@ -112,7 +113,7 @@ class LatentObjective:
                 continue
             terms = loss_terms(self.model, self.weights, t, z_hat, wanted[t], b["cells"][t], b["labels"][t],
                                b["valid"][t])
-            for kind, (error, _) in terms.items():
+            for kind, error in terms.items():
                 out[kind] = out.get(kind, 0) + error
         return out
 
