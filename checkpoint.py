@@ -5,8 +5,8 @@ renamed.
                        (json + safetensors, with a checksum)
     out/state.prev/    the one before, used with a notice if state/ turns out damaged
 
-Nothing is pickled. Nothing random has a state: what step s sees (data.Mixture) and draws (train.optimizer_step) follows from
-(seed, s) alone.
+Nothing is pickled. Nothing random has a state: what step s sees (data.Mixture) and draws (train.optimizer_step)
+follows from (seed, s) alone.
 """
 import contextlib
 import fcntl

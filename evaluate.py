@@ -126,7 +126,7 @@ def score(rank, world, model, reader, batch=16, workers=2, limit=None, rows=None
                     continue
                 guess = dict(zip(GUESSES, (guesses or {}).get(name, ()), strict=False))
                 for who, pred in {"model": predicted[task][n], **guess}.items():
-                    new = METRICS[TASKS[task].metric][0](clip=reader.depth_range)
+                    new = METRICS[TASKS[task].metric].accumulator(clip=reader.depth_range)
                     scores.setdefault((who, name), new).add(pred, label, valid)
                 if confidence:
                     certain = agreement(TASKS[task], predicted[task][n], mirror[task][n])
@@ -223,7 +223,7 @@ class TrainingLabels:
 # ---- tables ----
 
 def headline(task, result):
-    metric = METRICS[TASKS[task].metric][1]
+    metric = METRICS[TASKS[task].metric].headline
     if metric not in result:
         raise ValueError(f"expected {metric} among the results of {task}, found {', '.join(result)}: is it ours?")
     return result[metric]
@@ -241,13 +241,13 @@ def table(results, trivials, before=None):
     for name, tasks in results.items():
         for task, result in tasks.items():
             key = task.split(":")[0]
-            _, metric, lower = METRICS[TASKS[key].metric]
+            metric = METRICS[TASKS[key].metric]
             guesses = {who: headline(key, r[task]) for who, r in trivials.get(name, {}).items() if task in r}
-            better = (min if lower else max)(guesses.values(), default=math.nan)
+            better = (min if metric.lower else max)(guesses.values(), default=math.nan)
             what = "codec alone" if "PSNR" in result else "model"
-            row = {"test set": name, "task": task, "metric": f"{metric} {'↓' if lower else '↑'}",
-                   what: f"{result[metric]:.4g}", **{who: f"{g:.4g}" for who, g in guesses.items()},
-                   "model / better trivial": f"{result[metric] / better:.2f}x" if better > 0 else "",
+            row = {"test set": name, "task": task, "metric": metric.titled,
+                   what: f"{result[metric.headline]:.4g}", **{who: f"{g:.4g}" for who, g in guesses.items()},
+                   "model / better trivial": f"{result[metric.headline] / better:.2f}x" if better > 0 else "",
                    **compared(key, result, (before or {}).get(name, {}).get(task)),
                    "paper": str(PAPER["StableMTL"].get(task, {}).get(name, "")), "images": str(result["images"])}
             if "PSNR" in result:
@@ -278,8 +278,8 @@ def decoders(results, before):
     rows = []
     for name, tasks in results.items():
         for task, now in tasks.items():
-            was, (_, metric, lower) = before[name][task], METRICS[TASKS[task.split(":")[0]].metric]
-            names = {metric: f"{metric} {'↓' if lower else '↑'}", "PSNR": "PSNR of the code, dB ↑"}
+            was, metric = before[name][task], METRICS[TASKS[task.split(":")[0]].metric]
+            names = {metric.headline: metric.titled, "PSNR": "PSNR of the code, dB ↑"}
             names |= {k: f"{k} ↑" for k in was | now if k == "accuracy" or k.startswith("IoU")}
             for k in (k for k in names if k in was | now):
                 cells = {who: f"{r[k]:.4g}" for who, r in (("VAE's decoder", was), ("small decoder", now)) if k in r}
@@ -577,7 +577,7 @@ def main(argv=None):
     for lines in filter(None, (sparsification_table(results), photometric.table(results))):
         print("\n".join(["", *lines]))
     if mine := shared(by_task(results), baseline):
-        report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric][2] for t in TASKS})
+        report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric].lower for t in TASKS})
         print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+.2f} %")
         if where:
             write_json(where, report)

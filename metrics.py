@@ -6,6 +6,7 @@ mask (NaN too) has no effect on any number. The accumulators hold the protocol: 
 import math
 from collections import defaultdict
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def align_scale(pred, label, valid, lo=0.0, hi=1.0):
 def aligned(task, pred, label, valid):
     """A prediction (C,H,W) of a tasks.Task fitted to its label as for its metric, to be drawn beside it; as it is if no
     pixel is valid. Depth is not clipped to a dataset's range."""
-    return METRICS[task.metric][0]().align(pred, label, valid) if valid.any() else pred
+    return METRICS[task.metric].accumulator().align(pred, label, valid) if valid.any() else pred
 
 
 # ---- formulas ----
@@ -253,9 +254,21 @@ class Intensity(Accumulator):
         return scores if len(maps[0]) == 1 else scores | {"RMSE per element": rmse(*maps, per_element=True)}
 
 
-# Task.metric -> (accumulator, headline, is lower better)
-METRICS = {"semantic": (Semantic, "mIoU", False), "normal": (Normal, "mAE", True), "depth": (Depth, "AbsRel", True),
-           "epe": (Epe, "EPE", True), "shading": (Intensity, "RMSE", True), "albedo": (Intensity, "RMSE", True)}
+class Metric(NamedTuple):
+    """How a task is scored: by which accumulator, and which of its numbers is the headline."""
+    accumulator: type[Accumulator]
+    headline: str
+    lower: bool         # is lower better?
+
+    @property
+    def titled(self):
+        return f"{self.headline} {'↓' if self.lower else '↑'}"
+
+
+METRICS = {     # by Task.metric
+    "semantic": Metric(Semantic, "mIoU", False), "normal": Metric(Normal, "mAE", True),
+    "depth": Metric(Depth, "AbsRel", True), "epe": Metric(Epe, "EPE", True),
+    "shading": Metric(Intensity, "RMSE", True), "albedo": Metric(Intensity, "RMSE", True)}
 
 
 # ---- trivial predictors: what one scores without looking at the image ----

@@ -55,7 +55,7 @@ class Sparsification(Accumulator):
 
     def __init__(self, task, clip):
         super().__init__(clip)
-        self.measure, self.classes, self.certain = METRICS[task.metric][0](clip=clip), task.categorical, None
+        self.measure, self.classes, self.certain = METRICS[task.metric].accumulator(clip=clip), task.categorical, None
         self.align = self.measure.align
 
     def add(self, pred, label, valid, certain):
@@ -87,7 +87,7 @@ def sparsification_table(results):
     rows = []
     for name, tasks in results.items():
         for task, r in ((t, r) for t, r in tasks.items() if "surest 100%" in r):
-            error = METRICS[TASKS[task.split(":")[0]].metric][0].error
+            error = METRICS[TASKS[task.split(":")[0]].metric].accumulator.error
             row = {"test set": name, "task": task, "error": error}
             row |= {f"{share}%": f"{r[f'surest {share}%']:.4g}" for share in SHARES}
             row |= {f"oracle {share}%": f"{r[f'oracle {share}%']:.4g}" for share in SHARES[:-1]}

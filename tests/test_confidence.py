@@ -99,10 +99,10 @@ def test_small_maps(size):
 def test_all_pixels_have_the_error_of_the_metric(name):
     """100% is the metric's own number; the oracle is never worse; a confidence that knows the error is the oracle."""
     task = TASKS[name]
-    metric, label, predicted = METRICS[task.metric][0](), example(task, 1), example(task, 2)
+    metric, label, predicted = METRICS[task.metric].accumulator(), example(task, 1), example(task, 2)
     valid = torch.rand(12, 18, generator=torch.Generator().manual_seed(3)) < 0.8
     metric.add(predicted, label, valid)
-    result, error = metric.result(), METRICS[task.metric][0].error
+    result, error = metric.result(), METRICS[task.metric].accumulator.error
     expected = 100 - result["accuracy"] if task.categorical else result[error]
     for certain in (torch.rand(12, 18), torch.ones(12, 18)):
         counted = Sparsification(task, (1e-5, math.inf))

@@ -104,14 +104,14 @@ def chance(task):
     there = [r for r in readers() if task in r.tasks]
     pairs = [[x[0] if k else x for k, x in enumerate(label_tensors(r.load(i, (task,)), task))]
              for r in there for i in range(SCENES)]
-    kind, metric, _ = METRICS[TASKS[task].metric]
+    metric = METRICS[TASKS[task].metric]
     true, scores = ToyWorld("things", "train", SCENES, SIZE, all_labels=True), []
     for guess in trivial_of(TASKS[task], [code_sums(TASKS[task], pairs)]):
-        score = kind(clip=true.depth_range)
+        score = metric.accumulator(clip=true.depth_range)
         for i in range(SCENES):
             label, valid = label_tensors(true.load(i, (task,)), task)
             score.add(guess, label, valid[0])
-        scores.append(score.result()[metric])
+        scores.append(score.result()[metric.headline])
     return min(scores)
 
 

@@ -53,7 +53,7 @@ def read(frame):
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(TASKS, "inverse_depth", INVERSE)
-    monkeypatch.setitem(metrics.METRICS, "inverse_depth", (InverseDepth, "MAE", True))
+    monkeypatch.setitem(metrics.METRICS, "inverse_depth", metrics.Metric(InverseDepth, "MAE", True))
     monkeypatch.setitem(Folder.suffixes, "inverse_depth", (".npy",))
     monkeypatch.setattr(Folder.Frame, "inverse_depth", read, raising=False)
 

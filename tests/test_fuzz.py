@@ -84,7 +84,7 @@ def test_metrics(metric, height, width, share, scale, poison, seed):
         pred = torch.from_numpy(rng.standard_normal(label.shape) * scale)
     results = []
     for outside in (0.0, poison):
-        make = metrics.METRICS[metric][0]
+        make = metrics.METRICS[metric].accumulator
         scores = make(clip=(1e-3, 80.0)) if metric == "depth" else make()
         for _ in range(2):
             scores.add(*(torch.where(valid, x, torch.tensor(outside, dtype=x.dtype)) for x in (pred, label)), valid)

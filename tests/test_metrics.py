@@ -10,12 +10,12 @@ from evaluate import PAPER
 from metrics import METRICS, delta_m
 from tasks import CLASSES, TASKS
 
-LOWER = {name: METRICS[task.metric][2] for name, task in TASKS.items()}
+LOWER = {name: METRICS[task.metric].lower for name, task in TASKS.items()}
 CLIP = {"depth": {"clip": (1e-5, 80.0)}}
 
 
 def make(metric):
-    return METRICS[metric][0](**CLIP.get(metric, {}))
+    return METRICS[metric].accumulator(**CLIP.get(metric, {}))
 
 
 def rand(*shape, seed=0, lo=0.05, hi=1.0):
@@ -237,8 +237,8 @@ def test_perfect_prediction(metric):
     m = make(metric)
     m.add(y, y, v)
     r = m.result()
-    assert list(r)[0] == METRICS[metric][1]
-    assert r[METRICS[metric][1]] == pytest.approx(0 if METRICS[metric][2] else 100, abs=1e-5)
+    assert list(r)[0] == METRICS[metric].headline
+    assert r[METRICS[metric].headline] == pytest.approx(0 if METRICS[metric].lower else 100, abs=1e-5)
     assert all(isinstance(x, (int, float)) and math.isfinite(x) for x in r.values())
 
 
@@ -281,7 +281,7 @@ def test_tiny_images_single_pixels_and_constants(metric, size):
     for pred, valid in (p, one), (0 * p, one), (0 * p, v), (0 * p + 1, v):
         m.add(pred, y, valid)
     r = m.result()
-    assert r["images"] == 4 and METRICS[metric][1] in r and all(math.isfinite(x) for x in r.values())
+    assert r["images"] == 4 and METRICS[metric].headline in r and all(math.isfinite(x) for x in r.values())
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -391,7 +391,7 @@ def test_trivial_predictions_can_be_scored(task):
         m = make(t.metric)
         for y in labels:
             m.add(pred, y, v)
-        scores.append(m.result()[METRICS[t.metric][1]] * (1 if LOWER[task] else -1))
+        scores.append(m.result()[METRICS[t.metric].headline] * (1 if LOWER[task] else -1))
     assert scores[1] < scores[0]
     with pytest.raises(ValueError, match=f"expected a {task} label"):
         trivial(t, [(labels[0], ~v)])

@@ -158,7 +158,7 @@ def test_end_point_errors_of_the_three_scales():
     for counted in (other, whole):
         counted.add(flow / 2, flow, everywhere, (first, first))
     assert half.merge(other).result() == (result := whole.result())
-    protocol = METRICS[label.metric][0]()
+    protocol = METRICS[label.metric].accumulator()
     protocol.add(flow / 2, flow, everywhere)
     assert result["EPE, label's scale"] == pytest.approx(protocol.result()["EPE"], abs=1e-6)
     assert result["EPE, as predicted"] == pytest.approx((flow / 2).norm(dim=0).mean().item(), rel=1e-5)

@@ -198,7 +198,7 @@ def made_up(tmp_path, monkeypatch):
         write_json(argv[argv.index("--json") + 1], {"results": scored(tasks)})
 
     def scored(tasks):
-        return {reader.name: {t: {metrics.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)}
+        return {reader.name: {t: {metrics.METRICS[TASKS[t].metric].headline: rng.uniform(1, 2)}
                               for t in reader.tasks if t in tasks} for reader in evaluate.test_readers()}
 
     def oracle_main(argv):

@@ -105,7 +105,7 @@ def made_up(tmp_path, monkeypatch):
         for job in runs(args):
             job.out.mkdir(parents=True)
             tasks = (job.task,) if job.task else job.tasks
-            scores = {w: {t: {study_report.METRICS[TASKS[t].metric][1]: rng.uniform(1, 2)} for t in tasks}
+            scores = {w: {t: {study_report.METRICS[TASKS[t].metric].headline: rng.uniform(1, 2)} for t in tasks}
                       for w in ("real", "rooms", "streets", "things")}
             (job.out / "results.json").write_text(json.dumps({"results": scores if job.variant in ROWS else {}}))
             lines = [{"step": s, "task": [tasks[s % len(tasks)]], "loss": 2.0 ** -s, "grad_norm": 1.0, "img_per_s": 2.0}

@@ -41,8 +41,8 @@ def errors(labels, model, truth, count, guesses):
         for t in labelled(true, labels.about["cells"][reader.name]):
             latents, doubts = (labels.array(reader, name) for name in (t, f"{t}_doubt"))
             middle, trivial = labels.median(t), guesses[t].guesses(true, (t,))[0].get(t, ())
-            kind, metric, lower = METRICS[TASKS[t].metric]
-            scores = {who: kind(clip=reader.depth_range) for who in ("all", "surest half", *GUESSES)}
+            metric = METRICS[TASKS[t].metric]
+            scores = {who: metric.accumulator(clip=reader.depth_range) for who in ("all", "surest half", *GUESSES)}
             for i in list(true.indices(t))[:count]:
                 if not np.isfinite(doubts[i, 0]).any():
                     continue
@@ -54,10 +54,10 @@ def errors(labels, model, truth, count, guesses):
                 scores["surest half"].add(map, label, valid[0] & resize(sure, reader.size)[0])
                 for who, guess in zip(GUESSES, trivial, strict=False):
                     scores[who].add(guess, label, valid[0])
-            found = {who: s.result()[metric] for who, s in scores.items() if s.images}
+            found = {who: s.result()[metric.headline] for who, s in scores.items() if s.images}
             if chance := [found.pop(who) for who in GUESSES if who in found]:
-                found["trivial"] = (min if lower else max)(chance)
-            rows.append({"dataset": reader.name, "task": t, "metric": f"{metric} {'↓' if lower else '↑'}",
+                found["trivial"] = (min if metric.lower else max)(chance)
+            rows.append({"dataset": reader.name, "task": t, "metric": metric.titled,
                          **{who: f"{x:.4g}" for who, x in found.items()}})
     return rows
 

@@ -171,7 +171,7 @@ def measure(model, reader, limit, stage1=None, batch=16):
         predicted = network_maps(model, *frames, tasks=tasks)
         for n, maps in enumerate(labels):
             for t in tasks:
-                new = METRICS[TASKS[t].metric][0](clip=reader.depth_range)
+                new = METRICS[TASKS[t].metric].accumulator(clip=reader.depth_range)
                 scores.setdefault(t, new).add(predicted[t][n], *maps[t])
     return {t: counted.result() for t, counted in scores.items()}
 

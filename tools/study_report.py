@@ -19,7 +19,7 @@ from tools.bench import hardware
 from tools.study_cost import step as operations
 from tools.study_variants import WORLDS, runs, tasks_of
 
-LOWER = {t: METRICS[TASKS[t].metric][2] for t in TASKS}
+LOWER = {t: METRICS[TASKS[t].metric].lower for t in TASKS}
 PAPER = {"unseen": "paper Tables 2 and 4", "in-domain": "paper Table 10"}
 KINDS = {"unseen": "The unseen world", "in-domain": "Held-out scenes of the training worlds"}
 ATTENDED = {"attention_entropy": "entropy", "attention_largest": "largest weight", "attention_term": "size"}
@@ -167,7 +167,7 @@ def world_table(result, suite, where):
     rows, headlines, worlds = [], {}, WORLDS[where]
     for t in result["tasks"]:
         for w in worlds:
-            headlines[f"{w} {t} {METRICS[TASKS[t].metric][1]} {'↓' if LOWER[t] else '↑'}"] = t, w
+            headlines[f"{w} {t} {METRICS[TASKS[t].metric].titled}"] = t, w
     for name, v in result["variants"].items():
         seeds, own = v["seeds"].values(), suite.against(name)
         row = {"variant": v["title"], "seeds": str(len(seeds))}

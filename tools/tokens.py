@@ -71,7 +71,7 @@ def measure(model, discovery, limit, batch=8):
                 likeliest = model.codecs[t].decode(code)
                 passed = (sure > discovery.least.get(t, math.inf))[:, 0].cpu()
                 for n, (_, labels, index) in enumerate(group):
-                    new = {who: METRICS[TASKS[t].metric][0](clip=reader.depth_range) for who in WHO}
+                    new = {who: METRICS[TASKS[t].metric].accumulator(clip=reader.depth_range) for who in WHO}
                     lacks, (label, valid) = discovery.lacks((reader.name, index), t), labels[t]
                     part = found.setdefault((t, lacks), {"worlds": {}, "shares": []} | new)
                     part["prediction"].add(predicted[t][n], label, valid)
@@ -86,13 +86,13 @@ def table(tasks, found, least):
     """What `measure` found, and tau, {task: confidence} -> rows of numbers, for people and with all metrics."""
     told, full = [], []
     for t, lacks in ((t, lacks) for t in tasks for lacks in (False, True) if (t, lacks) in found):
-        part, (_, metric, lower) = found[t, lacks], METRICS[TASKS[t].metric]
+        part, metric = found[t, lacks], METRICS[TASKS[t].metric]
         results = {who: part[who].result() for who in WHO if part[who].images}
         row = {"task": t, "label": "none" if lacks else "yes", "worlds": ", ".join(part["worlds"])}
         sure = {"share sure": fmean(part["shares"]), "tau": least[t]} if t in least else {}
         full.append(row | {"results": results} | sure)
-        told.append(row | {"metric": f"{metric} {'↓' if lower else '↑'}"} | {k: f"{x:.3f}" for k, x in sure.items()})
-        told[-1] |= {who: f"{result[metric]:.4g}" for who, result in results.items()}
+        told.append(row | {"metric": metric.titled} | {k: f"{x:.3f}" for k, x in sure.items()})
+        told[-1] |= {who: f"{result[metric.headline]:.4g}" for who, result in results.items()}
     return told, full
 
 
