@@ -10,7 +10,7 @@
 3. It is measured as evaluate.py does, the truth of the other tasks given to its streams.
 
 With --tell predictions the streams hold, in the same way, what stage 1 predicts of each task: nothing that stage 1 does
-not know, but said in so many words. The auxiliary UNet becomes no better predictor by that: it repeats.
+not know, but said in the same form as the truth. The auxiliary UNet becomes no better predictor by that: it repeats.
 
 What the bound means: whether this main UNet, with this attention and as many steps, can make use of other tasks at all.
 If it gains little over a single stream that was continued (tools.study), better streams would not help it: what limits
