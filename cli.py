@@ -268,8 +268,8 @@ def cores():
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def spread(work, world):
-    """work(rank) in `world` processes at once, rank 0 in this one -> [what each returned].
+def spread(work, world_size):
+    """work(rank) in `world_size` processes at once, rank 0 in this one -> [what each returned].
 
     On the CPU several processes of one thread each do not collapse when other programs run beside them, as one process
     of several threads does: threads that wait for each other spin. `work` is a function that can be pickled.
@@ -279,7 +279,7 @@ def spread(work, world):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")     # they meet right here
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     others = {}
-    for rank in range(1, world):
+    for rank in range(1, world_size):
         here, there = context.Pipe(False)
         process = context.Process(target=_other, args=(work, rank, there, os.getpid()))
         process.start()

@@ -178,7 +178,7 @@ class Mixture(Dataset):
     Isolation (the default): all samples of a step belong to one task; a fresh random order of all tasks per cycle.
     Within a task, a sample's dataset is drawn with the readers' `mix` weights, renormalised over those that label the
     task, so that leaving out tasks never shifts them. The draws depend neither on `micro` nor on the number of ranks
-    (rank r takes every world-th).
+    (rank r takes every world_size-th).
 
     beside: {dataset: tasks} whose labels come along in a joint step, and no image is drawn for. skip_bad: whether what
     cannot be read is skipped and named, else it is a ValueError; None as in or_skip.
@@ -188,20 +188,20 @@ class Mixture(Dataset):
     """
 
     def __init__(self, readers, tasks, codecs, batch=16, micro=16, seed=0, drop=None, isolation=True, joint=False,
-                 cache=None, skip_bad=None, with_next=True, rank=0, world=1, beside=None):
+                 cache=None, skip_bad=None, with_next=True, rank=0, world_size=1, beside=None):
         drop, beside = drop or {}, beside or {}
         self.readers, self.codecs, self.cache, self.skip_bad = readers, codecs, cache, skip_bad
         self.batch, self.micro, self.seed, self.isolation, self.joint = batch, micro, seed, isolation, joint
-        self.with_next, self.rank, self.world = with_next, rank, world
+        self.with_next, self.rank, self.world_size = with_next, rank, world_size
         self.sources = {t: [] for t in tasks}
         for t in tasks:
             for reader in readers:
                 left_out = {*drop.get(reader.name, ()), *beside.get(reader.name, ())}
-                labelled = list(reader.indices(t)) if t in reader.tasks and t not in left_out else []
-                if labelled:
-                    self.sources[t].append((reader, labelled))
-        self.labelled = {(r.name, t): set(i) for t, sources in self.sources.items() for r, i in sources}
-        self.there = self.labelled | {(r.name, t): set(r.indices(t)) for r in readers for t in tasks
+                usable = list(reader.indices(t)) if t in reader.tasks and t not in left_out else []
+                if usable:
+                    self.sources[t].append((reader, usable))
+        self.usable = {(r.name, t): set(i) for t, sources in self.sources.items() for r, i in sources}
+        self.there = self.usable | {(r.name, t): set(r.indices(t)) for r in readers for t in tasks
                                       if t in beside.get(r.name, ())}
         self.tasks = [t for t in tasks if self.sources[t]]
         missing = [t for t in tasks if not self.sources[t]]
@@ -232,7 +232,7 @@ class Mixture(Dataset):
 
     def mine(self, drawn):
         """Those of all processes' samples that are this process's, grouped."""
-        return sorted(drawn[self.rank::self.world], key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
+        return sorted(drawn[self.rank::self.world_size], key=lambda o: (self.tasks.index(o[0][0]), o[1].name, o[0]))
 
     def together(self, task, reader, index):
         """N-to-N: every available label of the image at once; a task with a crop of its own sees another image."""
@@ -314,7 +314,7 @@ def fetch(dataset, workers, **options):
 
 # ---- test sets: every labelled sample once, as it is ----
 
-def labelled(reader, tasks):
+def tasks_with_labels(reader, tasks):
     """Those of the tasks that the reader has samples for."""
     return [t for t in reader.tasks if t in tasks and len(reader.indices(t))]
 
@@ -336,13 +336,14 @@ def _measured(reader, jobs):
     return out
 
 
-def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, world=1, skip_bad=None, skipped=None):
+def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, world_size=1, skip_bad=None,
+                 skipped=None):
     """Yield the samples that have labels of these tasks, up to `batch` at once that are alike in tasks and frames:
     [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}, number), ...], all of the
     reader's size.
 
     "<task>:<mask>" in the place of a task: a second mask for it. limit: samples at most; each: labels of each task at
-    most. Of `world` processes the rank-th takes every world-th batch: which samples are batched does not depend on it.
+    most. Of `world_size` processes the rank-th takes every world_size-th batch, so that batches do not depend on it.
     With skip_bad, what cannot be read is named in the list `skipped`, else it is a ValueError; None as in or_skip.
     """
     jobs = defaultdict(list)
@@ -350,7 +351,7 @@ def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, w
         for i in list(reader.indices(t))[:each]:
             jobs[int(i)].append(t)
     jobs = sorted(jobs.items())[:limit]
-    parts = [jobs[k:k + batch] for k in range(0, len(jobs), batch)][rank::world]
+    parts = [jobs[k:k + batch] for k in range(0, len(jobs), batch)][rank::world_size]
     workers, load = workers if len(parts) > 1 else 0, partial(_measured, reader)
     with tqdm(total=sum(map(len, parts)), desc=reader.name, leave=False, disable=rank > 0) as bar:
         for samples in DataLoader(parts, batch_size=None, num_workers=workers, collate_fn=load):

@@ -6,9 +6,9 @@
     python evaluate.py --ckpt out/ --baseline paper|a.json,b.json       Delta_m against single-task results
     python evaluate.py --ckpt out/ --streams off      stage 2 without its streams, or with some (--streams depth,normal)
     python evaluate.py --predictions <folder> --data <root>             files of any system (docs/predictions.md)
-    python evaluate.py --oracle                       labels through encode, VAE, decode: what the codec alone costs
+    python evaluate.py --codec                        what the label codec alone costs: labels through the VAE and back
     python evaluate.py --ckpt out/ --decoder <folder>       with a small decoder in the VAE's place
-    python evaluate.py --oracle --decoder <folder>          both decoders side by side, task by task and class by class
+    python evaluate.py --codec --decoder <folder>           both decoders side by side, task by task and class by class
 
 Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val, of
 other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json, results_val.json,
@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import toy
 from baselines import load
 from checkpoint import crc, digest, read_config, read_json, write_json
-from data import labelled, resize, test_batches, test_readers, train_readers
+from data import resize, tasks_with_labels, test_batches, test_readers, train_readers
 from inference import photometric
 from inference.confidence import Sparsification, agreement, sparsification_table
 from inference.infer import mirror_maps, network_maps
@@ -68,14 +68,14 @@ PAPER = {"single-task": _row(48.17, 22.27, 14.21, 32.56, 10.36, 0.2735, 0.2551, 
 
 # ---- one test set ----
 
-def evaluate(model, reader, world=1, **how):
+def evaluate(model, reader, world_size=1, **how):
     """Run one test set. Returns ({task: metrics}, {one of GUESSES: {task: metrics}}, names of skipped samples).
 
-    world: processes that share the work; no number depends on it. how: further settings of `score`.
+    world_size: processes that share the work; no number depends on it. how: further settings of `score`.
     """
     scores, psnr, skipped = {}, defaultdict(list), []
-    share = partial(score, world=world, model=model, reader=reader, **how)
-    for part, ratios, bad in cli.spread(share, world):
+    share = partial(score, world_size=world_size, model=model, reader=reader, **how)
+    for part, ratios, bad in cli.spread(share, world_size):
         for (who, name), counted in part.items():
             scores[who, name] = scores[who, name].merge(counted) if (who, name) in scores else counted
         for t, values in ratios.items():
@@ -95,23 +95,23 @@ def evaluate(model, reader, world=1, **how):
     return results.pop("model"), {who: r for who, r in results.items() if r}, sorted(skipped)
 
 
-def score(rank, world, model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=None, oracle=False,
+def score(rank, world_size, model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=None, codec=False,
           guesses=None, confidence=False, pixels=False):
-    """The rank-th of `world` shares of `evaluate`.
+    """The rank-th of `world_size` shares of `evaluate`.
 
-    oracle: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
+    codec: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
     guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model. confidence, pixels: what
     confidence.Sparsification, photometric.Scaled measure, too.
 
     Returns ({("model", one of GUESSES, "confidence" or "pixels"; task): Accumulator}, {task: PSNRs}, names of skipped
     samples).
     """
-    scores, psnr, skipped, wanted = {}, defaultdict(list), [], labelled(reader, model.tasks)
+    scores, psnr, skipped, wanted = {}, defaultdict(list), [], tasks_with_labels(reader, model.tasks)
     files = isinstance(model, Predictions)
     device = torch.device("cpu") if files else next(model.parameters()).device
-    for group in test_batches(reader, wanted, batch, workers, limit, None, rank, world, skip_bad, skipped):
+    for group in test_batches(reader, wanted, batch, workers, limit, None, rank, world_size, skip_bad, skipped):
         pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, *_ in group), strict=True)]
-        if oracle:
+        if codec:
             predicted = round_trip(model, [maps for _, maps, _ in group], psnr)
         elif files:
             predicted = model.maps(reader, group, skipped if skip_bad else None)
@@ -147,7 +147,8 @@ def round_trip(model, labels, psnr):
         label, valid = (torch.stack([maps[t][i] for maps in labels]).to(device) for i in (0, 1))
         code, (height, width) = model.codecs[t].encode(label, valid[:, None]), label.shape[-2:]
         pad = (0, -width % model.factor, 0, -height % model.factor)
-        back = model.codes(model.latents({t: F.pad(code, pad, mode="replicate")}))[t][..., :height, :width]
+        latents = model.encode_labels({t: F.pad(code, pad, mode="replicate")})
+        back = model.decode_labels(latents)[t][..., :height, :width]
         out[t] = model.codecs[t].decode(back)
         for c, b, v in zip(code, back, valid, strict=True):
             if v.any():
@@ -156,10 +157,10 @@ def round_trip(model, labels, psnr):
     return out
 
 
-def with_its_vae(model, reader, world, **how):
+def with_its_vae(model, reader, world_size, **how):
     """{task: metrics} of `evaluate` with the VAE's decoder in the place of the model's small one."""
     small, model.decoder = model.decoder, None
-    results, *_ = evaluate(model, reader, world, **how)
+    results, *_ = evaluate(model, reader, world_size, **how)
     model.decoder = small
     return results
 
@@ -167,39 +168,40 @@ def with_its_vae(model, reader, world, **how):
 class TrainingLabels:
     """What the trivial predictors know: the codes of up to `limit` training labels of each dataset and task.
 
-    train: readers of the training datasets. A dataset is read once for all tasks asked of it; `world` processes share
-    its batches. An unreadable sample is skipped and named with skip_bad, else a ValueError; None as in data.or_skip.
+    train: readers of the training datasets. A dataset is read once for all tasks asked of it, by `world_size` processes
+    in shares. An unreadable sample is skipped and named with skip_bad, else a ValueError; None as in data.or_skip.
     """
 
-    def __init__(self, train, limit, workers=2, skip_bad=None, world=1):
-        self.train, self.limit, self.workers, self.skip_bad, self.world = train, limit, workers, skip_bad, world
+    def __init__(self, train, limit, workers=2, skip_bad=None, world_size=1):
+        self.train, self.limit, self.workers, self.skip_bad = train, limit, workers, skip_bad
+        self.world_size = world_size
         self.sums, self.skipped = {}, defaultdict(set)      # the latter by dataset
 
     def sources(self, reader, task):
         """Of a test set's task: the dataset of the same name where it labels the task, else all that do."""
-        own = [r for r in self.train if r.name == reader.name and labelled(r, [task])]  # others are not looked at then
-        return own or [r for r in self.train if labelled(r, [task])]
+        own = [r for r in self.train if r.name == reader.name and tasks_with_labels(r, [task])]
+        return own or [r for r in self.train if tasks_with_labels(r, [task])]   # looked at only then
 
     def read(self, readers, tasks):
         """Sum up what the guesses for these test sets will need, and is not known yet."""
         need = defaultdict(dict)        # {(training reader, size): tasks}; a dict keeps their order
         for reader in readers:
-            for t in labelled(reader, tasks):
+            for t in tasks_with_labels(reader, tasks):
                 for source in self.sources(reader, t):
                     if (source.name, t, reader.size) not in self.sums:
                         need[source, reader.size][t] = None
         for (source, size), wanted in need.items():
-            share = partial(self.share, world=self.world, source=source, size=size, tasks=wanted)
-            parts = cli.spread(share, self.world)
+            share = partial(self.share, world_size=self.world_size, source=source, size=size, tasks=wanted)
+            parts = cli.spread(share, self.world_size)
             batches = [batch for turn in zip_longest(*(sums for sums, _ in parts)) for batch in turn if batch]
             for t in wanted:
                 self.sums[source.name, t, size] = [batch[t] for batch in batches if t in batch]
             self.skipped[source.name] |= {name for _, skipped in parts for name in skipped}
 
-    def share(self, rank, world, source, size, tasks):
-        """The rank-th of `world` shares: ([{task: code_sums} of a batch], names of skipped samples)."""
+    def share(self, rank, world_size, source, size, tasks):
+        """The rank-th of `world_size` shares: ([{task: code_sums} of a batch], names of skipped samples)."""
         sums, skipped = [], []
-        for group in test_batches(source, tasks, 16, self.workers, None, self.limit, rank, world, self.skip_bad,
+        for group in test_batches(source, tasks, 16, self.workers, None, self.limit, rank, world_size, self.skip_bad,
                                   skipped):
             known = [t for t in group[0][1] if t in TASKS]
             pairs = {t: [labels[t] for _, labels, _ in group] for t in known}
@@ -212,7 +214,7 @@ class TrainingLabels:
         labels are left out."""
         self.read([reader], tasks)
         out, skipped = {}, set()
-        for t in labelled(reader, tasks):
+        for t in tasks_with_labels(reader, tasks):
             sources = self.sources(reader, t)
             if sums := [s for source in sources for s in self.sums[source.name, t, reader.size]]:
                 out[t] = trivial(TASKS[t], sums)
@@ -306,7 +308,7 @@ def trained(settings):
 METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
 REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str},
           "vae": (None, METRIC_VALUES)}
-OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "oracle", "palette", "confidence", "decoder",
+OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "codec", "palette", "confidence", "decoder",
               "device")
 
 
@@ -314,7 +316,7 @@ def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     flag = parser.add_argument
     flag("--ckpt", help="folder written by train.py, or a hub id (default: out, else the trained toy model; with "
-         "--oracle the toy base)")
+         "--codec the toy base)")
     flag("--predictions", metavar="FOLDER", help="score <dataset>/<task>/<sample>.npy (.png, .flo, .exr) in it instead "
          "of a checkpoint's predictions")
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
@@ -336,10 +338,10 @@ def parse(argv):
     flag("--confidence", action="store_true", help="also the error of the pixels that a comparison with the mirror "
          "image trusts most, beside the best possible order; takes twice as long")
     flag("--pixels", action="store_true", help="also the error of flow in pixels, whose scales the two frames tell")
-    flag("--oracle", action="store_true", help="labels through encode, VAE, decode: what the codec alone costs")
+    flag("--codec", action="store_true", help="what the label codec alone costs: labels through the VAE and back")
     flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place, compared with the "
-         "VAE's where the results without it are in --ckpt, and always with --oracle, which evaluates both")
-    flag("--palette", choices=tuple(PALETTES), help="with --oracle: other class colours than the checkpoint's")
+         "VAE's where the results without it are in --ckpt, and always with --codec, which evaluates both")
+    flag("--palette", choices=tuple(PALETTES), help="with --codec: other class colours than the checkpoint's")
     flag("--kitti-baseline", default="calibration", choices=("calibration", "paper"), help="camera distance behind "
          "KITTI 2015's scene flow: each scene's calibration, or the paper's constant 0.54 m")
     flag("--skip-bad", action="store_true", help="skip and count unreadable samples instead of stopping")
@@ -349,10 +351,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     parser.refuse_idle(args, (
         (args.predictions, OF_A_MODEL, "--predictions are scored as they are"),
-        (not args.oracle, ["palette"], "it changes the codec, and goes with --oracle only"),
-        (args.oracle, ["confidence", "pixels"], "--oracle makes no predictions to judge"),
-        (args.oracle, ["streams"], "it changes the model, and --oracle is about the codec"),
-        (args.oracle and not args.ckpt, ["stage"], "the toy base has no stages: name a --ckpt")))
+        (not args.codec, ["palette"], "it changes the codec, and goes with --codec only"),
+        (args.codec, ["confidence", "pixels"], "--codec makes no predictions to judge"),
+        (args.codec, ["streams"], "it changes the model, and --codec is about the codec"),
+        (args.codec and not args.ckpt, ["stage"], "the toy base has no stages: name a --ckpt")))
     return args
 
 
@@ -367,7 +369,7 @@ def attended(streams, model):
     return tuple(t for t in model.tasks if t in tasks)
 
 
-def place(data):
+def data_name(data):
     """A --data, now or in training, in one word: "toy" for the toy worlds, or the absolute path of a root."""
     return "toy" if data in (None, "", "toy") else str(Path(str(data)).resolve())
 
@@ -378,7 +380,7 @@ def choose(data, home, size, whose):
     if not data and home != "toy" and not Path(home).is_dir():
         raise FileNotFoundError(f"{whose} was trained on {home}, which is not here: say where it is now (--data "
                                 "<root>), or take the toy worlds (--data toy)")
-    data = place(data or home)
+    data = data_name(data or home)
     size = size if data in ("toy", home) else None
     return data, tuple(size or (32, 48)) if size or data == "toy" else None
 
@@ -388,7 +390,7 @@ def test_sets(data, size, split, tasks, whose, kitti_baseline="calibration", lim
     samples of each are wanted."""
     root = data if data != "toy" else ""
     readers = test_readers(root, size, split=split, kitti_baseline=kitti_baseline, limit=limit)
-    readers = [r for r in readers if labelled(r, tasks)]
+    readers = [r for r in readers if tasks_with_labels(r, tasks)]
     if not readers:
         raise ValueError(f"no test set of {data} is labelled for what {whose} predicts, {', '.join(tasks)}")
     return readers
@@ -405,7 +407,7 @@ def results_file(args, folder, stage, home):
     beside = [(whose, whose), ("stage1", stage == 1 and (folder / "main_unet").is_dir()),
               (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
               (Path(args.data).name, args.data != home), (Path(args.decoder or "").name, args.decoder)]
-    name, parts = "oracle" if args.oracle else "results", [part for part, so in beside if so]
+    name, parts = "codec" if args.codec else "results", [part for part, so in beside if so]
     for n in count(1):
         path = where / ("_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")
         old = read_json(path, "", REPORT) if path.is_file() else {}
@@ -439,17 +441,17 @@ def read_baseline(names, planned):
     return shared(table, planned)
 
 
-def code():
+def source_files():
     """The files of this project that numbers may depend on: all that is imported here, and what that imports."""
     rooms = "", "readers", "network", "inference", "training", "baselines", "toy"
     return [path for room in rooms for path in Path(__file__).parent.joinpath(room).glob("*.py")]
 
 
-def settings(args, folder, size):
+def result_dependencies(args, folder, size):
     """Everything but its samples that the numbers of a test set depend on."""
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
              for path in folder.glob(pattern)]
-    files += code()
+    files += source_files()
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
     idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
@@ -458,7 +460,7 @@ def settings(args, folder, size):
 
 
 def fingerprints(common, readers, train):
-    """{test set: eight hexadecimal digits} for `settings`, its samples, and the training sets' behind GUESSES."""
+    """{test set: eight hexadecimal digits} of result_dependencies, its samples, and the training sets' of GUESSES."""
     about = [(r.name, r.split, len(r), r.size, r.version, r.identity()) for r in [*readers, *train]]
     behind = about[len(readers):]
     return {r.name: digest([common, own, behind]) for r, own in zip(readers, about, strict=False)}
@@ -475,13 +477,13 @@ def with_the_vae(args, folder, stage, home, size, readers, train):
     plain = argparse.Namespace(**{**vars(args), "decoder": None})
     path = results_file(plain, folder, stage, home)
     report = read_json(path, "", REPORT) if path.is_file() else {}
-    keys = fingerprints(settings(plain, folder, size), readers, train)
+    keys = fingerprints(result_dependencies(plain, folder, size), readers, train)
     return {name: report["results"][name] for name in current(report, keys)}
 
 
 def subject(args):
     """(model that the flags name, its folder, how to call it)."""
-    if args.oracle and not args.ckpt:
+    if args.codec and not args.ckpt:
         folder, whose = toy.BASE, "toy base"
         model = from_base(str(toy.BASE), tuple(TASKS)).to(args.device).eval()
     else:
@@ -505,11 +507,11 @@ def main(argv=None):
     if args.predictions:
         model = Predictions(args.predictions)
         folder, whose, config, stage = model.folder, f"predictions in {args.predictions}", model.config, None
-        home = place(model.home(args.data, args.split))
+        home = data_name(model.home(args.data, args.split))
     else:
         model, folder, whose = subject(args)
         config, stage = read_config(folder), 2 if model.multi else 1
-        home = place((config["train"] or {}).get("data"))
+        home = data_name((config["train"] or {}).get("data"))
     args.data, size = choose(args.data, home, config["size"], whose)
     root = args.data if args.data != "toy" else ""
     readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline, args.limit)
@@ -518,46 +520,46 @@ def main(argv=None):
     if args.kitti_baseline == "paper" and "kitti_2015" not in [r.name for r in readers]:
         raise ValueError("--kitti-baseline paper would do nothing here: KITTI 2015 is not among the test sets")
     train = []
-    if args.trivial and not args.oracle:
+    if args.trivial and not args.codec:
         with suppress(FileNotFoundError):   # test sets alone: there are no training labels to be trivial with
             train = train_readers(root, size)
     where = args.json or (folder != toy.BASE and writable(results_file(args, folder, stage, home)))
     old = read_json(where, "", REPORT) if where and Path(where).is_file() else {}
-    planned = {t: [r.name for r in readers if labelled(r, [t])] for t in model.tasks}
+    planned = {t: [r.name for r in readers if tasks_with_labels(r, [t])] for t in model.tasks}
     baseline = read_baseline(args.baseline, planned) if args.baseline else {}
 
     # ---- one test set after the other ----
     results, trivials, skipped, made_from = {}, {}, [], {}
-    report = {"checkpoint": whose, "stage": stage, "oracle": args.oracle, "split": args.split, "data": args.data,
+    report = {"checkpoint": whose, "stage": stage, "codec": args.codec, "split": args.split, "data": args.data,
               "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"], "results": results,
               "stage1": config["stage1"], "trivial": trivials, "skipped": skipped, "made_from": made_from}
-    keys = fingerprints(settings(args, folder, size), readers, train)
+    keys = fingerprints(result_dependencies(args, folder, size), readers, train)
     if args.predictions:
         keys = {r.name: keys[r.name] + model.state(r) for r in readers}
         report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
     kept = {name for name in current(old, keys) if name in old["trivial"] and not args.overwrite}
-    before, both = {}, args.oracle and args.decoder
+    before, both = {}, args.codec and args.decoder
     if args.decoder:
         report["vae"] = before = {name: r for name, r in (old.get("vae") or {}).items() if name in kept}
         before |= with_the_vae(args, folder, stage, home, size, readers, train)
-    world = 1 if args.predictions else cli.shares(model, args.processes)
-    workers = args.workers if world == 1 else 0
-    how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "oracle", "confidence", "pixels")}
+    world_size = 1 if args.predictions else cli.shares(model, args.processes)
+    workers = args.workers if world_size == 1 else 0
+    how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "codec", "confidence", "pixels")}
     how |= {"batch": args.batch or (1 if root else 16), "workers": workers}
-    labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world)
+    labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world_size)
     try:
         labels.read([r for r in readers if r.name not in kept], model.tasks)
         for reader in readers:
             name = reader.name
             if both and name not in before:
-                before[name] = with_its_vae(model, reader, world, **how)
+                before[name] = with_its_vae(model, reader, world_size, **how)
             if name in kept:
                 results[name], trivials[name] = old["results"][name], old["trivial"][name]
                 skipped += [s for s in old["skipped"] if s.startswith(f"{name}:")]
                 print(f"{name}: kept from {where} (--overwrite computes it again)", file=sys.stderr)
             else:
                 guesses, unread = labels.guesses(reader, model.tasks)
-                results[name], trivials[name], bad = evaluate(model, reader, world, guesses=guesses, **how)
+                results[name], trivials[name], bad = evaluate(model, reader, world_size, guesses=guesses, **how)
                 skipped += unread + bad
             made_from[name] = keys[name]
             report["unfinished"] = [r.name for r in readers if r.name not in results]

@@ -47,7 +47,7 @@ class StableMTL(nn.Module):
             self.register_buffer(f"token_{t}", tokens[t].float(), persistent=False)
         self.codecs = {t: registry(palette)[t] for t in self.tasks}
         self.palette, self.second_frame = palette, second_frame
-        self.coding = ""                        # of frames and labels, where it is not the VAE's: what a cache goes by
+        self.cache_tag = ""                     # of frames and labels, where it is not the VAE's: what a cache goes by
         self.main, self.attention, self.multi = None, None, None
         self.decoder = None                     # a small AutoencoderTiny that decodes in the VAE's place
         self.rho, self.mask = 0.0, "score"      # stage-2 training sets these; they act only in train() mode
@@ -146,25 +146,25 @@ class StableMTL(nn.Module):
         vae = self.vae if self.decoder is None else self.decoder    # each has a scaling_factor of its own
         return vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample
 
-    def see(self, frame):
+    def encode_frame(self, frame):
         """What the UNet is told of a frame (B,3,H,W): its latent."""
         return self.encode(frame)
 
-    def seen_shape(self, size):
-        """Of that, for a frame of size (H, W)."""
+    def encoded_shape(self, size):
+        """(channels, height, width) of that, for a frame of size (H, W)."""
         return self.vae.config.latent_channels, *(s // self.factor for s in size)
 
-    def latents(self, codes):
+    def encode_labels(self, codes):
         """What the UNet is to predict of label codes, {task: (B,3,H,W)} -> {task: (B,4,h,w)}."""
         return {t: self.encode(x) for t, x in codes.items()}
 
-    def codes(self, latents):
+    def decode_labels(self, latents):
         """And back: {task: (B,4,h,w)} -> {task: (B,3,h*f,w*f)}, in one pass of the decoder."""
         return by_task(self.decode(torch.cat([*latents.values()])), tuple(latents))
 
     # -- the UNet passes --
 
-    def single_stream(self):
+    def stage1_modules(self):
         """The modules that stage 1 trains, by name."""
         return {"unet": self.unet}
 
@@ -189,10 +189,10 @@ class StableMTL(nn.Module):
         timestep = torch.full((), timestep, device=x.device) if isinstance(timestep, int) else timestep
         return unet(x, timestep, tokens.repeat_interleave(each, 0).to(x.dtype), encoder_attention_mask=keep).sample
 
-    def see_both(self, first, second, tasks):
-        """`see` of two frames; of the second, which may be None, only where a pass that `tasks` take looks at it."""
-        z, seen = self.see(first), tasks if self.main is None else [*tasks, *self.attends]
-        return z, z if second is None or not any(TASKS[t].frames == 2 for t in seen) else self.see(second)
+    def encode_frames(self, first, second, tasks):
+        """Of two frames; of the second, which may be None, only where a pass that `tasks` take looks at it."""
+        z, seen = self.encode_frame(first), tasks if self.main is None else [*tasks, *self.attends]
+        return z, z if second is None or not any(TASKS[t].frames == 2 for t in seen) else self.encode_frame(second)
 
     @staticmethod
     def _pairs(z_i, z_j, tasks):
@@ -261,10 +261,10 @@ class StableMTL(nn.Module):
         height, width = image.shape[-2:]
         pad = (0, -width % self.factor, 0, -height % self.factor)
         frames = [f if f is None else F.pad(f, pad, mode="replicate") for f in (image, next_image)]
-        z_i, z_j = self.see_both(*frames, tasks)
+        z_i, z_j = self.encode_frames(*frames, tasks)
         latents, out, sums = self(z_i, z_j, tasks, rows), {}, {}
         for part in passes(tasks, z_i, rows):
-            for t, code in self.codes({t: latents[t] for t in part}).items():
+            for t, code in self.decode_labels({t: latents[t] for t in part}).items():
                 code = code[..., :height, :width]
                 out[t] = self.codecs[t].decode(code)
                 sums[t] = code.sum(dtype=torch.float32)     # NaN and infinity survive it

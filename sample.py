@@ -35,7 +35,7 @@ from tqdm import tqdm
 from baselines import load as load_model
 from checkpoint import digest, read_config
 from draw import attention_table
-from evaluate import choose, place, test_sets
+from evaluate import choose, data_name, test_sets
 from inference import infer, predictions
 from inference.infer import check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
@@ -287,12 +287,13 @@ def predict_testset(args):
     model, asked = load(args)
     forms, split = parse_formats(args.format, [TASKS[t] for t in asked]), args.split or "test"
     config, whose, output = read_config(args.ckpt), str(args.ckpt), Path(args.output or "predictions")
-    home = place((config["train"] or {}).get("data"))
+    home = data_name((config["train"] or {}).get("data"))
     data, size = choose(args.testset, home, config["size"], whose)
     written = [t for t in asked if any(fits(TASKS[t], form) for form in forms)]
     readers = test_sets(data, size, split, written, whose, limit=args.limit)
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
-                               "stage": 2 if model.multi else 1, "key": digest(settings(args, model))}, args.overwrite)
+                               "stage": 2 if model.multi else 1, "key": digest(map_dependencies(args, model))},
+                      args.overwrite)
     tally, skipped = Counter(), []
     try:
         for reader in readers:
@@ -311,7 +312,7 @@ def predict_testset(args):
     return 0
 
 
-def settings(args, model):
+def map_dependencies(args, model):
     """What maps follow from beside their frames, as json; weights by size and time, since checksums would take long."""
     def stated(folder, *patterns):
         files = sorted(p for pattern in patterns for p in Path(folder).glob(pattern))
@@ -332,7 +333,7 @@ def main(argv=None):
     inputs = inputs[:args.limit] if isinstance(inputs, list) else islice(inputs, args.limit)
     model, asked = load(args)
     forms = parse_formats(args.format, [TASKS[t] for t in asked])
-    output, taken, tally, common = Path(args.output or "samples"), {}, Counter(), settings(args, model)
+    output, taken, tally, common = Path(args.output or "samples"), {}, Counter(), map_dependencies(args, model)
     unscaled, places = Counter(), []        # what films are made of
     if args.video and "npy" not in forms:
         raise ValueError(f"--format {args.format}: films are made of NPY files, name npy as well")

@@ -41,7 +41,7 @@ import baselines
 import toy
 from baselines.teacher import with_true_labels
 from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
-from data import Mixture, labelled, loader, parse_drop, train_readers
+from data import Mixture, loader, parse_drop, tasks_with_labels, train_readers
 from model import StableMTL, from_base, load_base
 from network import stock
 from network.attention import WATCHED, watched
@@ -187,7 +187,7 @@ def build_model(cfg, tasks, stages):
 
 def trainable(model):
     """{part: {name: parameter}} of what this stage trains."""
-    parts = {"main_unet": model.main, "task_attention": model.attention} if model.main else model.single_stream()
+    parts = {"main_unet": model.main, "task_attention": model.attention} if model.main else model.stage1_modules()
     return {part: {k: p for k, p in m.named_parameters() if p.requires_grad} for part, m in parts.items()}
 
 
@@ -208,7 +208,7 @@ def latent_objective(model, cfg, mixture, streams):
     return LatentObjective(model, parse_loss(cfg.loss), mixture.cache is None, streams)
 
 
-class System(NamedTuple):
+class Recipe(NamedTuple):
     """What the loop needs to know of a system."""
     build: Callable         # (settings, tasks, how many stages --out holds) -> the model at its start
     parts: Callable         # model -> {part: {name: parameter}}, what is trained
@@ -216,8 +216,8 @@ class System(NamedTuple):
     joint: bool             # whether a step takes every label that an image has
 
 
-SYSTEMS = {"stablemtl": System(build_model, trainable, latent_objective, False),
-           **dict.fromkeys(baselines.SYSTEMS, System(baselines.build, baselines.parts, baselines.objective, True))}
+RECIPES = {"stablemtl": Recipe(build_model, trainable, latent_objective, False),
+           **dict.fromkeys(baselines.SYSTEMS, Recipe(baselines.build, baselines.parts, baselines.objective, True))}
 
 
 def precision(cfg, device):
@@ -274,11 +274,12 @@ def main(argv=None):
     find_tracker(cfg.track)     # better missed now than after the data is read
     if "RANK" in os.environ:    # torchrun's
         return ranked(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg, saved, tensors)
-    world = number_of_processes(cfg)
+    world_size = number_of_processes(cfg)
     stock.load()    # once, not in each of them
     with tempfile.TemporaryDirectory() as place:
-        work = partial(ranked, world=world, cfg=cfg, saved=saved, tensors=tensors, meeting=f"file://{place}/ranks")
-        return cli.spread(work, world)[0]
+        work = partial(ranked, world_size=world_size, cfg=cfg, saved=saved, tensors=tensors,
+                       meeting=f"file://{place}/ranks")
+        return cli.spread(work, world_size)[0]
 
 
 def number_of_processes(cfg):
@@ -291,31 +292,31 @@ def number_of_processes(cfg):
     return cfg.processes or (1 if alone else max(1, min(cli.cores(), cfg.batch // 2)))
 
 
-def ranked(rank, world, cfg, saved, tensors, meeting="env://"):
-    """`train` as one of `world` processes, which meet at the address `meeting`."""
+def ranked(rank, world_size, cfg, saved, tensors, meeting="env://"):
+    """`train` as one of `world_size` processes, which meet at the address `meeting`."""
     device = cli.parse_device(cfg.device)
-    if cfg.threads or device.type == "cpu" and (world > 1 or not cfg.base):
+    if cfg.threads or device.type == "cpu" and (world_size > 1 or not cfg.base):
         torch.set_num_threads(cfg.threads or 1)
-    if world == 1:
+    if world_size == 1:
         return train(0, 1, device, cfg, saved, tensors)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # they wait for one another as long as it takes: building a cache of real data takes hours
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=meeting, rank=rank,
-                            world_size=world, timeout=timedelta(days=30))
+                            world_size=world_size, timeout=timedelta(days=30))
     try:
-        return train(rank, world, device, cfg, saved, tensors)
+        return train(rank, world_size, device, cfg, saved, tensors)
     finally:
         dist.destroy_process_group()
 
 
-def train(rank, world, device, cfg, saved, tensors):
-    """One of `world` processes that take the same steps, each with a part of every batch -> exit code.
+def train(rank, world_size, device, cfg, saved, tensors):
+    """One of `world_size` processes that take the same steps, each with a part of every batch -> exit code.
 
     saved, tensors: what --resume continues (checkpoint.read_state), else None.
     """
-    chief, out, system = rank == 0, Path(cfg.out), SYSTEMS[cfg.system]
+    chief, out, recipe = rank == 0, Path(cfg.out), RECIPES[cfg.system]
     workers = 2 if device.type == "cuda" else 0
     workers = workers if cfg.workers is None else cfg.workers
 
@@ -323,8 +324,8 @@ def train(rank, world, device, cfg, saved, tensors):
     readers, beside = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes), {}
     if cfg.discover == "true":
         readers, beside = with_true_labels(readers, parse_drop(cfg.drop, [r.name for r in readers]))
-    model = system.build(cfg, labelled_tasks(cfg, readers), stages_in(cfg))
-    if world > 1:
+    model = recipe.build(cfg, labelled_tasks(cfg, readers), stages_in(cfg))
+    if world_size > 1:
         dist.barrier()    # nobody writes to --out before everybody has read it
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     everything = readers
@@ -334,7 +335,7 @@ def train(rank, world, device, cfg, saved, tensors):
     model.to(device)
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
-    parts = system.parts(model)
+    parts = recipe.parts(model)
     if cfg.checkpointing:
         (model.main or model.unet).enable_gradient_checkpointing()
 
@@ -343,21 +344,22 @@ def train(rank, world, device, cfg, saved, tensors):
     if cfg.pseudo and not place:
         raise ValueError(f"--pseudo {cfg.pseudo} are latents, and go with a latent cache: add --cache <folder>")
     drop = parse_drop(cfg.drop, [r.name for r in readers])
-    joint = system.joint or cfg.stage == 2 and cfg.attention == "n-to-n"
-    options = {"skip_bad": cfg.skip_bad, "with_next": joint or cfg.stage == 2, "rank": rank, "world": world}
-    coding = fingerprint(model.vae.state_dict()) + model.coding
-    pseudo = read_pseudo(cfg, everything, coding, model.tasks, drop) if cfg.pseudo else None
-    mixture = Mixture(readers + (pseudo.cells if pseudo else []), model.tasks, codecs, cfg.batch, cfg.micro,
+    joint = recipe.joint or cfg.stage == 2 and cfg.attention == "n-to-n"
+    options = {"skip_bad": cfg.skip_bad, "with_next": joint or cfg.stage == 2, "rank": rank, "world_size": world_size}
+    vae_hash = fingerprint(model.vae.state_dict()) + model.cache_tag
+    pseudo = read_pseudo(cfg, everything, vae_hash, model.tasks, drop) if cfg.pseudo else None
+    mixture = Mixture(readers + (pseudo.pairs if pseudo else []), model.tasks, codecs, cfg.batch, cfg.micro,
                       cfg.seed + 1000 * cfg.stage, drop, cfg.isolation, joint, beside=beside, **options)
     held_out, shown = None, readers
     if cfg.val_samples:
         try:
             shown = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes, "val")
-            known = [t for t in mixture.tasks if any(labelled(r, {t} - drop.get(r.name, set())) for r in shown)]
+            known = [t for t in mixture.tasks
+                     if any(tasks_with_labels(r, {t} - drop.get(r.name, set())) for r in shown)]
             held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
-    cache = LatentCache(place, readers, coding, cfg.palette) if place else None
+    cache = LatentCache(place, readers, vae_hash, cfg.palette) if place else None
 
     # ---- optimizer, schedule, resume; what does not fit has been refused by the end of this, with nothing written ----
     autocast, scaler = precision(cfg, device)
@@ -374,28 +376,28 @@ def train(rank, world, device, cfg, saved, tensors):
         if cache:
             if chief:
                 cache.create(readers, model)
-            if world > 1:
+            if world_size > 1:
                 dist.barrier()
             every = registry(cfg.palette)       # runs of fewer tasks share the folder
-            skipped += cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world)
-            if world > 1:
+            skipped += cache.build(readers, model, every, workers, 8, cfg.skip_bad, rank, world_size)
+            if world_size > 1:
                 dist.barrier()
         mixture.cache = pseudo.beside(cache, model) if pseudo else cache
         if cfg.frozen == "bf16":        # now: a cache is the same with and without it
             freeze_in_bf16(model)
         if place and cfg.stage == 2 and not joint and cfg.stream_gb > 0:
             streams = StreamCache(place, readers, model, cfg.stream_gb * 1e9, autocast, own=cfg.cache == "auto")
-        objective = system.objective(model, cfg, mixture, streams)
+        objective = recipe.objective(model, cfg, mixture, streams)
 
         # ---- what is saved ----
         about = about_run(cfg, model, readers, saved)
-        settled = out if cfg.stage == 2 else None       # has the files of what is not trained
+        frozen_from = out if cfg.stage == 2 else None       # has the files of what is not trained
 
         def save():
             if chief:
                 scaling = {"scaler": scaler.state_dict() if scaler else None}
                 save_state(out, about | scaling, step, parts, optimizer)    # first: from here --resume can do the rest
-                save_model(model, out, settled)
+                save_model(model, out, frozen_from)
             # where the run ends, or ended before it was lengthened, and not where Ctrl-C happened to fall
             ends = cfg.steps, saved and saved["train"]["steps"]
             if held_out and (step % cfg.save_every == 0 or step in ends):
@@ -403,7 +405,7 @@ def train(rank, world, device, cfg, saved, tensors):
                 skipped.extend(bad)
                 about["held_out"][str(step)] = loss if math.isfinite(loss) else None
                 if chief and str(step) == best_step(about):
-                    save_model(model, out / "best", settled)
+                    save_model(model, out / "best", frozen_from)
                     write_json(out / "best" / "config.json", about)
             if chief:
                 write_json(out / "config.json", about)
@@ -463,12 +465,12 @@ def train(rank, world, device, cfg, saved, tensors):
                     picture_file = out / "pictures" / f"stage{cfg.stage}_{step:06d}.png"
                     save_picture(model, shown, picture_file, cfg.skip_bad)
                     set_mode(model, True)
-                if done.stop or (world == 1 and stops):
+                if done.stop or (world_size == 1 and stops):
                     break
         if step < cfg.steps:
             save()
-        if world > 1:
-            everybodys = [None] * world
+        if world_size > 1:
+            everybodys = [None] * world_size
             dist.all_gather_object(everybodys, skipped)
             skipped = sum(everybodys, [])
     if chief and step < cfg.steps:
@@ -477,7 +479,7 @@ def train(rank, world, device, cfg, saved, tensors):
     elif chief:
         minutes = (time.time() - start) / 60
         print(done_already(cfg, model) if saved and saved["step"] == step else
-              f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world} processes of "
+              f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world_size} processes of "
               f"{torch.get_num_threads()} threads; {len(set(skipped))} samples skipped; model in {out}")
         if best := best_step(about):
             print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")
@@ -540,7 +542,7 @@ def labelled_tasks(cfg, readers):
     tasks = parse_tasks(cfg.tasks)
     if not cfg.data or cfg.tasks != "all":
         return tasks
-    found = tuple(t for t in tasks if any(labelled(r, [t]) for r in readers))
+    found = tuple(t for t in tasks if any(tasks_with_labels(r, [t]) for r in readers))
     if not found:
         raise ValueError(f"--data {cfg.data} has no training label of any task: "
                          f"python data.py --data {cfg.data} --check says what is there")

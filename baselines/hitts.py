@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.trunk import WIDTH, System, Trunk, conv, first_images, larger, outputs, task_errors, to_code
-from data import labelled
+from data import tasks_with_labels
 
 REGRESSION = 0.1                # lambda: weight of the regression loss beside the classification's
 DIRECTIONS, SAMPLES = 20, 32    # centres of unit vectors; labelled images per dataset that they are found on
@@ -209,8 +209,8 @@ class HiTTs(System):
         """Centres of directions: k-means of training labels, of the first few images of each dataset."""
         for t in (t for t in self.tasks if self.bins[t].vectors):
             vectors = [torch.empty(0, 3)]
-            for reader in (r for r in mixture.readers if labelled(r, [t])):
-                known = sorted(mixture.labelled.get((reader.name, t), ()))[:SAMPLES]
+            for reader in (r for r in mixture.readers if tasks_with_labels(r, [t])):
+                known = sorted(mixture.usable.get((reader.name, t), ()))[:SAMPLES]
                 for _, item in first_images(mixture, reader, known, (t,), self.codecs):
                     vectors.append(item["labels"][t][:, item["valid"][t][0]].T)
             vectors = F.normalize(torch.cat(vectors), dim=1)
@@ -254,7 +254,7 @@ class HiTTs(System):
     def error(self, task, x, code):
         return self.bins[task].errors(x, code)
 
-    def codes(self, latents):
+    def decode_labels(self, latents):
         return {t: self.bins[t].quantised(x) for t, x in latents.items()}
 
     # -- discovery --

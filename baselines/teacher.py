@@ -66,7 +66,7 @@ class Discovery:
 
     def lacks(self, key, task):
         """Whether the image of a key (dataset, index, flip) has no label of the task to train on."""
-        return key[1] not in self.mixture.labelled.get((key[0], task), ())
+        return key[1] not in self.mixture.usable.get((key[0], task), ())
 
     @torch.no_grad()
     def thresholds(self):

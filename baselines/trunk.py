@@ -155,7 +155,7 @@ class System(nn.Module):
     """
     kind, Options, discovers = "", NoOptions, ("labels", "true", "light")
     main, multi, decoder, second_frame = None, None, None, "concat"     # as StableMTL has them
-    factor, out_channels, coding = 1, 3, "images"                   # of its latents, which are images here
+    factor, out_channels, cache_tag = 1, 3, "images"                # of its latents, which are images here
 
     def __init__(self, tasks, palette="cityscapes", **options):
         super().__init__()
@@ -178,16 +178,16 @@ class System(nn.Module):
 
     # -- what the cache keeps, and what the codec costs: nothing is encoded --
 
-    def see(self, frame):
+    def encode_frame(self, frame):
         return frame
 
-    def seen_shape(self, size):
+    def encoded_shape(self, size):
         return 3, *size
 
-    def latents(self, codes):
+    def encode_labels(self, codes):
         return codes
 
-    def codes(self, latents):
+    def decode_labels(self, latents):
         """What is left of label codes, {task: (B,3,H,W)}, if this system predicts as well as it can."""
         return latents
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import digest, read_json, stamps, write_json
-from data import labelled, or_skip, test_batches
+from data import or_skip, tasks_with_labels, test_batches
 from inference.infer import as_array, network_maps, restore
 from readers.exports import FORMATS, decode, endings, fits, save
 from readers.folder import SAME_ASPECT, same_aspect
@@ -58,7 +58,8 @@ def write(model, reader, tasks, folder, forms, batch, rows=None, limit=None, ski
     """Predict the samples of a test set for those of the tasks that it labels, as evaluate.py does, one file for each
     of the forms (exports.FORMATS) that fits. -> (Counter of samples "done" and "kept", names of skipped ones)."""
     device, skipped, tally = next(model.parameters()).device, [], Counter()
-    for group in test_batches(reader, labelled(reader, tasks), batch, 2, limit, skip_bad=skip_bad, skipped=skipped):
+    wanted = tasks_with_labels(reader, tasks)
+    for group in test_batches(reader, wanted, batch, 2, limit, skip_bad=skip_bad, skipped=skipped):
         wanted = [t for t in group[0][1] if t in TASKS]
         files = [(n, t, form, Path(folder, reader.name, t, f"{reader.stem(index)}{FORMATS[form]}"))
                  for n, (_, _, index) in enumerate(group) for t in wanted for form in forms if fits(TASKS[t], form)]
@@ -124,7 +125,7 @@ class Predictions:
 
     def wanted(self, reader, limit=None):
         """{task: samples that evaluation asks for}."""
-        known = {t: {int(i) for i in reader.indices(t)} for t in labelled(reader, self.tasks)}
+        known = {t: {int(i) for i in reader.indices(t)} for t in tasks_with_labels(reader, self.tasks)}
         first = sorted(set().union(*known.values()))[:limit]
         return {t: [reader.stem(i) for i in first if i in numbers] for t, numbers in known.items()}
 

@@ -105,7 +105,7 @@ class Generalist(StableMTL):
             raise ValueError(f"its unet goes from {unet.config.in_channels} to {unet.config.out_channels} channels; "
                              f"{space} space and {condition} frames need {taken} to {given}")
         seen = "latent" if condition == "latent" else "raw"
-        self.coding = "" if space == seen == "latent" else f", {space} labels, {seen} frames"
+        self.cache_tag = "" if space == seen == "latent" else f", {space} labels, {seen} frames"
         self.seeds = None       # of the noise that DDIM starts from, one per image of the batch
 
     @classmethod
@@ -119,28 +119,28 @@ class Generalist(StableMTL):
         told = ", ".join(f"{axis} {self.axes[axis]}" for axis in STABLEMTL)
         raise ValueError(f"stage 2 needs StableMTL's own stage 1, and this one has {told}: train another")
 
-    def single_stream(self):
-        return super().single_stream() | ({"stem": self.stem} if self.stem is not None else {})
+    def stage1_modules(self):
+        return super().stage1_modules() | ({"stem": self.stem} if self.stem is not None else {})
 
     # -- what is seen and what is predicted --
 
-    def see(self, frame):
+    def encode_frame(self, frame):
         """A latent, or the frame as it is: the stem is trained, so it comes later."""
-        return super().see(frame) if self.condition == "latent" else frame
+        return super().encode_frame(frame) if self.condition == "latent" else frame
 
-    def seen_shape(self, size):
-        return super().seen_shape(size) if self.condition == "latent" else (3, *size)
+    def encoded_shape(self, size):
+        return super().encoded_shape(size) if self.condition == "latent" else (3, *size)
 
-    def latents(self, codes):
+    def encode_labels(self, codes):
         """Pixel space: classes are picked, all else is averaged over the pixels of a cell."""
         if self.space == "latent":
-            return super().latents(codes)
+            return super().encode_labels(codes)
         return {t: _pick(x, self.factor) if TASKS[t].categorical else F.avg_pool2d(x, self.factor)
                 for t, x in codes.items()}
 
-    def codes(self, latents):
+    def decode_labels(self, latents):
         if self.space == "latent":
-            return super().codes(latents)
+            return super().decode_labels(latents)
         return {t: F.interpolate(z.float(), scale_factor=self.factor, mode="nearest" if TASKS[t].categorical
                                  else "bilinear") for t, z in latents.items()}
 

@@ -155,7 +155,7 @@ def test_evaluation_without_streams(tiny_ckpt, tmp_path, capsys):
     for kind in ("results", "made_from"):
         assert len({json.dumps(r[kind]) for r in reports}) == 3
     for flags, says in (("--streams off --stage 1", "--streams would do nothing here"), ("--streams=", "unknown task"),
-                        ("--streams off --oracle", "--streams would do nothing"), ("--streams x", "unknown task x")):
+                        ("--streams off --codec", "--streams would do nothing"), ("--streams x", "unknown task x")):
         code, error = go(flags)
         assert code == 2 and says in error and error.count("\n") == 1
 

@@ -238,7 +238,7 @@ def test_ranks_share_the_building(whole, tmp_path, toys, model):
     store = opened(tmp_path, toys, model)
     store.create(toys, model)
     for rank in (1, 0):
-        store.build(toys, model, TASKS, batch=2, rank=rank, world=2)
+        store.build(toys, model, TASKS, batch=2, rank=rank, world_size=2)
         assert np.load(tmp_path / "rooms" / "done.npy").all() == (rank == 0)
     for path in whole.rglob("*.npy"):
         a, b = np.load(path), np.load(tmp_path / path.relative_to(whole))
@@ -250,14 +250,14 @@ def test_images_are_encoded_in_the_same_company(tmp_path, toys, model, monkeypat
     seen, encode = {1: [], 2: []}, cache.encode
 
     def spy(model, images):
-        seen[world].append([(name, x.sum().item()) for name, x in images])
+        seen[world_size].append([(name, x.sum().item()) for name, x in images])
         return encode(model, images)
     monkeypatch.setattr(cache, "encode", spy)
-    for world in seen:
-        store = opened(tmp_path / str(world), toys, model)
+    for world_size in seen:
+        store = opened(tmp_path / str(world_size), toys, model)
         store.create(toys, model)
-        for rank in range(world):
-            store.build(toys, model, TASKS, batch=2, rank=rank, world=world)
+        for rank in range(world_size):
+            store.build(toys, model, TASKS, batch=2, rank=rank, world_size=world_size)
     assert sorted(seen[1]) == sorted(seen[2]) and len(seen[1]) == 2 * len(toys)
 
 

@@ -83,7 +83,7 @@ def test_workers_change_nothing():
 
 def test_ranks_partition_the_batch(toys):
     """Two ranks together see exactly the samples of one, and never the same one twice."""
-    one, two = mixture(toys, batch=6), [mixture(toys, batch=6, rank=r, world=2) for r in (0, 1)]
+    one, two = mixture(toys, batch=6), [mixture(toys, batch=6, rank=r, world_size=2) for r in (0, 1)]
     for s in range(10):
         first, second = (key(m.plan(s)) for m in two)
         assert len(first) == len(second) == 3

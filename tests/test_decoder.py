@@ -117,18 +117,19 @@ def rows_of(out):
             (row for row in rows if row[:1] == ["real"])}
 
 
-def test_the_oracle_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, go, monkeypatch):
-    """Task by task and class by class, whether or not the VAE's own oracle was evaluated before, or has a file at all:
-    on the toy base it has none. Its numbers are those that the VAE's own oracle gives, and are kept with the others."""
+def test_the_round_trip_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, go, monkeypatch):
+    """Task by task and class by class, whether or not the VAE's own round trip was evaluated before, or has a file at
+    all: on the toy base it has none. Its numbers are those that the VAE's own round trip gives, and are kept with the
+    others."""
     world = ToyWorld("real", "test", 2, (16, 24))
     monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [world])
     ckpt = shutil.copytree(tiny_ckpt_1, tmp_path / "out")
-    few = f"--oracle --ckpt {ckpt} --limit 2 --workers 0 --processes 1"
+    few = f"--codec --ckpt {ckpt} --limit 2 --workers 0 --processes 1"
     code, out, error = go(evaluate.main, few, "--decoder", folder)
     assert code == 0, error
-    report, first = json.loads((ckpt / "oracle_decoder.json").read_text()), rows_of(out)
+    report, first = json.loads((ckpt / "codec_decoder.json").read_text()), rows_of(out)
     assert go(evaluate.main, few)[0] == 0
-    whole = json.loads((ckpt / "oracle.json").read_text())["results"]
+    whole = json.loads((ckpt / "codec.json").read_text())["results"]
     assert report["vae"] == whole and report["results"] != whole
     for task, metric in (("depth", "AbsRel"), ("depth", "PSNR of the code, dB"), ("semantic", "mIoU"),
                          ("semantic", "accuracy")):
@@ -139,7 +140,7 @@ def test_the_oracle_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, 
     classes = {k for r in (whole, report["results"]) for k in r["real"]["semantic"] if k.startswith("IoU")}
     assert classes == {metric for _, metric in first if metric.startswith("IoU ")} and len(classes) > 2
     monkeypatch.setattr(evaluate, "evaluate", lambda *a, **options: pytest.fail("computed again"))
-    for kept in ("oracle.json", "nothing.json"):
+    for kept in ("codec.json", "nothing.json"):
         (ckpt / kept).unlink(missing_ok=True)
         code, again, error = go(evaluate.main, few, "--decoder", folder)
         assert code == 0 and "kept from" in error and rows_of(again) == first
@@ -149,10 +150,10 @@ def test_the_oracle_compares_decoders(folder, tiny_ckpt_1, tiny_base, tmp_path, 
     monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [world])
     monkeypatch.setattr(evaluate.toy, "BASE", tiny_base)
     autoencoder(levels=2).save_pretrained(tmp_path / "two")
-    code, out, error = go(evaluate.main, "--oracle --limit 2 --workers 0 --processes 1 --decoder two")
+    code, out, error = go(evaluate.main, "--codec --limit 2 --workers 0 --processes 1 --decoder two")
     assert code == 0 and "written to" not in out and not list(tiny_base.glob("*.json")), error
     told = rows_of(out)
-    alone = next(line for line in go(evaluate.main, "--oracle --limit 2 --workers 0 --processes 1")[1].splitlines()
+    alone = next(line for line in go(evaluate.main, "--codec --limit 2 --workers 0 --processes 1")[1].splitlines()
                  if line.startswith("| real | depth"))
     assert f"| {told['depth', 'AbsRel'][0]} |" in alone and told["depth", "AbsRel"][0] != told["depth", "AbsRel"][1]
 

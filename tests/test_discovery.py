@@ -28,7 +28,7 @@ from tasks import TASKS
 from tools import discover
 from training import discovery, losses
 from training.cache import LatentCache, fingerprint
-from training.discovery import Cell, keep, read_pseudo, unlabelled
+from training.discovery import UnlabelledPair, keep, read_pseudo, unlabelled
 
 pytestmark = pytest.mark.usefixtures("quick")
 TASKS_HERE = ("normal", "depth", "shading")
@@ -58,9 +58,9 @@ def labels(folder, model, mask="half", tasks=TASKS_HERE, drop=None):
     return read_pseudo(cfg, readers(), fingerprint(model.vae.state_dict()), tasks, drop or {})
 
 
-# ---- which cells ----
+# ---- which pairs of dataset and task ----
 
-def test_cells_are_what_the_toy_worlds_lack():
+def test_pairs_are_what_the_toy_worlds_lack():
     """The six of the toy worlds, as of the real datasets they stand for; dropped labels count as missing; flows and
     classes are never discovered."""
     six = {"streets": ["shading", "albedo"], "things": ["normal", "depth", "shading", "albedo"]}
@@ -82,7 +82,7 @@ def test_a_label_is_what_the_teacher_predicts(teacher, pseudo):
         for flip in (0, 1):
             frame = prepare(reader, 1, (), {}, (bool(flip), False))["frames"][0][None]
             z = torch.from_numpy(np.array(kept.array(reader, t)[1, flip]))[None].float()
-            found, told = TASKS[t].decode(model.codes({t: z})[t]), model.predict(frame, frame, [t])[t]
+            found, told = TASKS[t].decode(model.decode_labels({t: z})[t]), model.predict(frame, frame, [t])[t]
             assert (found - told).abs().max() < 0.02 and told.std() > 0.01
 
 
@@ -125,13 +125,13 @@ def test_truth_is_the_latent_of_the_true_label(teacher, tmp_path, capsys):
     assert all(ours[t] != trivial[t] for t in TASKS_HERE)
     model = StableMTL.load(teacher)
     kept, world = labels(tmp_path / "truth", model, "none"), ToyWorld("things", "train", SCENES, SIZE, all_labels=True)
-    cell = next(c for c in kept.cells if (c.reader.name, c.tasks) == ("things", ("depth",)))
+    pair = next(p for p in kept.pairs if (p.reader.name, p.tasks) == ("things", ("depth",)))
     cache = LatentCache(tmp_path / "cache", [world], "", "cityscapes")
     cache.create([world], model)
     cache.build([world], model, TASKS)
     kept.beside(cache, model)
     for flip in (False, True):
-        want, got = cache.get(world, 1, ("depth",), flip), kept.get(cell, 1, ("depth",), flip, 0)
+        want, got = cache.get(world, 1, ("depth",), flip), kept.get(pair, 1, ("depth",), flip, 0)
         assert torch.equal(want["labels"]["depth"], got["labels"]["depth"])
         assert torch.equal(want["valid"]["depth"], got["valid"]["depth"]) and got["valid"]["depth"].any()
 
@@ -145,12 +145,12 @@ def test_a_diffusing_teacher_says_the_same_of_an_image_in_any_batch(go, tmp_path
         assert discover.main(flags.split()) == 0
     model = StableMTL.load(tmp_path / "teacher")
     one, two = (labels(tmp_path / str(batch), model, tasks=("shading", "depth")) for batch in (1, 2))
-    for cell in one.cells:
-        (t,) = cell.tasks
-        found = [np.array(kept.array(cell.reader, t)).astype(np.float32) for kept in (one, two)]
+    for pair in one.pairs:
+        (t,) = pair.tasks
+        found = [np.array(kept.array(pair.reader, t)).astype(np.float32) for kept in (one, two)]
         assert np.abs(found[0] - found[1]).max() < 0.02 < np.abs(found[0][0] - found[0][1]).max()
-        frame = prepare(cell.reader, 1, (), {})["frames"][0][None]
-        decoded = TASKS[t].decode(model.codes({t: torch.from_numpy(found[1][1, :1])})[t])
+        frame = prepare(pair.reader, 1, (), {})["frames"][0][None]
+        decoded = TASKS[t].decode(model.decode_labels({t: torch.from_numpy(found[1][1, :1])})[t])
         assert (decoded - model.predict(frame, frame, [t])[t]).abs().max() < 0.05
 
 
@@ -170,7 +170,7 @@ def test_half_of_the_cells_of_a_task_are_kept(teacher, pseudo):
     kept = labels(pseudo, StableMTL.load(teacher))
     kept.beside(None, StableMTL.load(teacher))
     for t in TASKS_HERE:
-        masks = [kept.get(c, i, (t,), False, 0)["valid"][t] for c in kept.cells if c.tasks == (t,) for i in range(2)]
+        masks = [kept.get(p, i, (t,), False, 0)["valid"][t] for p in kept.pairs if p.tasks == (t,) for i in range(2)]
         share = torch.stack(masks).float().mean().item()
         assert share == pytest.approx(0.5, abs=0.05)
 
@@ -178,9 +178,9 @@ def test_half_of_the_cells_of_a_task_are_kept(teacher, pseudo):
 def test_the_mixture_draws_them_with_their_weight(teacher, pseudo):
     """shading: rooms has labels, streets and things have none: 1 to 0.5 to 0.5. depth: 1, 1, 0.5."""
     kept = labels(pseudo, StableMTL.load(teacher))
-    assert {(c.name, c.tasks[0]) for c in kept.cells} == {
+    assert {(p.name, p.tasks[0]) for p in kept.pairs} == {
         ("streets (pseudo)", "shading"), *(("things (pseudo)", t) for t in TASKS_HERE)}
-    mixture = Mixture(readers()[:2] + kept.cells, TASKS_HERE, TASKS, batch=50)
+    mixture = Mixture(readers()[:2] + kept.pairs, TASKS_HERE, TASKS, batch=50)
     drawn = {t: Counter() for t in TASKS_HERE}
     for step in range(120):
         for (t,), reader, *_ in mixture.plan(step):
@@ -193,7 +193,7 @@ def test_the_mixture_draws_them_with_their_weight(teacher, pseudo):
             assert drawn[t][name] / total == pytest.approx(weight / parts, abs=0.05)
 
 
-def test_samples_of_a_cell(teacher, pseudo):
+def test_samples_of_a_pair(teacher, pseudo):
     """The label of that flip; the colours of the image drawn from the seed; a labelled dataset's are the cache's."""
     model = StableMTL.load(teacher)
 
@@ -201,14 +201,14 @@ def test_samples_of_a_cell(teacher, pseudo):
         def get(self, *args):
             return args
     kept = labels(pseudo, model, "none").beside(Cache(), model)
-    cell, plain = kept.cells[-1], readers()[0]
-    t = cell.tasks[0]
+    pair, plain = kept.pairs[-1], readers()[0]
+    t = pair.tasks[0]
     assert kept.get(plain, 1, (t,), True, 7) == (plain, 1, (t,), True, 7)
-    one, again, other = (kept.get(cell, 1, (t,), True, seed) for seed in (7, 7, 8))
+    one, again, other = (kept.get(pair, 1, (t,), True, seed) for seed in (7, 7, 8))
     assert torch.equal(one["frames"][0], again["frames"][0]) and not torch.equal(one["frames"][0], other["frames"][0])
     assert torch.equal(one["labels"][t], other["labels"][t])
-    assert torch.equal(one["labels"][t], torch.from_numpy(np.array(kept.array(cell.reader, t)[1, 1])).float())
-    clean = model.see(prepare(cell.reader, 1, (), {}, (True, False))["frames"][0][None])[0]
+    assert torch.equal(one["labels"][t], torch.from_numpy(np.array(kept.array(pair.reader, t)[1, 1])).float())
+    clean = model.encode_frame(prepare(pair.reader, 1, (), {}, (True, False))["frames"][0][None])[0]
     assert 0 < (one["frames"][0] - clean).abs().mean() < 0.5 * clean.abs().mean()
 
 
@@ -217,12 +217,12 @@ def test_masked_cells_have_no_influence(teacher, pseudo, tmp_path):
     model, found = StableMTL.load(teacher), []
     for damage in (0.0, math.nan):
         kept = labels(shutil.copytree(pseudo, tmp_path / str(damage)), model).beside(None, model)
-        cell = next(c for c in kept.cells if c.tasks == ("depth",))
+        pair = next(p for p in kept.pairs if p.tasks == ("depth",))
         kept.arrays.clear()     # they are open to be read
-        array, off = kept.array(cell.reader, "depth", "r+"), kept.doubt(cell) > kept.middle["depth"]
+        array, off = kept.array(pair.reader, "depth", "r+"), kept.doubt(pair) > kept.middle["depth"]
         array[np.broadcast_to(off, array.shape)] += damage
         array.flush()
-        mixture = Mixture([cell], ("depth",), TASKS, batch=4, cache=kept)
+        mixture = Mixture([pair], ("depth",), TASKS, batch=4, cache=kept)
         batches = mixture[0]["batches"]
         plain = train.precision(train.Config(precision="fp32"), torch.device("cpu"))
         objective = losses.LatentObjective(model, {"latent": 1.0}, False)
@@ -234,8 +234,8 @@ def test_masked_cells_have_no_influence(teacher, pseudo, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
-def test_a_labelled_cell_never_gets_a_pseudo_label(go, pseudo, tmp_path):
-    """Cells are those without labels; labels made while some were dropped are refused where these are back."""
+def test_a_labelled_pair_never_gets_a_pseudo_label(go, pseudo, tmp_path):
+    """Pairs are those without labels; labels made while some were dropped are refused where these are back."""
     stored = json.loads((pseudo / "cache.json").read_text())["cells"]
     assert all(t not in r.tasks for r in readers() for t in stored.get(r.name, ()))
     out, few = tmp_path / "few", f"--tasks {','.join(TASKS_HERE)}"
@@ -356,7 +356,7 @@ def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):
     def told(text):
         return run(lambda: discover.main(text.split())), capsys.readouterr().err
     code, error = told(f"--ckpt {another} --to {pseudo}")
-    assert code == 2 and "pseudo labels of other cells" in error
+    assert code == 2 and "pseudo labels of other pairs" in error
     assert go("--tasks semantic --out " + str(tmp_path / "classes"))[0] == 0
     code, error = told(f"--ckpt {tmp_path / 'classes'} --to {tmp_path / 'x'}")
     assert code == 2 and "lack no label of semantic" in error
@@ -377,6 +377,6 @@ def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):
     assert "--" not in error
 
 
-def test_a_cell_looks_like_a_reader():
-    cell = Cell(Made("made"), "shading", 0.5)
-    assert len(cell) == 4 and list(cell.indices("shading")) == [0, 1, 2, 3] and cell.mix == {"shading": 0.5}
+def test_a_pair_looks_like_a_reader():
+    pair = UnlabelledPair(Made("made"), "shading", 0.5)
+    assert len(pair) == 4 and list(pair.indices("shading")) == [0, 1, 2, 3] and pair.mix == {"shading": 0.5}

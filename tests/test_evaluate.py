@@ -146,7 +146,7 @@ def test_results_of_other_weights_are_not_reused(tiny_ckpt_1, tmp_path):
     world = ToyWorld("rooms", "test", 2)
 
     def key(size=(32, 48), reader=world):
-        return evaluate.fingerprints(evaluate.settings(args, copy, size), [reader], [])[reader.name]
+        return evaluate.fingerprints(evaluate.result_dependencies(args, copy, size), [reader], [])[reader.name]
     first = key()
     (copy / "results.json").write_text("{}")
     args.json = "elsewhere"
@@ -184,12 +184,12 @@ def test_batches_and_rows_change_nothing(tiny_ckpt, tmp_path):
         assert a[task] == pytest.approx(b[task], rel=1e-3)
 
 
-def test_oracle_with_a_perfect_codec(tiny_model, monkeypatch):
-    """Were the VAE lossless, the oracle would be perfect: 100% of classes kept, no angular or flow error."""
+def test_the_round_trip_with_a_perfect_codec(tiny_model, monkeypatch):
+    """Were the VAE lossless, the round trip would be perfect: 100% of classes kept, no angular or flow error."""
     for part in ("encode", "decode"):
         monkeypatch.setattr(StableMTL, part, lambda self, x: x)
     streets = ToyWorld("streets", "test", 2, (32, 48))
-    results, _, _ = evaluate.evaluate(tiny_model, streets, batch=2, workers=0, oracle=True)
+    results, _, _ = evaluate.evaluate(tiny_model, streets, batch=2, workers=0, codec=True)
     assert results["semantic"]["mIoU"] == 100 and results["semantic"]["accuracy"] == 100
     assert results["normal"]["mAE"] < 0.1 and results["optical_flow"]["EPE"] < 1e-3
     assert results["depth"]["PSNR"] == pytest.approx(106.02, abs=0.1)
@@ -240,7 +240,7 @@ def test_results_lie_side_by_side(own_data, tiny_ckpt, tiny_ckpt_1, tmp_path, go
     for folder in ("a", "b"):
         shutil.copytree(own_data, tmp_path / folder / "own")
     for flags, name in (("", "results"), ("--split val", "results_val"), ("--stage 1", "results_stage1"),
-                        ("--stage 1 --split val", "results_stage1_val"), ("--oracle", "oracle"),
+                        ("--stage 1 --split val", "results_stage1_val"), ("--codec", "codec"),
                         (f"--data {tmp_path}/a/own", "results_own"), (f"--data {tmp_path}/b/own", "results_own_2"),
                         (f"--data {tmp_path}/b/../a/own --overwrite", "results_own")):
         assert go(f"--ckpt {out} {flags}")[0] == 0
@@ -325,7 +325,7 @@ def test_confidence_and_pixels_come_beside_the_metrics(tiny_ckpt_1, tmp_path, ca
             assert ("pairs" in extra) == (task == "optical_flow")
             assert f"| {world} | {task} | " in said
     assert "| oracle 25% |" in said and "| streets | optical_flow | " in said.split("| pairs |")[1]
-    assert run(lambda: evaluate.main([*flags, "--oracle", "--confidence"])) == 2
+    assert run(lambda: evaluate.main([*flags, "--codec", "--confidence"])) == 2
 
 
 def test_a_limit_makes_as_many_scenes(monkeypatch):
@@ -352,11 +352,11 @@ def test_results_are_of_the_code_that_made_them():
         names |= {name.rpartition("/")[0] for name in names}
         found = {ROOT / f"{name}{end}" for name in names if name for end in (".py", "/__init__.py")}
         todo += [p for p in found - seen if p.is_file()]
-    assert {ROOT / "network/generalist.py", ROOT / "inference/infer.py"} < seen <= set(evaluate.code())
+    assert {ROOT / "network/generalist.py", ROOT / "inference/infer.py"} < seen <= set(evaluate.source_files())
 
 
 def test_other_code_is_evaluated_again(tiny_ckpt_1, tmp_path, monkeypatch, capsys):
-    """Another byte in a file of evaluate.code."""
+    """Another byte in a file of evaluate.source_files."""
     file, flags = tmp_path / "ddim.py", f"--ckpt {tiny_ckpt_1} --limit 1 --trivial 0 --workers 0 --json"
     monkeypatch.setattr(evaluate, "code", lambda: [file])
     for text, kept in (("a", False), ("a", True), ("b", False)):

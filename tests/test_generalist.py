@@ -100,16 +100,17 @@ def test_the_pixel_codec_keeps_what_it_holds():
     m, codec = model(), TASKS["semantic"]
     ids = torch.randint(8, (2, 1, 8, 10))
     code = codec.encode(ids, torch.ones_like(ids, dtype=torch.bool)).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    cells = m.latents({"semantic": code})
-    back = m.codes(cells)
+    cells = m.encode_labels({"semantic": code})
+    back = m.decode_labels(cells)
     assert cells["semantic"].shape == (2, 3, 8, 10) and torch.equal(back["semantic"], code)
-    assert torch.equal(m.latents(back)["semantic"], cells["semantic"])
+    assert torch.equal(m.encode_labels(back)["semantic"], cells["semantic"])
     noise = torch.rand(2, 3, 32, 40)
-    assert torch.equal(m.latents({"semantic": noise})["semantic"], noise[..., 2::4, 2::4])
-    mean = m.latents({"depth": noise})["depth"]
+    assert torch.equal(m.encode_labels({"semantic": noise})["semantic"], noise[..., 2::4, 2::4])
+    mean = m.encode_labels({"depth": noise})["depth"]
     assert torch.allclose(mean, noise.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2)), atol=1e-5)
     ramp = torch.linspace(-1, 1, 40).expand(1, 3, 32, 40)
-    assert torch.allclose(m.codes(m.latents({"depth": ramp}))["depth"][..., 2:-2], ramp[..., 2:-2], atol=1e-5)
+    back = m.decode_labels(m.encode_labels({"depth": ramp}))["depth"]
+    assert torch.allclose(back[..., 2:-2], ramp[..., 2:-2], atol=1e-5)
 
 
 @pytest.mark.parametrize(("space", "condition", "taken", "given"), [

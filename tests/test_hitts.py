@@ -227,7 +227,7 @@ def test_only_images_without_a_label_get_a_pseudo_label(system):
         for b in d.mixture[step]["batches"]:
             for t, (code, mask) in d.ready(b)["pseudo"].items():
                 for key, m in zip(b["keys"], mask, strict=True):
-                    labelled = key[1] in d.mixture.labelled.get((key[0], t), ())
+                    labelled = key[1] in d.mixture.usable.get((key[0], t), ())
                     assert not (labelled and m.any())
                     pixels, sure = pixels + (not labelled) * m.numel(), sure + m.sum().item()
                 assert code.shape == (len(b["keys"]), 3, *SIZE) and code.abs().max() <= 1

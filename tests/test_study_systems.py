@@ -19,7 +19,7 @@ from cli import run
 from model import StableMTL
 from tasks import TASKS, parse_tasks
 from tools import bench, bench_systems, study, study_cost, study_report, systems_report
-from tools.study_systems import CLAIMS, CURVES, EXTRA, SYSTEMS, TRUNKS, VARIANTS
+from tools.study_systems import CLAIMS, CURVES, EXTRA, SUITE, TRUNKS, VARIANTS
 from tools.study_variants import STABLEMTL, WORLDS, runs
 
 ROWS = {name for name, v in VARIANTS.items() if v.program == "train.py"}
@@ -153,7 +153,7 @@ def test_two_zero_lines_are_never_mixed(made_up):
                 if name in TRUNKS:
                     own = row["delta_m of trunks"][where]
                     assert own == pytest.approx(by_hand(args, seed, name, "stl", where, tasks))
-    lines = study_report.world_table({"tasks": args.tasks, "variants": variants}, SYSTEMS, "unseen")
+    lines = study_report.world_table({"tasks": args.tasks, "variants": variants}, SUITE, "unseen")
     cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:4]] for line in lines[2:]}
     assert cells["STL trunk"][1].startswith("+0.00") and cells["single-task UNets"] == ["+0.00 ± 0", ""]
     assert cells["StableMTL-S"][1] == "" and all(cells["JTR, 3 tasks"])
@@ -166,7 +166,7 @@ def test_claims_about_tasks_by_hand(made_up):
     claims = {(c["claim"], c["where"]): c for c in study_report.summary(args)["claims"]}
     assert len(claims) == 2 * len(CLAIMS)
     for c in CLAIMS:
-        zero, tasks = SYSTEMS.zeros[c.zero].variant, parse_tasks(c.tasks or "all")
+        zero, tasks = SUITE.zeros[c.zero].variant, parse_tasks(c.tasks or "all")
         better, worse = c.sides()
         for where in WORLDS:
             expected = [sum(by_hand(args, seed, n, zero, where, tasks) for n in better)
@@ -191,7 +191,7 @@ def test_what_a_row_has_seen_and_costs(made_up):
     args = made_up("mtl,mtl-pseudo,single-task,single,labels,pseudo-half,multi", 1)
     result = systems_report.add_costs(args, study_report.summary(args))
     rows = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:8]]
-            for line in systems_report.cost_table(result, SYSTEMS)[2:]}
+            for line in systems_report.cost_table(result, SUITE)[2:]}
     v = result["variants"]
     assert rows["MTL"][:2] == ["112", "280"] and rows["MTL + naive pseudo labels"][:2] == ["112 + 112", "280 + 280"]
     assert rows["single-task UNets"][:2] == ["112", "112"] and v["single-task"]["weights"] == 70
@@ -351,4 +351,4 @@ def test_labels_of_an_image(finished):
     """Counted from the draws of a run: rooms, which have shading, have albedo as well; a single stream takes one."""
     out, _, args = finished
     assert [study_cost.labels_per_image(out / "seed0" / name) for name in ("stl", "single")] == [2, 1]
-    assert Path(args.out) == out and args.suite is SYSTEMS
+    assert Path(args.out) == out and args.suite is SUITE

@@ -93,7 +93,7 @@ def test_a_step_leaves_other_tasks_alone(go, second, tmp_path, monkeypatch):
         known = {t for n, p in params for t in tasks if f"task_to_q.{t}." in n and self.state.get(p)}
         history.append((before, queries(params), known))
         return result
-    monkeypatch.setitem(train.SYSTEMS, "stablemtl", train.SYSTEMS["stablemtl"]._replace(parts=named))
+    monkeypatch.setitem(train.RECIPES, "stablemtl", train.RECIPES["stablemtl"]._replace(parts=named))
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     assert go("--stage 2 --steps 6 --lr 0.01 --batch 2")[0] == 0
     trained = [entry["task"][0] for entry in log_lines(tmp_path / "out") if entry["stage"] == 2]
@@ -260,8 +260,8 @@ def test_a_frame_seen_twice_is_encoded_once(readers, task, multi, frames):
     model, encoded = tiny.model(multi=multi), []
     batch = Mixture(readers, (task,), TASKS, 2, 2, seed=5, with_next=multi)[0]["batches"][0]
     expected = gradients(model, [batch], {"latent": 1.0})
-    see = model.see
-    model.see = lambda frame: encoded.append(frame) or see(frame)
+    encode = model.encode_frame
+    model.encode_frame = lambda frame: encoded.append(frame) or encode(frame)
     assert same(gradients(model, [batch], {"latent": 1.0})[1], expected[1])
     assert len(encoded) == frames
 

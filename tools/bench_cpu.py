@@ -54,16 +54,16 @@ class Known:
         return self.feats
 
 
-def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch, steps, meeting):
-    """Median time of train.py's optimizer step of `batch` samples of one task, shared by `world` processes."""
+def seconds_per_step(rank, world_size, threads, assembled, stage, source, size, batch, steps, meeting):
+    """Median time of train.py's optimizer step of `batch` samples of one task, shared by `world_size` processes."""
     torch.set_num_threads(threads)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     model = assembled(stage)
     model.training = True
     cfg = check(Config(stage=stage, preset="toy"))
     optimizer = make_optimizer(cfg, trainable(model))
-    share, task = len(range(rank, batch, world)), model.tasks[-1]
+    share, task = len(range(rank, batch, world_size)), model.tasks[-1]
     z, valid = (torch.rand(share, c, *(s // model.factor for s in size)) for c in (4, 1))
     keys = [("bench", k, False) for k in range(share)]
     given = [{"tasks": (task,), "keys": keys, "frames": [z, z], "labels": {task: z}, "valid": {task: valid >= 0}}]
@@ -73,7 +73,7 @@ def seconds_per_step(rank, world, threads, assembled, stage, source, size, batch
         start = time.perf_counter()
         optimizer_step(cfg, step, model, objective, given if share else [], optimizer, contextlib.nullcontext)
         times.append(time.perf_counter() - start)
-    if world > 1:
+    if world_size > 1:
         dist.destroy_process_group()
     return sorted(times[2:])[steps // 2]
 
@@ -91,8 +91,9 @@ def measure(assembled, counted, size, busy=0, load=0, steps=15):
         for stage, source in ROWS:
             for processes, threads in ((1, cores), (cores, 1)) if cores > 1 else ((1, 1),):
                 with tempfile.TemporaryDirectory() as place:
-                    work = partial(seconds_per_step, world=processes, threads=threads, assembled=assembled, stage=stage,
-                                   source=source, size=size, batch=batch, steps=steps, meeting=f"file://{place}/ranks")
+                    work = partial(seconds_per_step, world_size=processes, threads=threads, assembled=assembled,
+                                   stage=stage, source=source, size=size, batch=batch, steps=steps,
+                                   meeting=f"file://{place}/ranks")
                     seconds = cli.spread(work, processes)[0]
                 rate = batch / seconds
                 out.append({"stage": stage, "source": source, "processes": processes, "threads": threads,

@@ -19,7 +19,7 @@ from cli import Parser, markdown, parse_device, parse_size, run, whole  # before
 import numpy as np
 import torch
 
-from data import label_tensors, labelled, parse_drop, resize, train_readers
+from data import label_tensors, parse_drop, resize, tasks_with_labels, train_readers
 from evaluate import TrainingLabels
 from metrics import GUESSES, METRICS
 from model import StableMTL
@@ -33,12 +33,12 @@ BEHIND = 128        # training labels per dataset behind the trivial predictors
 
 @torch.no_grad()
 def errors(labels, model, truth, count, guesses):
-    """How good the labels are, on up to `count` samples of every cell that `truth`, {dataset: reader}, has a label of
+    """How good the labels are, on up to `count` samples of every pair that `truth`, {dataset: reader}, has a label of
     -> rows of a table. guesses: {task: TrainingLabels}, of the labels there are."""
     rows = []
     for reader in labels.readers:
         true = truth[reader.name]
-        for t in labelled(true, labels.about["cells"][reader.name]):
+        for t in tasks_with_labels(true, labels.about["cells"][reader.name]):
             latents, doubts = (labels.array(reader, name) for name in (t, f"{t}_doubt"))
             middle, trivial = labels.median(t), guesses[t].guesses(true, (t,))[0].get(t, ())
             metric = METRICS[TASKS[t].metric]
@@ -47,7 +47,7 @@ def errors(labels, model, truth, count, guesses):
                 if not np.isfinite(doubts[i, 0]).any():
                     continue
                 z = torch.from_numpy(np.array(latents[i, :1])).float().to(next(model.parameters()).device)
-                map = model.codecs[t].decode(model.codes({t: z})[t])[0].cpu()
+                map = model.codecs[t].decode(model.decode_labels({t: z})[t])[0].cpu()
                 label, valid = (resize(x, reader.size) for x in label_tensors(true.load(i, (t,)), t))
                 sure = torch.from_numpy(np.array(doubts[i, 0])).float() <= middle
                 scores["all"].add(map, label, valid[0])
@@ -69,7 +69,8 @@ def parse(argv=None):
     flag("--stage", type=int, choices=(1, 2), help="which stage of it (default: 2 where it exists)")
     flag("--to", required=True, help="folder of the labels, outside of --ckpt")
     flag("--truth", action="store_true", help="true labels instead of the teacher's (toy worlds only)")
-    flag("--samples", type=whole(0), default=32, help="samples per cell to measure on (default: %(default)s)")
+    flag("--samples", type=whole(0), default=32, help="samples per dataset and task to measure on "
+         "(default: %(default)s)")
     flag("--batch", type=whole(1, 4096), default=8, help="images at once (default: %(default)s)")
     flag("--skip-bad", action="store_true", help="name, skip and count unreadable images, which get no labels, instead "
          "of stopping")
@@ -84,7 +85,7 @@ def main(argv=None):
     if Path(args.to).resolve().is_relative_to(Path(args.ckpt).resolve()):
         raise ValueError(f"--to {args.to} is in the teacher's folder, which training writes to: name one outside of it")
     known = stage1_settings(args.ckpt)
-    if model.coding:
+    if model.cache_tag:
         raise ValueError(f"{args.ckpt} is not of StableMTL's latents: it cannot teach with them")
     if not known:
         raise ValueError(f"{args.ckpt} does not say what it was trained on: train a stage 1, or take another teacher")
@@ -93,12 +94,12 @@ def main(argv=None):
                          f"{known['data']}")
     readers = train_readers(known["data"], parse_size(known["size"]), known["scenes"])
     drop = parse_drop(known["drop"], [r.name for r in readers])
-    cells = unlabelled(readers, model.tasks, drop)
-    if not cells:
+    pairs = unlabelled(readers, model.tasks, drop)
+    if not pairs:
         raise ValueError(f"{known['data'] or 'the toy worlds'} lack no label of {', '.join(model.tasks)} that could be "
                          "discovered: tasks of one frame that are not about classes")
     everything = model.state_dict() | {t: model.get_buffer(f"token_{t}") for t in model.tasks}
-    labels = PseudoLabels(args.to, readers, fingerprint(model.vae.state_dict()), cells,
+    labels = PseudoLabels(args.to, readers, fingerprint(model.vae.state_dict()), pairs,
                           "truth" if args.truth else fingerprint(everything))
     truth = {r.name: r if known["data"] else r.complete() for r in readers}
     skipped = [] if args.skip_bad else None
@@ -107,7 +108,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nstopped: what is done is in {args.to}; the same command does the rest", file=sys.stderr)
         return 130
-    told = ", ".join(f"{name} {'+'.join(tasks)}" for name, tasks in cells.items())
+    told = ", ".join(f"{name} {'+'.join(tasks)}" for name, tasks in pairs.items())
     for sentence in skipped or ():
         print(f"skipped: {sentence}", file=sys.stderr)
     print(f"labels of {told} in {args.to}; {len(skipped or ())} images skipped")

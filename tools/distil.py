@@ -30,8 +30,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from checkpoint import read_config, write_json
-from data import TOY_TRAIN, fetch, labelled, parse_drop, prepare, train_readers, unreadable
-from evaluate import choose, place
+from data import TOY_TRAIN, fetch, parse_drop, prepare, tasks_with_labels, train_readers, unreadable
+from evaluate import choose, data_name
 from model import StableMTL
 from network import stock
 from network.generalist import seeded
@@ -78,7 +78,7 @@ class Lots(Dataset):
             numbers = [int(i) for _ in range(rounds) for i in rng.permutation(len(reader))][:share]
             flips = rng.random((share, 2)) < (0.5, 0.5 if reader.vflip else 0)
             left = [t for t in tasks if t not in drop.get(reader.name, ())]
-            known = {t: set(reader.indices(t)) for t in labelled(reader, left)}
+            known = {t: set(reader.indices(t)) for t in tasks_with_labels(reader, left)}
             jobs = [(i, tuple(t for t in known if i in known[t]), tuple(flip))
                     for i, flip in zip(numbers, flips.tolist(), strict=True)]
             self.lots += [(reader, jobs[k:k + LOT]) for k in range(0, share, LOT)]
@@ -113,7 +113,7 @@ def lessons(model, lots, workers=0):
         codes = {t: [x["labels"][t] for x in items if t in x["labels"]] for t in model.tasks}
         frames = [torch.stack([x["frames"][n] for x in items]).to(device) for n in (0, 1)]
         with half(device), seeded(model, frames[0]):
-            latents = [*model(*model.see_both(*frames, model.tasks), model.tasks).items()]
+            latents = [*model(*model.encode_frames(*frames, model.tasks), model.tasks).items()]
             latents += [(t, model.encode(torch.stack(x).to(device))) for t, x in codes.items() if x]
             for t, z in latents:
                 kinds = torch.full((len(z),), model.tasks.index(t))
@@ -259,7 +259,7 @@ def main(argv=None):
         raise ValueError(f"{whose} does not say what it was trained on: name training images by --data <root>, or the "
                          "toy worlds by --data toy")
     trained = config["train"] or {}
-    data, size = choose(args.data, place(trained.get("data")), config["size"], whose)
+    data, size = choose(args.data, data_name(trained.get("data")), config["size"], whose)
     model = steady(StableMTL.load(folder, args.stage, device))
     if model.space != "latent":
         raise ValueError(f"{whose} predicts pixels, not latents: there is no decoder to make for it")

@@ -70,7 +70,7 @@ def plain(model: StableMTL, image, next_image):
                     for block, found in model.streams(*encoded(task), [task]).items():
                         streams.setdefault(block, {}).update(found)
         latents = model(*encoded(main), [main], streams=streams)
-        out[main] = model.codecs[main].decode(model.codes(latents)[main])
+        out[main] = model.codecs[main].decode(model.decode_labels(latents)[main])
     return out
 
 

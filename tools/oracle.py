@@ -45,7 +45,7 @@ from tqdm import tqdm
 import settings
 import train
 from checkpoint import locked, write_json
-from data import Mixture, labelled, loader, parse_drop, test_batches, test_readers, train_readers, whole_cells
+from data import Mixture, loader, parse_drop, tasks_with_labels, test_batches, test_readers, train_readers, whole_cells
 from evaluate import table
 from inference.infer import network_maps
 from metrics import METRICS
@@ -158,7 +158,7 @@ def fit(model, mixture, streams, cfg, log):
 def measure(model, reader, limit, stage1=None, batch=16):
     """evaluate.py's metrics of a test set, with the truth of the other tasks in the streams, or what stage1 predicts of
     them -> {task: metrics}."""
-    scores, wanted, device = {}, labelled(reader, model.tasks), next(model.parameters()).device
+    scores, wanted, device = {}, tasks_with_labels(reader, model.tasks), next(model.parameters()).device
     for group in test_batches(reader.complete(), model.tasks, batch, 0, limit):
         labels = [maps for _, maps, _ in group]
         frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
@@ -166,7 +166,7 @@ def measure(model, reader, limit, stage1=None, batch=16):
             model.truth = encoded(model, labels)
         else:
             second = frames[1] if len(frames) > 1 else None
-            model.truth = stage1(*stage1.see_both(frames[0], second, model.tasks), model.tasks)
+            model.truth = stage1(*stage1.encode_frames(frames[0], second, model.tasks), model.tasks)
         tasks = [t for t in labels[0] if t in wanted]
         predicted = network_maps(model, *frames, tasks=tasks)
         for n, maps in enumerate(labels):
@@ -253,7 +253,7 @@ def main(argv=None):
 
         # ---- what came out ----
         results, attention = {}, {}
-        for reader in (r for r in test_readers(size=size, limit=args.limit) if labelled(r, model.tasks)):
+        for reader in (r for r in test_readers(size=size, limit=args.limit) if tasks_with_labels(r, model.tasks)):
             model.watch = torch.zeros(len(WATCHED), device=device)
             results[reader.name] = measure(model, reader, args.limit, stage1)
             attention[reader.name] = watched(dict(zip(WATCHED, model.watch.tolist(), strict=True)))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import read_config
-from data import labelled, test_batches, test_readers
+from data import tasks_with_labels, test_batches, test_readers
 from model import StableMTL
 from tasks import PALETTES, TASKS
 
@@ -62,7 +62,7 @@ def read_out(model, reader, task, limit, batch=8):
         label, valid = (torch.stack([maps[task][n] for _, maps, _ in group]).to(device) for n in (0, 1))
         code = codec.encode(label, valid[:, None])
         pad = (0, -code.shape[-1] % model.factor, 0, -code.shape[-2] % model.factor)
-        back = model.codes(model.latents({task: F.pad(code, pad, mode="replicate")}))[task]
+        back = model.decode_labels(model.encode_labels({task: F.pad(code, pad, mode="replicate")}))[task]
         frames = torch.stack([frames[0] for frames, _, _ in group]).to(device)
         codes = {"model": model.predict(frames, tasks=[task])[task],
                  "codec": back[..., :code.shape[-2], :code.shape[-1]]}
@@ -91,7 +91,7 @@ def main(argv=None):
         if not classes:
             raise ValueError(f"{folder} predicts no classes: it has {', '.join(model.tasks)}")
         for reader in test_readers("", tuple(read_config(folder)["size"] or (32, 48)), limit=args.limit):
-            for task in classes if labelled(reader, classes) else ():
+            for task in classes if tasks_with_labels(reader, classes) else ():
                 found = read_out(model, reader, task, args.limit)
                 rows.append({"checkpoint": folder, "palette": model.palette, "test set": reader.name})
                 for who, (count, share) in found.items():

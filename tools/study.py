@@ -50,10 +50,10 @@ from model import StableMTL
 from settings import PRESETS
 from tasks import parse_tasks
 from tools import discover, oracle, study_report, systems_report
-from tools.study_systems import SYSTEMS
+from tools.study_systems import SUITE
 from tools.study_variants import STABLEMTL, runs, tasks_of
 
-SUITES = {"stablemtl": (STABLEMTL, study_report.report), "systems": (SYSTEMS, systems_report.report)}
+SUITES = {"stablemtl": (STABLEMTL, study_report.report), "systems": (SUITE, systems_report.report)}
 
 # ---- one model ----
 
@@ -105,7 +105,7 @@ def for_oracle(flags, common):
     return [*flags[:max(at, 0)], "--", *common, *flags[at + 1:]]
 
 
-def labelled(job, args, test):
+def discovered(job, args, test):
     """tools.discover: labels, and no model to evaluate."""
     code = discover.main(["--ckpt", str(job.parent), "--device", args.device, *job.flags])
     if not code:
@@ -114,7 +114,7 @@ def labelled(job, args, test):
 
 
 PROGRAMS = {"train.py": trained, "evaluate.py": evaluated, "tools.oracle": with_true_streams,
-            "tools.discover": labelled}
+            "tools.discover": discovered}
 
 
 def perform(job, args):

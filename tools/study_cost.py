@@ -23,7 +23,7 @@ def config(folder):
 
 def joint(spec):
     """Whether a step of the system that a model.json is about takes every label an image has."""
-    return train.SYSTEMS[spec["kind"]].joint
+    return train.RECIPES[spec["kind"]].joint
 
 
 def alike(folder):
@@ -43,7 +43,7 @@ def step(folder, batch):
     if joint(read_model_json(folder)):
         return batch * (bench_systems.training(operations, model, size) + teaching(cfg, size))
     label = torch.empty(1, model.out_channels, *(s // model.factor for s in size), device="meta")
-    seen = torch.empty(1, *model.seen_shape(size), device="meta")
+    seen = torch.empty(1, *model.encoded_shape(size), device="meta")
     return batch * step_operations(model.to("meta"), seen, model.tasks[-1], label=label)
 
 
@@ -80,6 +80,6 @@ def labels_per_image(folder, steps=200):
     readers = [r for r in train_readers(cfg.data, tuple(size), cfg.scenes) if set(r.tasks) & set(tasks)]
     mixture = Mixture(readers, tasks, registry(cfg.palette), cfg.batch, cfg.batch, cfg.seed + 1000 * cfg.stage,
                       parse_drop(cfg.drop, [r.name for r in readers]), isolation=False,
-                      joint=train.SYSTEMS[cfg.system].joint)
+                      joint=train.RECIPES[cfg.system].joint)
     drawn = [len(labels) for s in range(min(steps, cfg.steps)) for labels, *_ in mixture.plan(s)]
     return sum(drawn) / len(drawn)

@@ -170,6 +170,6 @@ CLAIMS = [
     Claim("class colours further apart beat spaced ones", "pixel-corners", "pixel-spaced", tasks=CLASSES),
 ]
 
-SYSTEMS = Suite("systems", VARIANTS, EXTRA, CLAIMS, (
+SUITE = Suite("systems", VARIANTS, EXTRA, CLAIMS, (
     Zero("single-task", "delta_m", "Delta_m % ↑, single-task UNets: 0", "delta_m.png"),
     Zero("stl", "delta_m of trunks", "Delta_m % ↑, STL trunk: 0", "delta_m_trunks.png", TRUNKS)), "systems.md")

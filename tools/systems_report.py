@@ -5,7 +5,7 @@ from PIL import Image
 
 import baselines
 from cli import markdown, parse_size
-from data import labelled, picture, prepare, test_readers
+from data import picture, prepare, tasks_with_labels, test_readers
 from draw import COMPARED, cell, compare, draw_curves, draw_panel
 from metrics import aligned
 from tasks import TASKS
@@ -155,7 +155,7 @@ def draw_scene(args, result):
     """The first scene of the unseen world through every system: a row each, below the image and its labels; a Pillow
     image."""
     *_, world = test_readers(size=parse_size(args.settings["size"]))
-    tasks = labelled(world, args.tasks)
+    tasks = tasks_with_labels(world, args.tasks)
     item, blank = prepare(world, 0, tasks, TASKS), Image.new("RGB", (1, 1), "white")
     labels = {t: TASKS[t].decode(item["labels"][t][None])[0] for t in tasks}
     cells = [(f"{world.name}, first scene", cell(picture(item["frames"][0])))]

@@ -27,7 +27,7 @@ import baselines
 from baselines.hitts import HiTTs, relevance
 from baselines.teacher import Discovery
 from checkpoint import write_json
-from data import Mixture, labelled, parse_drop, picture, tensor_image, test_batches, train_readers
+from data import Mixture, parse_drop, picture, tasks_with_labels, tensor_image, test_batches, train_readers
 from draw import draw_maps, draw_matrix
 from metrics import METRICS
 from network.loading import read_model_json
@@ -63,7 +63,7 @@ def measure(model, discovery, limit, batch=8):
     found, device = {}, next(model.parameters()).device
     for reader in discovery.mixture.readers:
         every = reader.complete()
-        tasks = [t for t in labelled(every, model.tasks) if TASKS[t].frames == 1 or every.paired]
+        tasks = [t for t in tasks_with_labels(every, model.tasks) if TASKS[t].frames == 1 or every.paired]
         for group in test_batches(every, tasks, batch, 0, limit):
             pair = [torch.stack([frames[n] for frames, *_ in group]).to(device) for n in (0, -1)]
             predicted, guesses = model.predict(*pair, tasks=tasks), model.guess(*pair, tasks)

@@ -61,7 +61,7 @@ class LatentCache:
         """{array name: (shape, dtype)} of a dataset."""
         h, w = (s // model.factor for s in reader.size)
         frames = [f"{prefix(reader, tasks)}frame{n}" for tasks in views(reader) for n in (0, 1)]
-        each = dict.fromkeys(frames, (model.seen_shape(reader.size), np.float16))
+        each = dict.fromkeys(frames, (model.encoded_shape(reader.size), np.float16))
         each |= dict.fromkeys(reader.tasks, ((model.out_channels, h, w), np.float16))
         each |= {f"{t}_valid": ((1, h, w), bool) for t in reader.tasks}
         return {"done": ((len(reader),), bool),
@@ -113,16 +113,16 @@ class LatentCache:
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
             os.replace(path.with_suffix(".tmp"), path)
 
-    def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=None, rank=0, world=1):
-        """Encode what is not cached yet, of `world` ranks the rank-th share, into the arrays that `create` made. Ranks
-        share whole batches, so that their number changes no bit.
+    def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=None, rank=0, world_size=1):
+        """Encode what is not cached yet, of `world_size` ranks the rank-th share, into the arrays that `create` made.
+        Ranks share whole batches, so that their number changes no bit.
 
         skip_bad: as in data.Mixture. Returns the names of skipped samples, which are tried again next time.
         """
         skipped = []
         for reader in readers:
             arrays = {name: self.array(reader, name, "r+") for name in self.layout(reader, model)}
-            todo = [i for i in range(len(reader)) if i // batch % world == rank and not arrays["done"][i]]
+            todo = [i for i in range(len(reader)) if i // batch % world_size == rank and not arrays["done"][i]]
             wanted = {t: set(reader.indices(t)) for t in reader.tasks}
             jobs = _Jobs(reader, todo, wanted, codecs, skip_bad)
             groups = fetch(jobs, workers if len(todo) > batch else 0, batch_size=batch, collate_fn=list)
@@ -161,7 +161,7 @@ def encode(model, images):
         for part in (alike[i:i + batch] for i in range(0, len(alike), batch)):
             x = torch.stack([images[k][1] for k in part]).to(device)
             with torch.no_grad():
-                z = (model.latents({task: x})[task] if task else model.see(x)).cpu().half().numpy()
+                z = (model.encode_labels({task: x})[task] if task else model.encode_frame(x)).cpu().half().numpy()
             for k, latent in zip(part, z, strict=True):
                 out[k] = latent
     return out

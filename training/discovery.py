@@ -1,11 +1,11 @@
 """Label discovery: a trained model's predictions as labels where a training set has none. HiTTs' idea on StableMTL, our
 adaptation.
 
-    cell      a training set and a task of one frame, not of classes, that it has no label of
+    pair      a training set and a task of one frame, not of classes, that it has no label of
     label     the latent that a teacher predicts for the image as it is; it enters StableMTL's one loss as it stands
     doubt     how far the teacher disagrees with itself on the mirrored image, in [0,1], one number per latent cell
 
-A student starts from the base as its teacher did, sees the images of these cells with their colours changed, and takes
+A student starts from the base as its teacher did, sees the images of these pairs with their colours changed, and takes
 the labels that a mask leaves. What is labelled keeps its labels.
 """
 import numpy as np
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import read_json
-from data import labelled, mirror, prepare, unreadable, whole_cells
+from data import mirror, prepare, tasks_with_labels, unreadable, whole_cells
 from inference.confidence import agreement, turned
 from network.generalist import seeded
 from tasks import TASKS
@@ -32,14 +32,14 @@ def discoverable(tasks):
 
 
 def unlabelled(readers, tasks, drop):
-    """{dataset: the tasks that it has a cell of}: discoverable, without any label left by `drop`."""
+    """{dataset: the tasks that it has a pair of}: discoverable, without any label left by `drop`."""
     def known(reader):
-        return set(labelled(reader, tasks)) - drop.get(reader.name, set())
-    cells = {r.name: [t for t in discoverable(tasks) if t not in known(r)] for r in readers}
-    return {name: found for name, found in cells.items() if found}
+        return set(tasks_with_labels(reader, tasks)) - drop.get(reader.name, set())
+    pairs = {r.name: [t for t in discoverable(tasks) if t not in known(r)] for r in readers}
+    return {name: found for name, found in pairs.items() if found}
 
 
-class Cell:
+class UnlabelledPair:
     """A training set and one task of it, for data.Mixture: a reader of the images, with a weight of its own.
 
     weight: of the draw of a dataset, where the labelled ones have theirs (reader.mix).
@@ -60,26 +60,26 @@ class Cell:
 
 
 class PseudoLabels(LatentCache):
-    """The labels of cells in a folder, as a LatentCache keeps latents:
+    """The labels of unlabelled pairs in a folder, as a LatentCache keeps latents:
 
         <folder>/<dataset>/<task>.npy   (samples, 2 flips, 4, h, w) float16, done.npy
         <folder>/<dataset>/<task>_doubt.npy   (samples, 2, 1, h, w) float16; infinite where there is no label, and in
                                               all of an image that could not be read
 
-    cells: {dataset: tasks}; teacher: what made them. ValueError if the folder is of something else.
+    pairs: {dataset: tasks}; teacher: what made them. ValueError if the folder is of something else.
     """
 
     kind, anew, room = "folder of pseudo labels", "and run the same python -m tools.discover again", "make room"
 
-    def __init__(self, folder, readers, vae_hash, cells, teacher):
-        super().__init__(folder, [r for r in readers if r.name in cells], vae_hash, "any")
+    def __init__(self, folder, readers, vae_hash, pairs, teacher):
+        super().__init__(folder, [r for r in readers if r.name in pairs], vae_hash, "any")
         old = read_json(self.folder / "cache.json", "", ABOUT) if (self.folder / "cache.json").is_file() else {}
-        for key, now in (("cells", cells), ("teacher", teacher)):
+        for what, key, now in (("pairs", "cells", pairs), ("teacher", "teacher", teacher)):
             if old.get(key, now) != now:
-                raise ValueError(f"{folder} holds pseudo labels of other {key} ({old[key]}, now {now}): name another "
+                raise ValueError(f"{folder} holds pseudo labels of other {what} ({old[key]}, now {now}): name another "
                                  "folder or delete this one")
-        self.about |= {"cells": cells, "teacher": teacher}
-        self.readers = [r for r in readers if r.name in cells]
+        self.about |= {"cells": pairs, "teacher": teacher}
+        self.readers = [r for r in readers if r.name in pairs]
 
     def layout(self, reader, model):
         h, w = (s // model.factor for s in reader.size)
@@ -117,9 +117,9 @@ class PseudoLabels(LatentCache):
 
     # -- the student --
 
-    def begin(self, cells, mask):
-        """Those of `cells`, each a Cell, of which `mask` leaves a part."""
-        self.cells, self.mask, self.middle = cells, mask, {t: self.median(t) for c in cells for t in c.tasks}
+    def begin(self, pairs, mask):
+        """Those of `pairs`, each an UnlabelledPair, of which `mask` leaves a part."""
+        self.pairs, self.mask, self.middle = pairs, mask, {t: self.median(t) for p in pairs for t in p.tasks}
         return self
 
     def median(self, task):
@@ -132,8 +132,8 @@ class PseudoLabels(LatentCache):
                              "mend their files, and make it anew")
         return float(np.median(finite))
 
-    def doubt(self, cell):
-        return self.array(cell.reader, f"{cell.tasks[0]}_doubt")
+    def doubt(self, pair):
+        return self.array(pair.reader, f"{pair.tasks[0]}_doubt")
 
     def beside(self, cache, model):
         """With the latent cache of the labelled datasets: what the mixture reads from."""
@@ -141,13 +141,13 @@ class PseudoLabels(LatentCache):
         return self
 
     def get(self, reader, index, tasks, flip, seed):
-        """A sample of a cell, its colours and weighted mask drawn from the seed; of other readers the cache's."""
-        if not isinstance(reader, Cell):
+        """A sample of an UnlabelledPair, colours and weighted mask drawn from the seed; of others the cache's."""
+        if not isinstance(reader, UnlabelledPair):
             return self.cache.get(reader, index, tasks, flip, seed)
         (task,), rng = tasks, np.random.default_rng(seed)
         frame = prepare(reader, index, (), {}, (flip, False), rng, with_next=False)["frames"][0]
         with torch.no_grad():
-            seen = self.model.see(frame[None].to(next(self.model.parameters()).device))[0].float().cpu()
+            seen = self.model.encode_frame(frame[None].to(next(self.model.parameters()).device))[0].float().cpu()
         doubt = torch.from_numpy(np.array(self.doubt(reader)[index, int(flip)])).float()
         label = torch.from_numpy(np.array(self.array(reader.reader, task)[index, int(flip)])).float()
         kept = doubt.isfinite() & keep(self.mask, doubt, self.middle[task], rng)
@@ -155,14 +155,14 @@ class PseudoLabels(LatentCache):
 
 
 def read_pseudo(cfg, readers, vae_hash, tasks, drop):
-    """The PseudoLabels of these tasks that --pseudo names: .cells are further datasets, and `get` gives their samples.
+    """The PseudoLabels of these tasks that --pseudo names: .pairs are further datasets, and `get` gives their samples.
 
     cfg: settings.Config; readers: of all training sets. FileNotFoundError: there are none; ValueError: they are
     unfinished, or of something else, or one would replace a label.
     """
     about = read_json(f"{cfg.pseudo}/cache.json", f"no pseudo labels in {cfg.pseudo}: make them from a trained model "
                       f"by python -m tools.discover --ckpt <folder> --to {cfg.pseudo}", ABOUT)
-    labels, cells = PseudoLabels(cfg.pseudo, readers, vae_hash, about["cells"], about["teacher"]), []
+    labels, pairs = PseudoLabels(cfg.pseudo, readers, vae_hash, about["cells"], about["teacher"]), []
     if absent := about["cells"].keys() - {r.name for r in readers}:
         raise ValueError(f"--pseudo {cfg.pseudo} is about {', '.join(sorted(absent))}, which is not trained on here")
     for reader in labels.readers:
@@ -170,13 +170,13 @@ def read_pseudo(cfg, readers, vae_hash, tasks, drop):
             raise ValueError(f"--pseudo {cfg.pseudo} is unfinished: run the same python -m tools.discover again")
         for t in (t for t in about["cells"][reader.name] if t in tasks):
             labels.array(reader, t)     # a missing file is told now, as median does for the doubts
-            if t in labelled(reader, [t]) and t not in drop.get(reader.name, ()):
+            if t in tasks_with_labels(reader, [t]) and t not in drop.get(reader.name, ()):
                 raise ValueError(f"--pseudo {cfg.pseudo} was made without the {t} labels of {reader.name}, which are "
                                  f"here: --drop {reader.name}:{t}, or make pseudo labels anew")
-            cells.append(Cell(reader, t, cfg.pseudo_weight))
-    if not cells:
+            pairs.append(UnlabelledPair(reader, t, cfg.pseudo_weight))
+    if not pairs:
         raise ValueError(f"--pseudo {cfg.pseudo} has no label of {', '.join(tasks)}")
-    return labels.begin(cells, cfg.pseudo_mask)
+    return labels.begin(pairs, cfg.pseudo_mask)
 
 
 def keep(mask, doubt, middle, rng):
@@ -214,9 +214,9 @@ def _told(model, items, tasks):
     device, told, out = next(model.parameters()).device, [], {}
     for pair in (frames, [f.flip(-1) for f in frames]):
         with seeded(model, pair[0]):
-            told.append(model(*model.see_both(*(f.to(device) for f in pair), tasks), tasks))
+            told.append(model(*model.encode_frames(*(f.to(device) for f in pair), tasks), tasks))
     upright, mirrored = told
-    one, other = model.codes(upright), model.codes(mirrored)
+    one, other = model.decode_labels(upright), model.decode_labels(mirrored)
     for t in tasks:
         codec = model.codecs[t]
         maps, mirror_maps = codec.decode(one[t]), turned(codec, codec.decode(other[t]))
@@ -235,6 +235,6 @@ def _true(model, items, tasks):
         for t in tasks:
             codes = torch.stack([item["labels"][t] for item in both]).to(device)
             cells = whole_cells(torch.stack([item["valid"][t] for item in both]), model.factor)
-            out[t][0].append(model.latents({t: codes})[t])
+            out[t][0].append(model.encode_labels({t: codes})[t])
             out[t][1].append(torch.where(cells, 0.0, torch.inf))
     return {t: tuple(torch.stack(x) for x in pair) for t, pair in out.items()}

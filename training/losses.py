@@ -100,8 +100,8 @@ class LatentObjective:
         frames, latents = b["frames"], b["labels"]
         if self.encode:
             with torch.no_grad():
-                frames = self.model.see_both(*frames, b["tasks"])
-                latents = self.model.latents(latents)
+                frames = self.model.encode_frames(*frames, b["tasks"])
+                latents = self.model.encode_labels(latents)
         given = self.streams.fetch(b["keys"], *frames) if self.streams else None
         return self.model.learn(*frames, latents, b["cells"], b["keys"], given)
 

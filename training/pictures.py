@@ -1,7 +1,7 @@
 """A picture now and then, while a model trains: what it makes of a sample of every dataset."""
 import torch
 
-from data import labelled, picture, prepare, unreadable
+from data import picture, prepare, tasks_with_labels, unreadable
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
 from metrics import aligned
 
@@ -9,7 +9,7 @@ from metrics import aligned
 def first_sample(reader, wanted, codecs, skip_bad):
     """(tasks, what data.prepare makes of it) of the first sample with a label of the wanted tasks; None if there is
     none. ValueError if it cannot be read, or with skip_bad the next one is taken."""
-    tasks = labelled(reader, wanted)
+    tasks = tasks_with_labels(reader, wanted)
     for index in (i for t in tasks for i in reader.indices(t)):
         own = tuple(t for t in tasks if index in reader.indices(t))
         try:
