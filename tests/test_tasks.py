@@ -38,6 +38,34 @@ def test_exact_round_trip(name):
     torch.testing.assert_close(t.decode(t.encode(y, ALL)), y, atol=1e-6, rtol=1e-5)
 
 
+def pixels(*columns):
+    """Pixels in a row, each a tuple of its channels -> (1,C,1,n)."""
+    return torch.tensor(columns).T[None, :, None]
+
+
+@pytest.mark.parametrize("name", ["depth", "shading"])
+def test_one_channel_is_the_clipped_mean_of_three(name):
+    """Of a code whose channels differ: first the mean, then the cut to [-1,1], then [0,1]. (0.9 - 0.6 + 0.3) / 3 = 0.2
+    is 0.6, (3 - 1 - 0.5) / 3 = 0.5 is 0.75, and means of 2 and -2 are 1 and 0."""
+    code = pixels((0.9, -0.6, 0.3), (3.0, -1.0, -0.5), (1.0, 2.0, 3.0), (-1.0, -2.0, -3.0))
+    torch.testing.assert_close(TASKS[name].decode(code).flatten(), torch.tensor([0.6, 0.75, 1.0, 0.0]))
+
+
+def test_normals_are_clipped_and_then_renormalised():
+    """(3, 1, -2) is cut to (1, 1, -1) before its length becomes 1, as (0.3, 0, -0.4)'s does."""
+    found = TASKS["normal"].decode(pixels((3.0, 1.0, -2.0), (0.3, 0.0, -0.4)))
+    torch.testing.assert_close(found, pixels((3 ** -0.5, 3 ** -0.5, -3 ** -0.5), (0.6, 0.0, -0.8)))
+
+
+@pytest.mark.parametrize("unknown", [0.0, float("nan"), 655.35])
+def test_what_has_no_depth_is_coded_as_far(unknown):
+    """The sky has no valid depth, whatever stands in its place; it is behind all that has."""
+    y, valid = torch.linspace(1, 50, 64).view(1, 1, 8, 8), torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    y[..., :2, :], valid[..., :2, :] = unknown, False
+    code = TASKS["depth"].encode(y, valid)
+    assert (code[:, :, :2] == 1).all() and (code[:, :, 2] < 0).all()
+
+
 def test_depth_is_the_affine_image_of_the_2nd_and_98th_percentile():
     """Against numpy's percentiles over the valid pixels of each image; near = 0, far = 1."""
     t, valid = TASKS["depth"], torch.rand(2, 1, 9, 14) > 0.3
@@ -107,6 +135,23 @@ def test_pictures(name):
     valid[:3] = False
     picture = t.colour(label(t)[0], valid)
     assert picture.shape == (9, 14, 3) and picture.dtype == np.uint8 and (picture[:3] == 0).all() and picture[3:].any()
+
+
+@pytest.mark.parametrize("name", ["optical_flow", "scene_flow"])
+def test_directions_of_flow_pictures(name):
+    """Hue = atan2(-v_y, -v_x), saturation = magnitude (appendix B.2): to the left is red (0 degrees), to the right cyan
+    (180), up yellow-green (90), down violet (270), at rest white."""
+    motion = torch.tensor([[-1.0, 1, 0, 0, 0], [0, 0, -1, 1, 0], [0] * 5])[:TASKS[name].channels, None]
+    picture = TASKS[name].colour(motion, torch.ones(1, 5, dtype=torch.bool))
+    wheel = [(255, 0, 0), (0, 255, 255), (128, 255, 0), (128, 0, 255), (255, 255, 255)]
+    assert np.abs(picture[0].astype(int) - wheel).max() <= 1
+
+
+def test_what_comes_is_bright_in_pictures_of_scene_flow():
+    """Value = inverse of v_z (appendix B.2), scaled per image: the least v_z has the full value, more has less."""
+    motion = torch.tensor([[-1.0] * 4, [0] * 4, [-2, -1, 0, 3]])[:, None]
+    red, *others = TASKS["scene_flow"].colour(motion, torch.ones(1, 4, dtype=torch.bool))[0].T.astype(int)
+    assert red[0] == 255 and (np.diff(red) < 0).all() and not np.any(others)
 
 
 def test_semantic_picture_uses_display_colours():
