@@ -1,5 +1,6 @@
 """data.py: what a step trains on is fixed by (seed, step) alone, and transforms do what they say."""
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,22 @@ def test_jitter_is_the_same_for_both_frames():
     assert np.array_equal(both[1], alone[0])
     assert np.abs(both[0].astype(int) - a).mean() > 5
     assert np.abs(jittered([a], 0, 0, 0, 0)[0].astype(int) - a).max() <= 8      # 8-bit HSV and back
+
+
+@pytest.mark.parametrize("strength, draw, before, after", [
+    ((0.5, 0, 0, 0), min, [(100, 60, 20)], [(50, 30, 10)]),
+    ((0, 0.5, 0, 0), min, [(100,) * 3, (200,) * 3], [(125,) * 3, (175,) * 3]),      # about their mean, 150
+    ((0, 0, 1, 0), min, [(200, 100, 100)], [(130,) * 3]),       # brightness 0.3 R + 0.59 G + 0.11 B
+    ((0, 0, 0, 0.25), max, [(255, 0, 0)], [(128, 255, 0)]),     # a quarter of the colour circle on
+    ((0, 0, 0, 0.25), min, [(255, 0, 0)], [(128, 0, 255)]),     # and back
+    ((0.5, 0.5, 0, 0), max, [(100,) * 3, (200,) * 3], [(124,) * 3, (255,) * 3]),    # 150 and 255, about 203
+    ((0.5, 0, 0.5, 0), max, [(200, 100, 100)], [(255, 134, 134)]),      # (255, 150, 150), away from a grey of 181
+])
+def test_jitter_by_hand(strength, draw, before, after):
+    """Brightness first, then contrast and saturation, each cut to 0..255, then hue; where the least (min) or the most
+    (max) of what may be drawn is drawn."""
+    found = jitter([np.uint8([before])], strength, SimpleNamespace(uniform=draw))[0]
+    assert np.abs(found[0].astype(int) - after).max() <= 5      # a step of 8-bit hue
 
 
 def test_jitter_and_crop_belong_to_one_task():

@@ -46,6 +46,23 @@ def test_a_step_is_that_of_diffusers():
     assert torch.allclose(posterior(clean, x0, 2, betas, abar, 0 * e), abar[1] ** 0.5 * x0, atol=1e-5)
 
 
+def test_first_maps_count_half():
+    """The last layer of a first decoder is refined no further: its gradient is that of the first map's loss, with 0.5
+    of the weight, 1/T, that a final map's has."""
+    model, b = new(), batch(("normal",))
+    _, grads = gradients(model, [b])
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(5)        # as `gradients`
+    ready = model.ready(b)
+    (0.5 / 3 * model.errors(ready, model.forward(ready))["first normal"] / model.counts(ready)["normal"]).backward()
+    assert torch.allclose(model.heads["normal"].out.weight.grad, grads["heads.normal.out.weight"], rtol=1e-4)
+
+
+def test_blocks_of_the_denoiser():
+    """Four heads, as the published code has; at toy scale two blocks for its four."""
+    assert [block.attention.num_heads for block in new().denoiser.blocks] == [4, 4]
+
+
 def test_no_step_is_the_first_decoder():
     """S = 0: an mtl, with its losses and gradients."""
     torch.manual_seed(0)

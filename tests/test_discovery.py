@@ -212,6 +212,15 @@ def test_samples_of_a_pair(teacher, pseudo):
     assert 0 < (one["frames"][0] - clean).abs().mean() < 0.5 * clean.abs().mean()
 
 
+def test_colours_of_a_students_images(monkeypatch):
+    """Brightness, contrast and saturation change by up to 0.2, hue never: the labels of albedo follow it."""
+    seen = []
+    monkeypatch.setattr("data.jitter", lambda images, strength, rng: seen.append(strength) or images)
+    pair = UnlabelledPair(Made("made"), "albedo", 0.5)
+    prepare(pair, 0, (), {}, rng=np.random.default_rng(0), with_next=False)
+    assert seen == [(0.2, 0.2, 0.2, 0)]
+
+
 def test_masked_cells_have_no_influence(teacher, pseudo, tmp_path):
     """Labels where the mask is off, NaN too, change neither loss nor gradient."""
     model, found = StableMTL.load(teacher), []

@@ -1,5 +1,6 @@
 """baselines/hitts.py and teacher.py: attention by naive loops, bins, who is given pseudo labels and who learns from
 what."""
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -131,6 +132,23 @@ def test_confident_logits_are_the_class(task):
     assert bins.errors(x, bins.quantised(code))[valid].max() < 1e-4
 
 
+@pytest.mark.parametrize("task, channels, count", [
+    ("semantic", 1, 8), ("normal", 1, 20), ("depth", 1, 30), ("optical_flow", 2, 21), ("scene_flow", 3, 21),
+    ("shading", 1, 20), ("albedo", 3, 20)])
+def test_a_tenth_of_the_regression_loss(task, channels, count):
+    """HiTTs, appendix A.3: 20 directions, 30 bins of depth; cross-entropy, and 0.1 of the usual loss of regressions.
+    Logits that know nothing cost log K, and 0.1 of the distance from the middle to a label at the end of its range;
+    those of directions here the other way than the label, an angle of cosine -1."""
+    bins, codec = Bins(TASKS[task]), TASKS[task]
+    assert bins.size == channels * count
+    x, code = torch.zeros(1, bins.size, 1, 1), torch.ones(1, 3, 1, 1)
+    wanted = math.log(count) + (0 if codec.categorical else 0.1)
+    if bins.vectors:
+        x[0, 3], code = 40, -bins.centres[3].view(1, 3, 1, 1)
+        wanted = 40 + 0.1 * 2       # the label's class has the logit 0
+    assert bins.errors(x, code).item() == pytest.approx(wanted, abs=1e-3)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_directions_are_of_unit_length(scale):
     """What the centres come to, with weights near uniform nearly nothing, has unit length as a code, within the last
@@ -234,6 +252,19 @@ def test_only_images_without_a_label_get_a_pseudo_label(system):
     assert 0.3 < sure / pixels < 0.7
 
 
+def test_the_surest_half_of_the_first_16_images():
+    """The threshold is the median of how sure the teacher is of pixels without a label, in the first 16 images of each
+    dataset."""
+    torch.manual_seed(0)
+    readers = Made("a", ("semantic",), n=18), Made("b", ("depth",), n=20)
+    mixed, teacher = mixture(readers, ("semantic", "depth"), isolation=False, joint=True), MTL(("semantic", "depth"))
+    d = Discovery(mixed, teacher.tasks, teacher.eval())
+    assert [sorted(reader.loads) for reader in readers] == [[*range(16)]] * 2
+    frames = [torch.stack([prepare(readers[0], i, (), {})["frames"][k] for i in range(16)]) for k in (0, 1)]
+    sure = teacher.guess(*frames, ["depth"])["depth"][1]
+    assert (sure > d.least["depth"]).float().mean().item() == pytest.approx(0.5, abs=0.002)
+
+
 def test_saturated_outputs_keep_the_surest():
     """Nothing was kept where half of the pixels or more are as sure as can be: now these are, and without ties all is
     as before."""
@@ -270,6 +301,16 @@ def test_what_is_discovered_does_not_depend_on_what_is_drawn(model):
     light = relit(frames, ["x", "y"])
     assert torch.equal(*light) and light[0].abs().max() <= 1
     assert torch.equal(relit([f[1:] for f in frames], ["y"])[0], light[0][1:])
+
+
+@pytest.mark.parametrize("drawn, bright", [(9.0, [0.351, 0.689]), (-9.0, [0.231, 0.329])])
+def test_other_light_by_hand(monkeypatch, drawn, bright):
+    """Contrast about the image's mean and then brightness change by up to 0.3, with what is drawn cut to [-1,1]: 0.3
+    and 0.5 are at most 0.27 and 0.53, times 1.3."""
+    monkeypatch.setattr("baselines.teacher.noise", lambda facts, what, shape, device: torch.full((1, *shape), drawn))
+    frame = (torch.tensor([0.3, 0.5]) * 2 - 1).expand(1, 3, 1, 2)
+    (light,) = relit([frame], ["x"])
+    torch.testing.assert_close((light + 1) / 2, torch.tensor(bright).expand(1, 3, 1, 2))
 
 
 def test_both_losses_by_their_definition(model):

@@ -15,6 +15,7 @@ import sample
 from cli import run
 from inference.infer import restore
 from inference.predictions import Predictions
+from readers.diode import Diode
 from readers.exports import FORMATS, decode, fits
 from readers.kitti import Kitti2015
 from readers.toyworld import ToyWorld
@@ -253,6 +254,37 @@ def test_mistakes_end_in_a_sentence(some, predicted, tiny_ckpt, tmp_path, go):
         path.rename(path.with_name(f"frame{path.name}"))
     code, _, error = go(f"--predictions {some} --data toy")
     assert code == 2 and "is named as a sample of real: the first is" in error and "names like 0.npy" in error
+
+
+# ---- what a dataset says of its evaluation ----
+
+def test_aligned_depth_is_clipped_to_the_range_of_its_dataset(tmp_path, go, monkeypatch):
+    """DIODE's is 0.6 to 350 m. Aligned, 0 and 1 become the means of their halves, 0.2 and 400 m, which are cut to 0.6
+    and 350: of 0.1, 0.3, 300 and 500 m these are wrong by 5, 1, 1/6 and 0.3 of the depth."""
+    monkeypatch.setattr(Diode, "size", (6, 8))
+    stem, z = tmp_path / "diode/val/outdoor/scene/scan/one", np.tile(np.float32([0.1, 0.3, 300, 500]).repeat(2), (6, 1))
+    raw.write(stem.with_suffix(".png"), raw.picture(6, 8))
+    raw.write(stem.with_name("one_depth.npy"), z[..., None])
+    raw.write(stem.with_name("one_depth_mask.npy"), np.ones((6, 8)))
+    raw.write(tmp_path / "p/diode/depth/outdoor/scene/scan/one.npy", np.float32(z > 1))
+    assert go(f"--predictions {tmp_path / 'p'} --data {tmp_path} --trivial 0 --workers 0")[0] == 0
+    found = report(tmp_path / "p")["results"]["diode"]["depth"]["AbsRel"]
+    assert found == pytest.approx(100 * (5 + 1 + 1 / 6 + 0.3) / 4, rel=1e-4)
+
+
+def test_both_masks_of_kitti_2015_are_evaluated(tmp_path, go):
+    """Beside the pixels with flow and both disparities, those with flow. Two rows without disparities move by 91.5
+    pixels and the 173 others by 4: scaled to the mean, 5, a prediction of 1 is wrong by 86.5 and 1."""
+    raw.kitti_2015(tmp_path)        # flow is invalid in row 100, disparities in rows 150 and 160
+    code = np.full((375, 1242, 3), (32768 + 4 * 64, 32768, 1), np.uint16)
+    code[[150, 160], :, 0], code[100, :, 2] = 32768 + 91.5 * 64, 0
+    raw.write(tmp_path / "kitti_2015/training/flow_occ/000010_10.png", code)
+    raw.write(tmp_path / "p/kitti_2015/optical_flow/000010/10.npy", np.tile(np.float32([1, 0]), (352, 1216, 1)))
+    code, said, _ = go(f"--predictions {tmp_path / 'p'} --data {tmp_path} --trivial 0 --workers 0")
+    rows = report(tmp_path / "p")["results"]["kitti_2015"]
+    assert code == 0 and rows.keys() == {"optical_flow", "optical_flow:flow_occ"} and "optical_flow:flow_occ" in said
+    epe = {name: row["EPE"] for name, row in rows.items()}
+    assert epe == pytest.approx({"optical_flow": 0, "optical_flow:flow_occ": (173 + 2 * 86.5) / 175}, abs=1e-3)
 
 
 # ---- sample.py --testset ----

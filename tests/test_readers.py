@@ -164,7 +164,8 @@ def test_virtual_kitti_values(tmp_path):
 
 
 def test_virtual_kitti_classes(tmp_path):
-    """Each of the 15 colours becomes its class or 255, and a colour of no class is reported with the file."""
+    """Each of the 15 colours of colors.txt becomes its class or 255: road, building, pole, light, sign, tree and
+    vegetation, sky, truck, car and van. A colour of no class is reported with the file."""
     made = virtual_kitti(tmp_path)
     reader = VirtualKitti2(tmp_path, "train")
     i = reader.samples.index(("Scene02", "clone", "Camera_1", "00001"))
@@ -172,9 +173,11 @@ def test_virtual_kitti_classes(tmp_path):
     ids = np.array(list(VirtualKitti2.colours.values()))[made["clone", 1, 1]]
     assert (s["labels"]["semantic"][..., 0] == ids).all() and s["labels"]["semantic"].dtype == np.uint8
     assert (s["valid"]["semantic"] == (ids != 255)).all() and (ids == 255).any() and "next" not in s
-    known = {(210, 0, 200): 255, (255, 255, 0): 4, (200, 200, 0): 3, (0, 139, 139): 7, (255, 130, 0): 2,
-             (90, 200, 255): 6}
-    assert known.items() <= VirtualKitti2.colours.items()
+    page = {"terrain": (210, 0, 200), "guard rail": (250, 100, 255), "misc": (80, 80, 80), "undefined": (0, 0, 0)}
+    assert {VirtualKitti2.colours[colour] for colour in page.values()} == {255}
+    assert {colour: i for colour, i in VirtualKitti2.colours.items() if i != 255} == {
+        (100, 60, 100): 0, (140, 140, 140): 1, (255, 130, 0): 2, (200, 200, 0): 3, (255, 255, 0): 4, (0, 199, 0): 5,
+        (90, 240, 0): 5, (90, 200, 255): 6, (160, 60, 60): 7, (255, 127, 80): 7, (0, 139, 139): 7}
     path = "virtual_kitti_2/Scene02/clone/frames/classSegmentation/Camera_1/classgt_00001.png"
     write(tmp_path / path, np.full((16, 11, 3), 7, np.uint8))
     with pytest.raises(ValueError, match=r"classgt_00001.png .*\[7, 7, 7\]"):

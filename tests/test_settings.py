@@ -9,6 +9,7 @@ import torch
 from kill import compare, log_lines
 from runs import THREE, TINY, saved, stop_at
 
+import baselines
 import settings
 import train
 from cli import run
@@ -81,6 +82,29 @@ def test_settings_are_written_beside_the_weights(go, tmp_path, monkeypatch):
         assert go("--steps 1 --tasks depth,normal --overwrite")[0] == 0 and saved(tmp_path / "out")["commit"] is None
     code, out, _ = go("--help")
     assert code == 0 and all(settings.flag_name(name) in out for name in fields)
+
+
+# ---- the defaults ----
+
+@pytest.mark.parametrize("stage, steps", [(1, 20_000), (2, 10_000)])
+def test_real_data_and_a_real_base_get_the_papers_settings(tmp_path, stage, steps):
+    """Section 4 and appendix B of the paper: Adam, learning rate 1e-4, batches of 32, 20,000 and 10,000 steps, masking
+    with rho 0.4, four heads. Of the released code, where it is silent: 100 steps of warm-up, then exponential decay,
+    gradients clipped at 5, one rate for all parts. Adam's betas are its defaults."""
+    cfg = settings.parse_args(f"--stage {stage} --base sd2 --data {tmp_path} --out {tmp_path / 'out'}".split())
+    paper = dict(preset="paper", lr=1e-4, batch=32, steps=steps, clip=5.0, warmup=100, schedule="exponential", rho=0.4,
+                 heads=4, mask="score", attention_lr=1.0, main_lr=1.0, loss="latent", isolation=True, optimizer="adam")
+    assert {name: getattr(cfg, name) for name in paper} == paper
+    optimizer = train.make_optimizer(cfg, {"unet": {"w": torch.nn.Parameter(torch.zeros(1))}})
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["betas"] == (0.9, 0.999)
+    assert optimizer.defaults["lr"] == 1e-4
+
+
+@pytest.mark.parametrize("system", baselines.SYSTEMS)
+def test_learning_rate_of_networks_from_scratch(system):
+    """1e-3, ten times that of StableMTL's, unless a flag says otherwise."""
+    assert settings.parse_args(["--system", system]).lr == 1e-3
+    assert settings.parse_args(["--system", system, "--lr", "0.5"]).lr == 0.5
 
 
 # ---- what stage 2 takes over ----
