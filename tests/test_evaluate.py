@@ -358,7 +358,7 @@ def test_results_are_of_the_code_that_made_them():
 def test_other_code_is_evaluated_again(tiny_ckpt_1, tmp_path, monkeypatch, capsys):
     """Another byte in a file of evaluate.source_files."""
     file, flags = tmp_path / "ddim.py", f"--ckpt {tiny_ckpt_1} --limit 1 --trivial 0 --workers 0 --json"
-    monkeypatch.setattr(evaluate, "code", lambda: [file])
+    monkeypatch.setattr(evaluate, "source_files", lambda: [file])
     for text, kept in (("a", False), ("a", True), ("b", False)):
         file.write_text(text)
         assert evaluate.main([*flags.split(), str(tmp_path / "r.json")]) == 0
