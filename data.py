@@ -332,15 +332,16 @@ def _measured(reader, jobs):
         maps = {t: [resize(x, size) for x in label_tensors(sample, t)] for t in tasks}
         for name, mask in sample.get("extra", {}).items():
             maps[name] = maps[name.split(":")[0]][0], resize(torch.from_numpy(mask)[None], size)
-        out.append((frames, {name: (label, valid[0]) for name, (label, valid) in maps.items()}, index))
+        maps = {name: (label, valid[0]) for name, (label, valid) in maps.items()}
+        out.append((frames, maps, index, sample["image"].shape[:2]))
     return out
 
 
 def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, world_size=1, skip_bad=None,
                  skipped=None):
     """Yield the samples that have labels of these tasks, up to `batch` at once that are alike in tasks and frames:
-    [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}, number), ...], all of the
-    reader's size.
+    [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}, number, native (H,W)), ...], all
+    of the reader's size. Labels keep their values: a flow's are native pixels.
 
     "<task>:<mask>" in the place of a task: a second mask for it. limit: samples at most; each: labels of each task at
     most. Of `world_size` processes the rank-th takes every world_size-th batch, so that batches do not depend on it.

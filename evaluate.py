@@ -112,14 +112,14 @@ def score(rank, world_size, model, reader, batch=16, workers=2, limit=None, rows
     for group in test_batches(reader, wanted, batch, workers, limit, None, rank, world_size, skip_bad, skipped):
         pair = [torch.stack(f).to(device) for f in zip(*(frames for frames, *_ in group), strict=True)]
         if codec:
-            predicted = round_trip(model, [maps for _, maps, _ in group], psnr)
+            predicted = round_trip(model, [maps for _, maps, *_ in group], psnr)
         elif files:
             predicted = model.maps(reader, group, skipped if skip_bad else None)
         else:
             known = [t for t in group[0][1] if t in TASKS]
             predicted = network_maps(model, *pair, tasks=known, rows=rows)
             mirror = mirror_maps(model, *pair, tasks=known, rows=rows) if confidence else {}
-        for n, (_, maps, _) in enumerate(group):
+        for n, (_, maps, _, native) in enumerate(group):
             for name, (label, valid) in maps.items():
                 task = name.split(":")[0]
                 if predicted[task][n] is None:      # a missing file: what stands beside is scored on the same samples
@@ -134,7 +134,7 @@ def score(rank, world_size, model, reader, batch=16, workers=2, limit=None, rows
                     scores.setdefault(("confidence", name), new).add(predicted[task][n], label, valid, certain)
                 if pixels and TASKS[task].geometry == MOTION:
                     scores.setdefault(("pixels", name), photometric.Scaled()).add(
-                        predicted[task][n], label, valid, [f[n] for f in pair])
+                        predicted[task][n], label, valid, [f[n] for f in pair], native)
     return scores, dict(psnr), skipped
 
 
@@ -204,7 +204,7 @@ class TrainingLabels:
         for group in test_batches(source, tasks, 16, self.workers, None, self.limit, rank, world_size, self.skip_bad,
                                   skipped):
             known = [t for t in group[0][1] if t in TASKS]
-            pairs = {t: [labels[t] for _, labels, _ in group] for t in known}
+            pairs = {t: [labels[t] for _, labels, *_ in group] for t in known}
             sums.append({t: code_sums(TASKS[t], [(resize(x, size), resize(m[None], size)[0]) for x, m in pairs[t]])
                          for t in known})
         return sums, skipped

@@ -72,11 +72,11 @@ def held_out_loss(model, objective, held_out, workers, device, autocast):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up, then exponential decay to 1% over 25,000 steps, or a cosine to 0 over --steps."""
+    """Linear warm-up, then exponential decay to 1% over 25,000 steps, where it stays, or a cosine to 0 over --steps."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "exponential":
-        return cfg.lr * 0.01 ** ((step - cfg.warmup) / 25_000)
+        return cfg.lr * max(0.01, 0.01 ** ((step - cfg.warmup) / 25_000))
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)))
 
 

@@ -231,17 +231,20 @@ class Scaled(Accumulator):
 
     def __init__(self):
         super().__init__()
-        self.fit, self.pairs = None, 0
+        self.fit, self.pixel, self.pairs = None, None, 0
 
-    def add(self, pred, label, valid, frames):
-        """frames: (image, next image), each (3,H,W); the others as in Accumulator.add."""
+    def add(self, pred, label, valid, frames, native=None):
+        """frames: (image, next image), each (3,H,W); native: the (H,W) whose pixels the label counts, if it was
+        resized; the others as in Accumulator.add."""
+        size = frames[0].shape[1:]
+        self.pixel = label.new_tensor([w / s for w, s in zip(native or size, size, strict=True)]).flip(0)[:, None, None]
         self.pairs += bool(valid.any())
         self.fit = fit(*(f.cpu() for f in frames), Flow(pred.cpu().float()))
         if self.fit.scales and valid.any():
             super().add(pred, label, valid)
 
     def update(self, pred, label, valid):
-        scaled = pred, self.fit.apply(pred), align_scale_nonneg(pred, label, valid)
+        scaled = pred, self.fit.apply(pred) * self.pixel, align_scale_nonneg(pred, label, valid)
         for how, x in zip(SCALES, scaled, strict=True):
             self.scores[how].append(self.errors(x, label, valid).sum().item())
         self.scores["pixels"].append(int(valid.sum()))

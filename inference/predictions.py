@@ -157,7 +157,7 @@ class Predictions:
         What cannot be read, or scored, is named in the list `skipped` and None; without a list it is a ValueError.
         """
         out = {t: [] for t in group[0][1] if t in TASKS}
-        for _, labels, index in group:
+        for _, labels, index, _ in group:
             for t in out:
                 path, x = self.files(reader, t).get(reader.stem(index)), None
                 valid = torch.stack([mask for name, (_, mask) in labels.items() if name.split(":")[0] == t]).any(0)

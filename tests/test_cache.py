@@ -329,7 +329,7 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
     z_i, z_j = tiny.latents(3, tuple(s // multi.factor for s in SIZE))
 
     def fetch(store):
-        return store.fetch(keys, z_i, z_j)
+        return store.fetch(keys, ("depth",), z_i, z_j)
     first, expected = fetch(StreamCache(tmp_path, toys, multi, 1e9)), multi.streams(z_i, z_j, multi.tasks)
     assert first.keys() == expected.keys() and len(first) == len(multi.attention)
     for block, features in expected.items():
@@ -372,7 +372,7 @@ def test_streams_of_earlier_stage_1s_are_deleted(tmp_path, toys, multi):
         with torch.no_grad():
             multi.unet.conv_in.bias += 1
         store = StreamCache(tmp_path, toys, multi, 1e9, **how)
-        store.fetch(keys, *z)
+        store.fetch(keys, ("depth",), *z)
         return store, {path.parent.name for path in tmp_path.glob("streams-*/rooms.f16")}
     (first, one), (second, two) = streams(), streams()
     assert one < two and len(two) == 2
@@ -399,20 +399,20 @@ def test_stage_two_keeps_the_streams_of_one_stage_one(go, second):
 def test_streams_of_a_precision(tmp_path, toys, multi):
     """What was computed under autocast is never read by a run in float32, nor the other way round."""
     autocast, keys, z = partial(torch.autocast, "cpu", torch.bfloat16), [("rooms", 0, False)], tiny.latents(1, (8, 12))
-    exact = StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, *z)
+    exact = StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), *z)
     with autocast():
-        rough = StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, *z)
+        rough = StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, ("depth",), *z)
     assert not same(rough, exact)
-    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, *z), exact)
-    assert same(StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, *z), rough)
+    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), *z), exact)
+    assert same(StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, ("depth",), *z), rough)
 
 
 def test_no_streams_are_kept_of_a_skipped_sample(tmp_path, toys, multi):
     """With --skip-bad its latents are zeros until its file is mended; then its streams are those of the image."""
     keys, z, empty = [("rooms", 0, False)], tiny.latents(1, (8, 12)), torch.zeros(1, 4, 8, 12)
-    expected = StreamCache(tmp_path / "whole", toys, multi, 1e9).fetch(keys, *z)
-    StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, empty, empty)
-    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, *z), expected)
+    expected = StreamCache(tmp_path / "whole", toys, multi, 1e9).fetch(keys, ("depth",), *z)
+    StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), empty, empty)
+    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), *z), expected)
 
 
 def test_known_streams_change_no_loss(multi):
@@ -424,3 +424,17 @@ def test_known_streams_change_no_loss(multi):
         other = multi(z_i, z_j, ["depth"], streams=multi.streams(z_j, z_i, multi.tasks))
     assert torch.allclose(own["depth"], given["depth"], atol=1e-5)
     assert not torch.allclose(own["depth"], other["depth"], atol=1e-3)      # they do matter
+
+
+def test_a_task_with_a_crop_of_its_own_has_no_kept_streams(tmp_path, multi):
+    """Its frames are others than those of the other tasks of that image, whose streams it got."""
+    reader = Made(n=1, train_crop={"optical_flow": (8, 16)})
+    cache, _ = cached(tmp_path, [reader], multi)
+    key, store = [(reader.name, 0, False)], StreamCache(tmp_path, [reader], multi, 1e9)
+    for task in ("depth", "optical_flow"):
+        frames = [f[None] for f in cache.get(reader, 0, (task,), False)["frames"]]
+        given = store.fetch(key, (task,), *frames)
+        with torch.no_grad():
+            exact = multi(*frames, (task,))[task]
+            assert torch.allclose(multi(*frames, (task,), streams=given)[task], exact, atol=2e-2)
+        assert (given is None) == (task == "optical_flow")

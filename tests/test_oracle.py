@@ -65,13 +65,13 @@ def test_what_the_streams_are_told(tmp_path):
     cache.create(readers, m)
     cache.build(readers, m, registry("cityscapes"))
     rooms, z = readers[0], torch.zeros(2, 4, 4, 6)
-    assert oracle.Truth(m, cache, readers).fetch([("rooms", 0, 0), ("rooms", 0, 1)], z, z) is None
+    assert oracle.Truth(m, cache, readers).fetch([("rooms", 0, 0), ("rooms", 0, 1)], ALL, z, z) is None
     told, flips = m.truth, [prepare(rooms, 0, ALL[1:], m.codecs, (flip, False)) for flip in (False, True)]
     assert not told["semantic"].any()
     for t in ALL[1:]:
         expected = m.encode(torch.stack([item["labels"][t] for item in flips]))
         assert (told[t] - expected).abs().max() < 2e-3 * expected.abs().max()       # float16
-    _, maps, _ = next(data.test_batches(rooms, ALL, 1, 0))[0]
+    _, maps, *_ = next(data.test_batches(rooms, ALL, 1, 0))[0]
     again = oracle.encoded(m, [maps])
     assert not again["semantic"].any()
     assert all((again[t] - told[t][:1]).abs().max() < 2e-3 * told[t].abs().max() for t in ALL[1:])
@@ -89,7 +89,7 @@ def test_what_the_streams_are_told_of_predictions(tmp_path, monkeypatch):
     cache.build(readers, m, registry("cityscapes"))
     told, z = oracle.Predicted(cache, stage1), torch.zeros(2, 4, 8, 12)
     for _ in range(2):
-        oracle.Truth(m, told, readers).fetch([("streets", 0, 0), ("streets", 0, 1)], z, z)
+        oracle.Truth(m, told, readers).fetch([("streets", 0, 0), ("streets", 0, 1)], ALL, z, z)
     frames = [cache.get(readers[1], 0, ALL, flip)["frames"] for flip in (0, 1)]
     expected = stage1(*(torch.stack(f) for f in zip(*frames, strict=True)), ALL)
     assert len(told.known) == 2
@@ -122,8 +122,8 @@ def test_streams_that_are_not_kept_see_the_truth_too(tmp_path):
     for numbers in ((0,), (1,), (0, 1), (1,)):
         keys = [("streets", n, False) for n in numbers]
         z_i, z_j = tiny.latents(len(keys), (4, 6))
-        found = m(z_i, z_j, ["depth"], streams=streams.fetch(keys, z_i, z_j))["depth"]
-        assert truth.fetch(keys, z_i, z_j) is None
+        found = m(z_i, z_j, ["depth"], streams=streams.fetch(keys, ["depth"], z_i, z_j))["depth"]
+        assert truth.fetch(keys, ["depth"], z_i, z_j) is None
         assert torch.allclose(found, m(z_i, z_j, ["depth"])["depth"], atol=2e-2), numbers
 
 

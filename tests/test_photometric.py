@@ -155,6 +155,7 @@ def test_end_point_errors_of_the_three_scales():
     half, other, whole = photometric.Scaled(), photometric.Scaled(), photometric.Scaled()
     for counted in (half, whole):
         counted.add(flow / 2, flow, everywhere, (first, second))
+    half_alone = half.result()
     for counted in (other, whole):
         counted.add(flow / 2, flow, everywhere, (first, first))
     assert half.merge(other).result() == (result := whole.result())
@@ -166,6 +167,11 @@ def test_end_point_errors_of_the_three_scales():
     assert (result["pairs"], result[photometric.FOUND]) == (2, 1)
     row = photometric.table({"here": {"optical_flow": result, "depth": {"AbsRel": 1.0}}})[-1]
     assert row.startswith("| here | optical_flow | 1 of 2 |") and len(photometric.table({"here": {}})) == 0
+    small, twice = photometric.Scaled(), photometric.Scaled()       # a label that was resized keeps its values
+    small.add(flow / 2, 2 * flow, everywhere, (first, second), (128, 192))
+    twice.add(flow / 2, 2 * flow, everywhere, (first, second))
+    assert small.result()["EPE, photometric scale"] == pytest.approx(2 * half_alone["EPE, photometric scale"], rel=1e-4)
+    assert twice.result()["EPE, photometric scale"] > 5 * small.result()["EPE, photometric scale"]
     lost = photometric.Scaled()
     lost.add(flow, flow, everywhere, (first, first))
     assert lost.result() == {"pairs": 1, photometric.FOUND: 0}

@@ -48,12 +48,14 @@ def errors(labels, model, truth, count, guesses):
                     continue
                 z = torch.from_numpy(np.array(latents[i, :1])).float().to(next(model.parameters()).device)
                 map = model.codecs[t].decode(model.decode_labels({t: z})[t])[0].cpu()
-                label, valid = (resize(x, reader.size) for x in label_tensors(true.load(i, (t,)), t))
+                size = map.shape[-2:]       # of whole latent cells
+                label, valid = (resize(x, reader.size)[..., :size[0], :size[1]]
+                                for x in label_tensors(true.load(i, (t,)), t))
                 sure = torch.from_numpy(np.array(doubts[i, 0])).float() <= middle
                 scores["all"].add(map, label, valid[0])
-                scores["surest half"].add(map, label, valid[0] & resize(sure, reader.size)[0])
+                scores["surest half"].add(map, label, valid[0] & resize(sure, size)[0])
                 for who, guess in zip(GUESSES, trivial, strict=False):
-                    scores[who].add(guess, label, valid[0])
+                    scores[who].add(guess[..., :size[0], :size[1]], label, valid[0])
             found = {who: s.result()[metric.headline] for who, s in scores.items() if s.images}
             if chance := [found.pop(who) for who in GUESSES if who in found]:
                 found["trivial"] = (min if metric.lower else max)(chance)

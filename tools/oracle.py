@@ -90,7 +90,7 @@ class Truth:
     def __init__(self, model, cache, readers):
         self.model, self.cache, self.readers = model, cache, {r.name: r for r in readers}
 
-    def fetch(self, keys, z_i, z_j):
+    def fetch(self, keys, tasks, z_i, z_j):
         """keys: [(dataset, index, flip)] of a micro-batch -> None: no stream is known."""
         items = [self.cache.get(self.readers[name], index, self.model.tasks, flip) for name, index, flip in keys]
         labels, cells = ({t: torch.stack([item[kind][t] for item in items]).to(z_i) for t in self.model.tasks}
@@ -105,12 +105,12 @@ class TrueStreams(StreamCache):
         self.truth = truth
         super().__init__(*args)
 
-    def fetch(self, keys, z_i, z_j):
-        given = super().fetch(keys, z_i, z_j)
-        return self.truth.fetch(keys, z_i, z_j) if given is None else given    # none kept: the model computes them
+    def fetch(self, keys, tasks, z_i, z_j):
+        given = super().fetch(keys, tasks, z_i, z_j)
+        return self.truth.fetch(keys, tasks, z_i, z_j) if given is None else given     # none kept: the model computes
 
     def one(self, name, index, flip, z_i, z_j):
-        self.truth.fetch([(name, index, flip)], z_i, z_j)
+        self.truth.fetch([(name, index, flip)], (), z_i, z_j)
         return super().one(name, index, flip, z_i, z_j)
 
 
@@ -160,7 +160,7 @@ def measure(model, reader, limit, stage1=None, batch=16):
     them -> {task: metrics}."""
     scores, wanted, device = {}, tasks_with_labels(reader, model.tasks), next(model.parameters()).device
     for group in test_batches(reader.complete(), model.tasks, batch, 0, limit):
-        labels = [maps for _, maps, _ in group]
+        labels = [maps for _, maps, *_ in group]
         frames = [torch.stack(f).to(device) for f in zip(*(f for f, *_ in group), strict=True)]
         if stage1 is None:
             model.truth = encoded(model, labels)

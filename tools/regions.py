@@ -59,11 +59,11 @@ def read_out(model, reader, task, limit, batch=8):
     model.codecs[task] = replace(codec, decode=torch.Tensor.float)      # predict gives the codes themselves
     counts, shares = {"model": [], "codec": []}, {"model": [], "codec": []}
     for group in test_batches(reader, [task], batch, 0, limit):
-        label, valid = (torch.stack([maps[task][n] for _, maps, _ in group]).to(device) for n in (0, 1))
+        label, valid = (torch.stack([maps[task][n] for _, maps, *_ in group]).to(device) for n in (0, 1))
         code = codec.encode(label, valid[:, None])
         pad = (0, -code.shape[-1] % model.factor, 0, -code.shape[-2] % model.factor)
         back = model.decode_labels(model.encode_labels({task: F.pad(code, pad, mode="replicate")}))[task]
-        frames = torch.stack([frames[0] for frames, _, _ in group]).to(device)
+        frames = torch.stack([frames[0] for frames, *_ in group]).to(device)
         codes = {"model": model.predict(frames, tasks=[task])[task],
                  "codec": back[..., :code.shape[-2], :code.shape[-1]]}
         for who, x in codes.items():

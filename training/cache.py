@@ -213,7 +213,8 @@ class StreamCache:
 
     A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
     or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
-    records of its first samples. Micro-batches of others are left to the model, which computes what it needs, at once.
+    records of its first samples. Micro-batches of others, and of a task with a crop of its own, are left to the model,
+    which computes what it needs, at once.
     That these are the same samples as when they were stored, the latent cache in the same folder has checked.
 
     autocast: what opens its context in training; the name of a folder that was filled under one ends in its precision.
@@ -222,6 +223,7 @@ class StreamCache:
 
     def __init__(self, folder, readers, model, limit, autocast=contextlib.nullcontext, own=False):
         self.model, self.shapes, self.records, self.kept = model, {}, {}, {}
+        self.cropped = {reader.name: reader.train_crop for reader in readers}
         tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
         weight, known = next(model.unet.parameters()), {}
         name, device = f"streams-{fingerprint(model.unet.state_dict() | tokens)}", weight.device.type
@@ -240,12 +242,16 @@ class StreamCache:
             self.shapes[reader.name] = known[tuple(reader.size)]
             numbers = len(model.tasks) * sum(shape.numel() for shape in self.shapes[reader.name].values())
             kept = min(len(reader), int(limit / len(readers) / (4 * numbers)))      # two flips of two bytes
-            self.records[reader.name] = Records(folder / f"{reader.name}.f16", 2 * kept, numbers)
+            # once, records of a dataset with crops could be of a crop: those have the other name
+            name = f"{reader.name}-whole" if reader.train_crop else reader.name
+            self.records[reader.name] = Records(folder / f"{name}.f16", 2 * kept, numbers)
             self.kept[reader.name] = kept
 
-    def fetch(self, keys, z_i, z_j):
-        """keys [(dataset, index, flip)] of a micro-batch of one size, z_i, z_j: (B,4,h,w) its latents
-        -> {block: {task: (B,N,C)}} as StableMTL.streams, in float32; None if no record of them is kept."""
+    def fetch(self, keys, tasks, z_i, z_j):
+        """keys [(dataset, index, flip)] of a micro-batch of one size, tasks: it is about, z_i, z_j: (B,4,h,w) its
+        latents -> {block: {task: (B,N,C)}} as StableMTL.streams, in float32; None if no record of them is kept."""
+        if any(tasks[0] in self.cropped[name] for name, *_ in keys):
+            return None
         if all(index >= self.kept[name] for name, index, _ in keys):
             return None
         rows = [self.one(*key, z_i[k:k + 1], z_j[k:k + 1]) for k, key in enumerate(keys)]

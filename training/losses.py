@@ -102,7 +102,7 @@ class LatentObjective:
             with torch.no_grad():
                 frames = self.model.encode_frames(*frames, b["tasks"])
                 latents = self.model.encode_labels(latents)
-        given = self.streams.fetch(b["keys"], *frames) if self.streams else None
+        given = self.streams.fetch(b["keys"], b["tasks"], *frames) if self.streams else None
         return self.model.learn(*frames, latents, b["cells"], b["keys"], given)
 
     def errors(self, b, found):
