@@ -4,11 +4,10 @@ import math
 import os
 import shutil
 import time
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from made import SIZE, Made, mixture
 from raw import own_folder
@@ -17,11 +16,11 @@ from runs import TINY
 import checkpoint
 import cli
 from data import loader, prepare, train_readers, whole_cells
-from model import StableMTL, from_base, load_base
+from model import StableMTL, from_base
 from readers.folder import Folder
 from tasks import TASKS
 from training import cache
-from training.cache import LatentCache, StreamCache, fingerprint
+from training.cache import LatentCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -97,14 +96,45 @@ def test_cache_gives_the_same_plan(whole, toys, model):
 
 
 def test_training_from_the_cache_reads_no_image_and_runs_no_vae(place, toys, model, monkeypatch):
-    """Once built, neither reader nor encoder is called again, nor by a second build."""
+    """Once built, training calls neither reader nor encoder; a second build compares one label per task."""
+    loaded, load = [], type(toys[0]).load
+
+    def spy(self, i, tasks, **how):
+        loaded.append(tasks)
+        return load(self, i, tasks, **how)
+    monkeypatch.setattr(type(toys[0]), "load", spy)
+    store, skipped = cached(place, toys, model)
+    assert skipped == [] and loaded == [(t,) for reader in toys for t in reader.tasks]
+
     def never(*_, **__):
         raise AssertionError("called although everything is cached")
     monkeypatch.setattr(type(toys[0]), "load", never)
     monkeypatch.setattr(StableMTL, "encode", never)
-    store, skipped = cached(place, toys, model)
-    assert skipped == []
     assert len(list(loader(mixture(toys, cache=store), 0, 8, 0))) == 8
+
+
+def test_a_changed_code_or_reader_is_noticed(place, toys, model, monkeypatch):
+    """Trained on the old codes until somebody deleted the cache. What cannot be read any more is not compared."""
+    before, shading, load = contents(place), TASKS["shading"], type(toys[0]).load
+    with monkeypatch.context() as m:
+        m.setitem(TASKS, "shading", replace(shading, encode=lambda label, valid: -shading.encode(label, valid)))
+        with pytest.raises(ValueError, match="another label of shading for rooms sample 0 .*: delete .*rooms, it is"):
+            cached(place, toys, model)
+
+    def masked(self, i, tasks, **how):
+        sample = load(self, i, tasks, **how)
+        sample["valid"] = {t: valid & (valid.cumsum(0) > 8) for t, valid in sample["valid"].items()}
+        return sample
+
+    def gone(*_, **__):
+        raise FileNotFoundError("no such file")
+    with monkeypatch.context() as m:
+        m.setattr(type(toys[0]), "load", masked)
+        with pytest.raises(ValueError, match="another label of"):
+            cached(place, toys, model)
+        m.setattr(type(toys[0]), "load", gone)
+        assert cached(place, toys, model)[1] == []
+    assert contents(place) == before
 
 
 def test_cache_of_something_else_is_refused(place, toys, model, tiny_base):
@@ -191,7 +221,7 @@ def test_interrupted_build_continues(tmp_path, model, monkeypatch):
             cached(tmp_path / "twice", [reader], model)
     reader.loads.clear()
     cached(tmp_path / "twice", [reader], model)
-    assert reader.loads == [4, 5, 6, 7]         # each of them once, for both flips
+    assert reader.loads == [0] * len(reader.tasks) + [4, 5, 6, 7]       # compared; each of the rest for both flips
     assert contents(tmp_path / "twice", "*.npy") == contents(tmp_path / "whole", "*.npy")
 
 
@@ -212,7 +242,7 @@ def test_unreadable_samples_of_the_cache(tmp_path, model):
     bad.loads.clear()
     store, skipped = cached(tmp_path / "lenient", [bad], model)
     assert skipped == [] and anything_valid(store)
-    assert set(bad.loads) == {1}
+    assert set(bad.loads) == {0, 1}     # 0: compared
 
 
 def test_cache_that_does_not_fit_on_the_disk(tmp_path, toys, model, monkeypatch):
@@ -302,139 +332,3 @@ def test_a_damaged_array_is_named(place, toys, model, harm):
     told = "streets/depth.npy of the latent cache is missing or damaged .*: delete .*streets"
     with pytest.raises(ValueError, match=told):
         opened(place, toys, model).build(toys, model, TASKS)
-
-
-# ---- the cache of auxiliary streams ----
-
-@pytest.fixture
-def multi(tiny_base):
-    """A small stage 2 whose task attention is not zero."""
-    torch.manual_seed(0)
-    m = from_base(str(tiny_base), tuple(TASKS))
-    m.add_main_stream(load_base(str(tiny_base))[1])
-    for layer in m.attention.values():
-        torch.nn.init.normal_(layer.to_out_task.weight, std=0.3)
-    return m.eval()
-
-
-def same(a, b):
-    """Equal streams, {block: {task: features}}, bit for bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[block][t], b[block][t]) for block in a for t in TASKS)
-
-
-def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
-    """What is read back equals what was computed, in float16, for both flips; another stage 1 has a folder of its own,
-    a damaged record is computed again, and samples beyond the limit are not kept."""
-    keys = [("rooms", 0, False), ("rooms", 0, True), ("streets", 2, False)]
-    z_i, z_j = tiny.latents(3, tuple(s // multi.factor for s in SIZE))
-
-    def fetch(store):
-        return store.fetch(keys, ("depth",), z_i, z_j)
-    first, expected = fetch(StreamCache(tmp_path, toys, multi, 1e9)), multi.streams(z_i, z_j, multi.tasks)
-    assert first.keys() == expected.keys() and len(first) == len(multi.attention)
-    for block, features in expected.items():
-        for t in TASKS:
-            assert torch.allclose(first[block][t], features[t], rtol=2e-3, atol=2e-3)
-
-    computed, streams = [], StableMTL.streams
-
-    def spy(self, z_i, *rest):
-        computed.append(len(z_i))
-        return streams(self, z_i, *rest)
-    monkeypatch.setattr(StableMTL, "streams", spy)
-    again = StreamCache(tmp_path, toys, multi, 1e9)
-    computed.clear()        # it looks once at the shapes
-    assert same(fetch(again), first)
-    assert computed == []
-
-    (path,) = tmp_path.glob("streams-*/streets.f16")
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 255
-    path.write_bytes(content)
-    assert same(fetch(again), first)
-    assert computed == [1]
-
-    nothing = StreamCache(tmp_path / "none", toys, multi, 0)
-    computed.clear()
-    assert fetch(nothing) is None and computed == []        # the model computes them, and those it needs alone
-    assert not list((tmp_path / "none").rglob("*.f16"))
-    with torch.no_grad():
-        multi.unet.conv_in.bias += 1
-    fetch(StreamCache(tmp_path, toys, multi, 1e9))
-    assert len(list(tmp_path.glob("streams-*"))) == 2
-
-
-def test_streams_of_earlier_stage_1s_are_deleted(tmp_path, toys, multi):
-    """Of a run's own cache, gigabytes each; not while they are being read, and never from a shared folder."""
-    keys, z = [("rooms", 0, False)], tiny.latents(1, (8, 12))
-
-    def streams(**how):
-        with torch.no_grad():
-            multi.unet.conv_in.bias += 1
-        store = StreamCache(tmp_path, toys, multi, 1e9, **how)
-        store.fetch(keys, ("depth",), *z)
-        return store, {path.parent.name for path in tmp_path.glob("streams-*/rooms.f16")}
-    (first, one), (second, two) = streams(), streams()
-    assert one < two and len(two) == 2
-    second.held.close()
-    third, three = streams(own=True)
-    assert len(three) == 2 and one < three and not three & (two - one)
-    assert first.records["rooms"].read(0) is not None
-    first.held.close()
-    third.held.close()
-    assert len(streams(own=True)[1]) == 1
-
-
-def test_stage_two_keeps_the_streams_of_one_stage_one(go, second):
-    """Each stage 2 after another stage 1 left its streams in out/cache, for good."""
-    earlier = second / "cache/streams-0123456789abcdef/rooms.f16"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_bytes(b"1")
-    flags = "--stage 2 --rho 0 --overwrite --cache"
-    assert go(f"{flags} {second / 'cache'}")[0] == 0 and earlier.exists()       # named: perhaps other runs use it
-    assert go(f"{flags} auto")[0] == 0 and not earlier.parent.exists()
-    assert len(list(second.glob("cache/streams-*"))) == 1
-
-
-def test_streams_of_a_precision(tmp_path, toys, multi):
-    """What was computed under autocast is never read by a run in float32, nor the other way round."""
-    autocast, keys, z = partial(torch.autocast, "cpu", torch.bfloat16), [("rooms", 0, False)], tiny.latents(1, (8, 12))
-    exact = StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), *z)
-    with autocast():
-        rough = StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, ("depth",), *z)
-    assert not same(rough, exact)
-    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), *z), exact)
-    assert same(StreamCache(tmp_path, toys, multi, 1e9, autocast).fetch(keys, ("depth",), *z), rough)
-
-
-def test_no_streams_are_kept_of_a_skipped_sample(tmp_path, toys, multi):
-    """With --skip-bad its latents are zeros until its file is mended; then its streams are those of the image."""
-    keys, z, empty = [("rooms", 0, False)], tiny.latents(1, (8, 12)), torch.zeros(1, 4, 8, 12)
-    expected = StreamCache(tmp_path / "whole", toys, multi, 1e9).fetch(keys, ("depth",), *z)
-    StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), empty, empty)
-    assert same(StreamCache(tmp_path, toys, multi, 1e9).fetch(keys, ("depth",), *z), expected)
-
-
-def test_known_streams_change_no_loss(multi):
-    """The multi stream with streams handed in predicts what it predicts from its own."""
-    z_i, z_j = tiny.latents()
-    with torch.no_grad():
-        streams = multi.streams(z_i, z_j, multi.tasks)
-        own, given = multi(z_i, z_j, ["depth"]), multi(z_i, z_j, ["depth"], streams=streams)
-        other = multi(z_i, z_j, ["depth"], streams=multi.streams(z_j, z_i, multi.tasks))
-    assert torch.allclose(own["depth"], given["depth"], atol=1e-5)
-    assert not torch.allclose(own["depth"], other["depth"], atol=1e-3)      # they do matter
-
-
-def test_a_task_with_a_crop_of_its_own_has_no_kept_streams(tmp_path, multi):
-    """Its frames are others than those of the other tasks of that image, whose streams it got."""
-    reader = Made(n=1, train_crop={"optical_flow": (8, 16)})
-    cache, _ = cached(tmp_path, [reader], multi)
-    key, store = [(reader.name, 0, False)], StreamCache(tmp_path, [reader], multi, 1e9)
-    for task in ("depth", "optical_flow"):
-        frames = [f[None] for f in cache.get(reader, 0, (task,), False)["frames"]]
-        given = store.fetch(key, (task,), *frames)
-        with torch.no_grad():
-            exact = multi(*frames, (task,))[task]
-            assert torch.allclose(multi(*frames, (task,), streams=given)[task], exact, atol=2e-2)
-        assert (given is None) == (task == "optical_flow")

@@ -121,6 +121,9 @@ class LatentCache:
         """
         skipped = []
         for reader in readers:
+            self.compare(reader, model, codecs)
+        self.arrays.clear()     # opened read-only
+        for reader in readers:
             arrays = {name: self.array(reader, name, "r+") for name in self.layout(reader, model)}
             todo = [i for i in range(len(reader)) if i // batch % world_size == rank and not arrays["done"][i]]
             wanted = {t: set(reader.indices(t)) for t in reader.tasks}
@@ -141,6 +144,27 @@ class LatentCache:
                     arrays["done"][index] = not bad
         self.arrays.clear()   # reopened read-only, also by the workers
         return skipped
+
+
+    @torch.no_grad()
+    def compare(self, reader, model, codecs):
+        """ValueError if the first label of a task comes out otherwise now than it is stored: the task's code or the
+        reader has been changed since. What cannot be read any more is not compared."""
+        for t in reader.tasks:
+            index = next(iter(reader.indices(t)), None)
+            if index is None or not self.array(reader, "done")[index]:
+                continue
+            try:
+                now = prepare(reader, index, (t,), codecs)
+            except (OSError, ValueError):
+                continue
+            label = now["labels"][t][None].to(next(model.parameters()).device)
+            was, (z,) = self.get(reader, index, (t,), False), model.latents({t: label})[t].float().cpu()
+            stored = was["labels"][t]
+            cells = whole_cells(now["valid"][t][None], model.factor)[0]
+            if not torch.equal(cells, was["valid"][t]) or (z - stored).abs().mean() > 0.02 * stored.abs().mean():
+                raise ValueError(f"the {self.kind} {self.folder} has another label of {t} for {reader.name} sample "
+                                 f"{index} than the code makes now: delete {self.folder / reader.name}, {self.anew}")
 
 
 def prefix(reader, tasks):
