@@ -369,6 +369,8 @@ def run(main):
         with interruptible():
             return main() or 0
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        if os.environ.get("TRACEBACK"):     # for who writes a reader of their own, say
+            raise
         told = error
     except torch.OutOfMemoryError as error:
         told = f"out of GPU memory: {less_memory()} ({error})"

@@ -21,7 +21,7 @@ from checkpoint import link, read_config, write_json
 from inference import infer
 from network import loading, memory
 from network.attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, masking, transformer_blocks, watch
-from tasks import TASKS, registry
+from tasks import TASKS, parse_tasks, registry
 
 TIMESTEP = 999  # the last diffusion step: the UNet's input is read as pure noise, its output as the clean latent
 SECOND_FRAMES = ("concat", "average", "none")
@@ -177,7 +177,7 @@ class StableMTL(nn.Module):
         if self.second_frame == "average":
             z_i = z_j = (z_i + z_j) / 2
         elif self.second_frame == "none":
-            z_j = z_i
+            z_j = torch.zeros_like(z_i)
         if self.truth is not None and unet is self.unet:
             third = torch.cat([self.truth[t] for t in tasks])
         x = self.stack(z_i, z_j, third).to(unet.dtype)
@@ -369,8 +369,9 @@ def asked(image, next_image, tasks, known):
     ValueError for frames or tasks that are not as predict says, or if no task is left.
     """
     check_frames([image] if next_image is None else [image, next_image])
-    check_choices("task", tasks or known, known)
-    tasks = [t for t in (tasks or known) if TASKS[t].frames == 1 or next_image is not None]
+    tasks = parse_tasks(tasks) if isinstance(tasks, str) else tasks or known
+    check_choices("task", tasks, known)
+    tasks = [t for t in tasks if TASKS[t].frames == 1 or next_image is not None]
     if not tasks:
         raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
     return tasks

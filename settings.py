@@ -22,6 +22,7 @@ from network.loading import read_model_json
 from network.memory import OPTIMIZERS
 from tasks import PALETTES, TASKS, parse_tasks
 from training.discovery import MASKS as PSEUDO_MASKS
+from training.losses import LOSSES
 
 # ---- the list: every field is a flag; None: set by the preset, or in stage 2 by stage 1 ----
 
@@ -143,7 +144,7 @@ class Config:
     @property
     def decoded(self):
         """The terms of --loss that compare images, after the decoder; other systems have losses of their own."""
-        return parse_loss(self.loss).keys() - {"latent"} if self.loss else set()
+        return {kind for kind in parse_loss(self.loss) if LOSSES[kind] != "latents"} if self.loss else set()
 
     @property
     def cache_folder(self):
@@ -390,7 +391,7 @@ def parse_loss(text):
             out[name] = float(weight or 1)
         except ValueError:
             raise ValueError(f"--loss {part}: the weight must be a number") from None
-        if name not in ("latent", "pixel", "task") or not 0 < out[name] < math.inf:
-            raise ValueError(f"--loss {part}: expected latent, pixel or task, each with a finite weight above 0 "
+        if name not in LOSSES or not 0 < out[name] < math.inf:
+            raise ValueError(f"--loss {part}: expected {', '.join(LOSSES)}, each with a finite weight above 0 "
                              "(latent:1,task:0.5)")
     return out

@@ -348,14 +348,18 @@ def train(rank, world_size, device, cfg, saved, tensors):
     options = {"skip_bad": cfg.skip_bad, "with_next": joint or cfg.stage == 2, "rank": rank, "world_size": world_size}
     vae_hash = fingerprint(model.vae.state_dict()) + model.cache_tag
     pseudo = read_pseudo(cfg, everything, vae_hash, model.tasks, drop) if cfg.pseudo else None
-    mixture = Mixture(readers + (pseudo.pairs if pseudo else []), model.tasks, codecs, cfg.batch, cfg.micro,
-                      cfg.seed + 1000 * cfg.stage, drop, cfg.isolation, joint, beside=beside, **options)
+    sources, learned = readers + (pseudo.pairs if pseudo else []), model.tasks
+    if (cfg.init or cfg.stage == 2) and not joint:      # whose tasks an earlier run has settled
+        learned = not_dropped(model.tasks, sources, drop) or model.tasks
+        if chief and (left := [t for t in model.tasks if t not in learned]):
+            print(f"no labels for {', '.join(left)}: the others are trained, and these may suffer", file=sys.stderr)
+    mixture = Mixture(sources, learned, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, drop, cfg.isolation,
+                      joint, beside=beside, **options)
     held_out, shown = None, readers
     if cfg.val_samples:
         try:
             shown = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes, "val")
-            known = [t for t in mixture.tasks
-                     if any(tasks_with_labels(r, {t} - drop.get(r.name, set())) for r in shown)]
+            known = not_dropped(mixture.tasks, shown, drop)
             held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
@@ -549,6 +553,11 @@ def labelled_tasks(cfg, readers):
     if found != tasks:
         print(f"tasks with labels in {cfg.data}: {', '.join(found)}", file=sys.stderr)
     return found
+
+
+def not_dropped(tasks, readers, drop):
+    """Those of the tasks that some reader has labels for, beside {dataset: tasks} that --drop leaves out."""
+    return [t for t in tasks if any(tasks_with_labels(r, {t} - drop.get(r.name, set())) for r in readers)]
 
 
 KEPT = "commit", "versions", "stage1", "imported", "held_out", "resumed"      # of config.json, when a run goes on

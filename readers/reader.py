@@ -178,6 +178,8 @@ class Reader:
                 label, valid = getattr(frame, task)()
                 label = label.reshape(*label.shape[:2], -1)
                 label = label if TASKS[task].categorical else label.astype(np.float32, copy=False)
+            if np.ndim(valid) != 2:
+                raise ValueError(f"{self.name}: the mask of {task} has the shape {np.shape(valid)}, expected (H,W)")
             label, valid = cut(label, f"{task} label"), cut(valid, f"{task} mask")
             number = every(np.isfinite(label))
             if not number.all():

@@ -27,12 +27,17 @@ def test_missing_and_empty_folders_say_what_was_expected(tmp_path, name):
         reader(tmp_path, "nope")
 
 
-def test_wrong_use_is_refused(tmp_path):
-    """A task without labels, a label of another size and a file missing from a half-extracted archive are named."""
+def test_wrong_use_is_refused(tmp_path, monkeypatch):
+    """A task without labels, a label of another size, a mask of another shape and a file missing from a half-extracted
+    archive are named."""
     virtual_kitti(tmp_path)
     reader = VirtualKitti2(tmp_path, "train")
     with pytest.raises(ValueError, match="no labels for albedo"):
         reader.load(0, ["albedo"])
+    with monkeypatch.context() as m:
+        m.setattr(VirtualKitti2.Frame, "depth", lambda frame: (np.ones((11, 16, 1)), np.ones((11, 16, 1), bool)))
+        with pytest.raises(ValueError, match=r"the mask of depth has the shape \(11, 16, 1\), expected"):
+            reader.load(0, ["depth"])
     depth = tmp_path / "virtual_kitti_2/Scene02/clone/frames/depth/Camera_0/depth_00000.png"
     write(depth, np.ones((16, 12), np.uint16))
     with pytest.raises(ValueError, match="Camera_0/00000 .*depth label is 16x12, but the image 16x11"):

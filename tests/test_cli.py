@@ -28,6 +28,16 @@ ROOT = Path(__file__).parent.parent
 
 # ---- flags ----
 
+def test_traceback_shows_where_a_mistake_was_made(monkeypatch):
+    """TRACEBACK=1, for who writes a reader: one sentence does not say which line it was."""
+    def main():
+        raise ValueError("no such thing")
+    assert cli.run(main) == 2
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such thing"):
+        cli.run(main)
+
+
 @pytest.mark.parametrize("kind, good, bad", [
     (cli.whole(), ["0", "7", "2147483647"], ["-1", "2147483648", "1.0", "1e3", "nan", "", " 1", "+1", "9" * 5000]),
     (cli.whole(1, 1024), ["1", "1024"], ["0", "1025", "100000"]),

@@ -292,7 +292,7 @@ def test_wrong_files_end_in_a_sentence(world, imported, tmp_path):
             convert.read_state(tmp_path / name)
 
 
-def test_what_the_format_cannot_hold_is_not_exported(tmp_path):
+def test_what_the_format_cannot_hold_is_not_exported(tmp_path, monkeypatch):
     """Ablations (other heads, shared projections, ...) are refused by name, not written as something else."""
     tiny.model(multi=True, heads=2, shared=True).save(tmp_path / "out")
     with pytest.raises(ValueError, match=r"heads 2 \(released: 4\), shared True"):
@@ -304,6 +304,11 @@ def test_what_the_format_cannot_hold_is_not_exported(tmp_path):
     tiny.model(tasks=("normal", "depth"), unet=tiny.thin_unet).save(tmp_path / "two")
     with pytest.raises(ValueError, match=r"no room for a stage 1 of normal, depth alone \(released: all 7 tasks\)$"):
         convert.export(tmp_path / "two", tmp_path / "back")     # an import would take it for one of all seven
+    several = tiny.model(multi=True)
+    several.multi["gate"] = "sigmoid"       # of a fork
+    monkeypatch.setattr(convert.StableMTL, "load", lambda folder: several)
+    with pytest.raises(ValueError, match=r"no room for gate sigmoid$"):
+        convert.export(tmp_path / "fork", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 

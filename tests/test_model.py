@@ -87,13 +87,15 @@ def test_widened_input_equals_the_original():
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["average", "none"])
 def test_second_frame_ablations(how):
-    """`average` feeds the mean of both latents twice, `none` frame i twice, as stock diffusers computes it."""
+    """`average` feeds the mean of both latents twice, `none` leaves the second place empty (paper section 4.2), as
+    stock diffusers computes it."""
     torch.manual_seed(0)
     m, (z_i, z_j) = StableMTL(tiny.vae(), tiny.unet(), tiny.tokens(), second_frame=how), tiny.latents()
-    z = (z_i + z_j) / 2 if how == "average" else z_i
     out = m.eval()(z_i, z_j, ["depth", "scene_flow"])
-    close(out["scene_flow"], stock(m.unet, z, z, m.token_scene_flow))
-    close(out["depth"], stock(m.unet, z_i, z_i, m.token_depth))
+    mean, nothing = (z_i + z_j) / 2, torch.zeros_like(z_i)
+    flow, still = ((mean, mean), (z_i, z_i)) if how == "average" else ((z_i, nothing), (z_i, nothing))
+    close(out["scene_flow"], stock(m.unet, *flow, m.token_scene_flow))
+    close(out["depth"], stock(m.unet, *still, m.token_depth))
 
 
 @torch.no_grad()
@@ -275,6 +277,12 @@ def test_predict_refuses_what_is_no_frame(single, frames, tasks, says):
     """Bytes and 0..255 were predicted silently; frames of two sizes, or an unknown task, ended in a traceback."""
     with pytest.raises(ValueError, match=says):
         single.predict(*frames, tasks=tasks)
+
+
+def test_tasks_as_text(single):
+    """As `infer` takes them; predict took the letters for tasks."""
+    image = torch.zeros(1, 3, 8, 8)
+    assert single.predict(image, tasks="depth,normal").keys() == {"normal", "depth"}
 
 
 @pytest.mark.parametrize("rows", [None, 1])

@@ -312,3 +312,14 @@ def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
     held_out, of_best = (json.loads((f / "config.json").read_text())["held_out"] for f in (out, out / "best"))
     assert held_out == {str(s): v for s, v in scripted.items()}
     assert of_best == {"0": 5.0, "1": 3.0}
+
+
+@pytest.mark.parametrize("flags", ["--init {stage1}", "--stage 2"])
+def test_what_goes_on_with_fewer_labels_trains_the_others(go, stage1, tmp_path, flags):
+    """Data that lacks a task of the model was a dead end: the tasks are the model's, and --tasks contradicted them."""
+    if "stage 2" in flags:
+        shutil.copytree(stage1, tmp_path / "out")
+    code, said, error = go(f"{flags.format(stage1=stage1)} --steps 4 --drop rooms:depth,streets:depth --val-samples 0")
+    assert code == 0 and "no labels for depth: the others are trained, and these may suffer" in error
+    assert {t for e in log_lines(tmp_path / "out")[-4:] for t in e["task"]} == set(THREE.split(",")) - {"depth"}
+    assert StableMTL.load(tmp_path / "out").tasks == StableMTL.load(stage1).tasks

@@ -125,6 +125,7 @@ def export(ckpt, folder):
     released = {"palette": PALETTE, "second_frame": "concat", "heads": HEADS, "shared": False, "attention": "n-to-1",
                 **STABLEMTL}
     differs = [f"{k} {own[k]} (released: {v})" for k, v in released.items() if own.get(k, v) != v]
+    differs += [f"{k} {v}" for k, v in (facts["multi"] or {}).items() if k not in released]     # of somebody's fork
     if not model.multi and len(model.tasks) < len(TASKS):   # only multi.pth names its tasks
         differs.append(f"a stage 1 of {', '.join(model.tasks)} alone (released: all {len(TASKS)} tasks)")
     if differs:

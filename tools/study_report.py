@@ -218,7 +218,7 @@ def claim_table(result):
 
 ATTENTION = """\
 Means over the last twentieth of training, over layers, pixels and heads: its entropy, 1 = even over the other tasks;
-its largest weight, 0.17 if even over six; and the size of what it adds, relative to what that is added to. Even weights
+its largest weight, {even:.2f} if even; and the size of what it adds, relative to what that is added to. Even weights
 still pass every stream on: whether streams have a say is told by the row that is evaluated without them."""
 
 
@@ -234,7 +234,8 @@ def tables(result, suite):
     lines += ["", "## Cost", "", "Operations are counted, from cached latents, 1 multiply-add = 2. In all: relative to "
               "the single stream, with the single stream that a variant starts from; the single-task models together.",
               "", *cost_table(result)]
-    lines += ["", "## What the attention over tasks does", "", ATTENTION, "", *attended_table(result)]
+    even = 1 / max(1, len(result["tasks"]) - 1)
+    lines += ["", "## What the attention over tasks does", "", ATTENTION.format(even=even), "", *attended_table(result)]
     lines += ["", "## The paper's claims", "", "Differences of Delta_m, paired by seed. Reproduced: the 95% confidence "
               "interval of their mean (Student's t) lies above 0; not reproduced: below 0; else undecided, with an "
               "estimate of how many seeds it would take if mean and spread stayed as they are.", ""]

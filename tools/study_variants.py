@@ -1,5 +1,5 @@
-"""What a study compares, and the models that takes. A new row in VARIANTS is all that a further comparison needs; rows
-of a subject of their own are another Suite (tools/study_systems.py)."""
+"""What a study compares, and the models that takes. A further comparison is a row of VARIANTS and, for a verdict, a
+Claim; rows of a subject of their own are another Suite (tools/study_systems.py)."""
 from pathlib import Path
 from typing import NamedTuple
 

@@ -159,7 +159,7 @@ class LatentCache:
             except (OSError, ValueError):
                 continue
             label = now["labels"][t][None].to(next(model.parameters()).device)
-            was, (z,) = self.get(reader, index, (t,), False), model.latents({t: label})[t].float().cpu()
+            was, (z,) = self.get(reader, index, (t,), False), model.encode_labels({t: label})[t].float().cpu()
             stored = was["labels"][t]
             cells = whole_cells(now["valid"][t][None], model.factor)[0]
             if not torch.equal(cells, was["valid"][t]) or (z - stored).abs().mean() > 0.02 * stored.abs().mean():

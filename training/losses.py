@@ -13,6 +13,9 @@ from tasks import CLASSES
 
 # ---- losses ----
 
+LOSSES = {"latent": "latents", "pixel": "images", "task": "maps"}       # of --loss: what each compares
+
+
 def loss_terms(model, kinds, task, z_hat, z, cells, code, valid):
     """{kind: sum of errors} of one task.
 
@@ -159,11 +162,11 @@ def on_device(b, device):
 
 
 def valid_numbers(kind, cells, valid, factor, channels):
-    """How many numbers a loss averages over: the channels of a latent cell (4), 3 per pixel, or 1."""
-    if kind == "latent":
+    """How many numbers a loss averages over: the channels of a latent cell (4), 3 per pixel of an image, 1 of a map."""
+    if LOSSES[kind] == "latents":
         return int(cells.sum()) * channels
     height, width = (s // factor * factor for s in valid.shape[-2:])
-    return int(valid[..., :height, :width].sum()) * (3 if kind == "pixel" else 1)
+    return int(valid[..., :height, :width].sum()) * (3 if LOSSES[kind] == "images" else 1)
 
 
 def sync_gradients(params, losses, device, stop=False):
