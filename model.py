@@ -365,13 +365,11 @@ class StableMTL(nn.Module):
 
 def asked(image, next_image, tasks, known):
     """The tasks that `predict` is to do: those named, or all known, without a next_image less those about motion.
-
-    ValueError for frames or tasks that are not as predict says, or if no task is left.
-    """
+    ValueError for frames or tasks that are not as predict says, or if no task is left."""
     check_frames([image] if next_image is None else [image, next_image])
-    tasks = parse_tasks(tasks) if isinstance(tasks, str) else tasks or known
-    check_choices("task", tasks, known)
-    tasks = [t for t in tasks if TASKS[t].frames == 1 or next_image is not None]
+    wanted = parse_tasks(tasks) if isinstance(tasks, str) else tasks or known
+    check_choices("task", wanted, known)
+    tasks = [t for t in wanted if TASKS[t].frames == 1 or next_image is not None]
     if not tasks:
         raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
     return tasks

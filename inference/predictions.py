@@ -62,7 +62,7 @@ def write(model, reader, tasks, folder, forms, batch, rows=None, limit=None, ski
     for group in test_batches(reader, wanted, batch, 2, limit, skip_bad=skip_bad, skipped=skipped):
         wanted = [t for t in group[0][1] if t in TASKS]
         files = [(n, t, form, Path(folder, reader.name, t, f"{reader.stem(index)}{FORMATS[form]}"))
-                 for n, (_, _, index) in enumerate(group) for t in wanted for form in forms if fits(TASKS[t], form)]
+                 for n, (_, _, index, _) in enumerate(group) for t in wanted for form in forms if fits(TASKS[t], form)]
         if not files:       # none of the forms fits these labels
             continue
         if all(path.is_file() for *_, path in files):

@@ -70,7 +70,7 @@ def measure(model, discovery, limit, batch=8):
             for t, (code, sure) in guesses.items():
                 likeliest = model.codecs[t].decode(code)
                 passed = (sure > discovery.least.get(t, math.inf))[:, 0].cpu()
-                for n, (_, labels, index) in enumerate(group):
+                for n, (_, labels, index, _) in enumerate(group):
                     new = {who: METRICS[TASKS[t].metric].accumulator(clip=reader.depth_range) for who in WHO}
                     lacks, (label, valid) = discovery.lacks((reader.name, index), t), labels[t]
                     part = found.setdefault((t, lacks), {"worlds": {}, "shares": []} | new)
