@@ -33,9 +33,9 @@ from cli import Parser, number, parse_device, run, steady, whole, writable  # be
 from tqdm import tqdm
 
 from baselines import load as load_model
-from checkpoint import digest, read_config
+from checkpoint import crc, digest, read_config
 from draw import attention_table
-from evaluate import choose, data_name, test_sets
+from evaluate import choose, data_name, source_files, test_sets
 from inference import infer, predictions
 from inference.infer import check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
@@ -313,14 +313,16 @@ def predict_testset(args):
 
 
 def map_dependencies(args, model):
-    """What maps follow from beside their frames, as json; weights by size and time, since checksums would take long."""
+    """What maps follow from beside their frames, as json: code, flags and weights, these by size and time, since
+    checksums would take long."""
     def stated(folder, *patterns):
         files = sorted(p for pattern in patterns for p in Path(folder).glob(pattern))
         return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     weights = stated(args.ckpt, "model.json", "*.safetensors", "*/*model*.safetensors")
     decoder = [args.decoder, stated(args.decoder, "*")] if args.decoder else []
     camera = astuple(args.camera) if args.camera else None
-    return [weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder,
+    code = [crc(path) for path in sorted(source_files())]
+    return [code, weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder,
             args.pixels, camera]
 
 

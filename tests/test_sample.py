@@ -6,6 +6,7 @@ import resource
 import shutil
 import weakref
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -295,9 +296,9 @@ def test_finished_inputs_are_kept(go, tmp_path, monkeypatch):
         assert go(*flags)[1].startswith("1 predicted")
 
 
-def test_stale_results_are_not_kept(go, tmp_path, tiny_ckpt_1):
-    """Another picture under the same path, another checkpoint, stage, size or next frame gave the old maps, reported as
-    finished, because only the files' names were looked at."""
+def test_stale_results_are_not_kept(go, tmp_path, tiny_ckpt_1, monkeypatch):
+    """Another picture under the same path, another checkpoint, stage, size, next frame or code gave the old maps,
+    reported as finished, because only the files' names were looked at."""
     a, b, c = (picture(tmp_path / f"{n}.png", (32, 48)) for n in "abc")
     folder, flags = tmp_path / "out/a", ("--tasks", "depth,optical_flow")
     copy = shutil.copytree(tiny_ckpt_1, tmp_path / "copy")
@@ -315,6 +316,9 @@ def test_stale_results_are_not_kept(go, tmp_path, tiny_ckpt_1):
     assert changes(a, c, ckpt=copy)
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     os.utime(weights, ns=(0, 0))
+    assert go(a, c, *flags, ckpt=copy)[1].startswith("1 predicted")
+    assert "1 already finished" in go(a, c, *flags, ckpt=copy)[1]
+    monkeypatch.setattr(sample, "source_files", lambda: [Path(__file__)])       # other code
     assert go(a, c, *flags, ckpt=copy)[1].startswith("1 predicted")
 
 
