@@ -107,6 +107,8 @@ VARIANTS = {
     "continued-batch-4": Variant("single stream, continued for twice the steps of 4 images",
                                  "--stage 1 --init {parent} --batch 4", "single", length="longer"),
     "longer": Variant("multi stream, rho 0.4, twice the steps", "--stage 2 --rho 0.4", "single", length="longer"),
+    "longer-off": Variant("multi stream, rho 0.4, twice the steps, evaluated without its streams", "--streams off",
+                          "longer", "evaluate.py"),
     "continued-longer": Variant("single stream, continued for twice the steps", "--stage 1 --init {parent}", "single",
                                 length="longer"),
     # what saves memory (docs/cost.md)
@@ -162,6 +164,8 @@ CLAIMS = [
           "continued-batch-4", zero=CONTROL),
     Claim("the multi stream beats the single stream trained for as many steps, twice of them", "longer",
           "continued-longer", zero=CONTROL),
+    Claim("what the multi stream has learned in twice the steps needs its streams", "longer", "longer-off",
+          zero=CONTROL),
     Claim("Adam's moments in float32 beat those in bfloat16", "multi", "adam-bf16", zero=CONTROL),
     Claim("frozen weights in float32 beat those in bfloat16", "multi", "frozen-bf16", zero=CONTROL),
     Claim("training all of the main UNet beats a rank of 16", "multi", "lora", zero=CONTROL),
