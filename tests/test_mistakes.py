@@ -130,7 +130,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--device tpu": "--device",
     "--widths 8,8": "--widths",
     "--widths a,b,c,d": "--widths",
-    "--loss dense": "expected latent, pixel or task",
+    "--loss dense": "expected latent, pixel, task, each",
     "--loss pixel --cache new/cache": "--cache none",
     "--drop nonsense": "--drop nonsense",
     "--drop streets:deph": "--drop streets:deph",
