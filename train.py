@@ -546,7 +546,7 @@ def labelled_tasks(cfg, readers):
     tasks = parse_tasks(cfg.tasks)
     if not cfg.data or cfg.tasks != "all":
         return tasks
-    found = tuple(t for t in tasks if any(tasks_with_labels(r, [t]) for r in readers))
+    found = tuple(not_dropped(tasks, readers, {}))
     if not found:
         raise ValueError(f"--data {cfg.data} has no training label of any task: "
                          f"python data.py --data {cfg.data} --check says what is there")

@@ -120,7 +120,7 @@ class LatentCache:
         skip_bad: as in data.Mixture. Returns the names of skipped samples, which are tried again next time.
         """
         skipped = []
-        for reader in readers:
+        for reader in readers if rank == 0 else ():     # once is enough
             self.compare(reader, model, codecs)
         self.arrays.clear()     # opened read-only
         for reader in readers:
