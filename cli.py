@@ -306,12 +306,18 @@ def _report(process, pipe, patience):
     try:
         well, result = pickle.loads(pipe.recv_bytes())
     except EOFError:
-        process.join()
-        raise ChildProcessError(f"{process.name} ended with exit code {process.exitcode} before it was done, perhaps "
-                                "for lack of memory: go on with --processes 1") from None
+        raise ChildProcessError(f"{process.name} {end(process)}: go on with --processes 1") from None
     if well is False:
         raise ValueError(result)
     return result
+
+
+def end(process):
+    """How a process of multiprocessing ended that left no word."""
+    process.join()
+    if process.exitcode < 0:        # by a signal
+        return f"ended with exit code {process.exitcode} before it was done, perhaps for lack of memory"
+    return "ended before it was done, with the error above"
 
 
 def _other(work, rank, pipe, parent):

@@ -1,5 +1,4 @@
-"""The study: a row per variant, numbers that follow from the runs' own results, a study that continues where it was
-stopped, models side by side, mistakes."""
+"""The study: a row per variant, numbers that follow from the runs' own, continuing, models side by side, mistakes."""
 import json
 import multiprocessing
 import random
@@ -396,10 +395,11 @@ def test_a_stop_reaches_every_process_once(made_up, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("ends, says", [
-    (lambda cfg: signal.raise_signal(signal.SIGKILL), r"seed 0, [\w-]+ ended before it was done"),
+    (lambda cfg: signal.raise_signal(signal.SIGKILL), r"seed 0, [\w-]+ ended .* for lack of memory"),
+    (lambda cfg: {}["x"], r"seed 0, [\w-]+ ended before it was done, with the error above"),
     (lambda cfg: (_ for _ in ()).throw(OSError("disk full")), r"seed 0, [\w-]+: disk full")])
 def test_a_process_that_fails_ends_the_study_in_a_sentence(made_up, monkeypatch, capsys, ends, says):
-    """Killed for memory, or a mistake that would meet every model: named, exit code 2, no traceback."""
+    """Killed for memory, or a mistake that would meet every model: named, exit code 2, no traceback of its own."""
     monkeypatch.setattr(multiprocessing, "get_context", fork)
     made_up.trains = ends
     assert made_up("--seeds 1 --only single,no-isolation --jobs 2") == 2

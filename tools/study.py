@@ -38,7 +38,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from cli import Parser, keep_memory, parse_device, run, whole, writable  # before torch, for Ctrl-C
+from cli import Parser, end, keep_memory, parse_device, run, whole, writable  # before torch, for Ctrl-C
 
 # isort: split
 import torch
@@ -203,8 +203,8 @@ def outcome(job, process, pipe):
     try:
         error = pipe.recv()
     except EOFError:
-        error = ChildProcessError(f"{job.name} ended before it was done, perhaps for lack of memory: the same command "
-                                  f"continues, with fewer --jobs if need be (its output: {job.out}/output.txt)")
+        error = ChildProcessError(f"{job.name} {end(process)}: the same command continues, with fewer --jobs if need "
+                                  f"be (its output: {job.out}/output.txt)")
     process.join()
     if error and not isinstance(error, FloatingPointError):
         raise error
