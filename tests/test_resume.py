@@ -159,6 +159,33 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
     assert compare(undisturbed[1], out) == []
 
 
+@pytest.mark.parametrize("place, file", [("write_json", "config.json"), ("save_picture", "stage1_000001.png"),
+                                         ("open_log", "log.jsonl")])
+def test_disk_full_elsewhere(go, undisturbed, tmp_path, monkeypatch, place, file):
+    """What was told of a checkpoint's small files and pictures was the bare error of the system."""
+    out, write, calls = tmp_path / "out", getattr(train, place), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args):
+        calls.append(args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            return write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    flags = f"--tasks {THREE} --steps 4 --picture-every 1"
+    with monkeypatch.context() as m:
+        if place == "open_log":     # in its place, when it is gone over again
+            assert go(f"{flags} --save-every 1")[0] == 0
+            flags = "--resume --steps 5"
+        m.setattr(train, place, full)
+        code, _, error = go(flags)
+    assert code == 2 and calls and f"{file} cannot be written (File too large): make room; what is" in error
+    assert not list(out.rglob("*.tmp"))
+    assert go("--resume")[0] == 0
+    assert place == "open_log" or compare(undisturbed[1], out) == []
+
+
 def test_what_does_not_fit_is_refused_before_a_cache_is_built(go, tiny_base, tmp_path):
     """A cache of other scenes, the state of another base: that the latter does not fit was told only after hours of
     encoding, and a folder made for the former hid the toy model from evaluate.py."""
