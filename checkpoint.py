@@ -202,8 +202,12 @@ def link(source, target):
         shutil.copyfile(source, target)
 
 
+OPTIONAL = "main_unet", "task_attention.safetensors", "stem.safetensors"    # parts that only some models have
+
+
 def save_model(model, out, frozen=None):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
+    Parts of an earlier model that this one lacks do not stay.
 
     While out/model.new exists, some files are of this model and some of the one before: StableMTL.load refuses them.
     """
@@ -223,6 +227,9 @@ def save_model(model, out, frozen=None):
         target = out / path.relative_to(complete)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
+    for name in {*OPTIONAL} - {path.relative_to(complete).parts[0] for path in files}:
+        shutil.rmtree(out / name, ignore_errors=True)       # of a file it does nothing
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(complete)
 
 

@@ -13,8 +13,10 @@ from kill import compare, log_lines
 from runs import THREE, TINY, same, saved, stop_at, unfinished
 
 import checkpoint
+import evaluate
 import train
 from model import StableMTL
+from readers.toyworld import ToyWorld
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -184,6 +186,22 @@ def test_disk_full_elsewhere(go, undisturbed, tmp_path, monkeypatch, place, file
     assert not list(out.rglob("*.tmp"))
     assert go("--resume")[0] == 0
     assert place == "open_log" or compare(undisturbed[1], out) == []
+
+
+def test_a_new_stage_1_takes_the_place_of_both_stages(go, undisturbed, tmp_path, monkeypatch, capsys):
+    """--stage 1 --overwrite left the parts of stage 2, and evaluate.py therefore wrote beside results that were of
+    weights no more."""
+    out = shutil.copytree(undisturbed[2], tmp_path / "out")
+    test = f"--ckpt {out} --limit 1 --trivial 0 --workers 0".split()
+    monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [ToyWorld("real", "test", 2, (16, 24))])
+    assert evaluate.main(test) == 0
+    (out / "decoder").mkdir()       # a user's own, or of tools.distil
+    assert go(f"--tasks {THREE} --seed 5 --overwrite")[0] == 0
+    assert not [p for p in out.iterdir() if p.name in ("main_unet", "task_attention.safetensors")]
+    assert (out / "decoder").is_dir() and StableMTL.load(out).main is None
+    assert evaluate.main(test) == 0
+    assert [p.name for p in out.glob("results*")] == ["results.json"]
+    assert json.loads((out / "results.json").read_text())["stage"] == 1
 
 
 def test_what_does_not_fit_is_refused_before_a_cache_is_built(go, tiny_base, tmp_path):
