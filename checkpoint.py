@@ -9,6 +9,7 @@ Nothing is pickled. Nothing random has a state: what step s sees (data.Mixture) 
 follows from (seed, s) alone.
 """
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -71,12 +72,17 @@ def _parse(text, shape, where, remedy):
 def read_json(path, absent, shape=dict, remedy="delete it, or restore it from a copy"):
     """The parsed file, checked against its `shape` (misfit says how to write one).
 
-    FileNotFoundError(absent) if there is none; ValueError names the file, what is wrong with it, and the remedy.
+    FileNotFoundError(absent) if there is none; another OSError or ValueError names the file, what is wrong with it, and
+    the remedy.
     """
     try:
         text = Path(path).read_text(errors="replace")
     except (FileNotFoundError, NotADirectoryError):     # the latter where its folder is a file
         raise FileNotFoundError(absent) from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder: {remedy}") from None
+    except PermissionError:
+        raise PermissionError(f"{path} may not be read: ask its owner for the right to (chmod +r)") from None
     return _parse(text, shape, path, remedy)
 
 
@@ -116,25 +122,29 @@ def read_config(folder):
 
 
 def write_json(path, value):
-    """Write atomically."""
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("w") as f:
-        f.write(json.dumps(value, indent=1))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """Write in one piece or not at all, also should the power fail; a link stays one. OSError as of `put`."""
+    path = Path(path)
+    put(path.resolve() if path.is_symlink() else path, json.dumps(value, indent=1).encode(), flush=True)
 
 
-def put(path, data):
-    """Write bytes, in one piece or not at all; OSError says which file and why."""
+def put(path, data, flush=False):
+    """Write bytes, in one piece or not at all; OSError says which file and why. flush: to the disk before the renaming.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as f:
+            f.write(data)
+            if flush:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}): make room; what is finished is kept") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room" if full else "make it writable"
+        raise OSError(f"{path} cannot be written ({error.strerror}): {remedy}; what is finished is kept") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _flush(folder):
@@ -176,7 +186,8 @@ def _emptied(folder):
 def _room(out, error, need):
     """The sentence for a write that failed."""
     free = shutil.disk_usage(out).free
-    reason = error.strerror if isinstance(error, OSError) else error
+    cause = error.__cause__ or error        # of `put`
+    reason = cause.strerror if isinstance(cause, OSError) else cause
     return OSError(f"could not save to {out}: {reason}; about {need / 2**20:.0f} MiB are needed and "
                    f"{free / 2**20:.0f} MiB are free. The earlier checkpoint is untouched: make room, then continue "
                    "with --resume")
@@ -191,8 +202,12 @@ def link(source, target):
         shutil.copyfile(source, target)
 
 
+OPTIONAL = "main_unet", "task_attention.safetensors", "stem.safetensors"    # parts that only some models have
+
+
 def save_model(model, out, frozen=None):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
+    Parts of an earlier model that this one lacks do not stay.
 
     While out/model.new exists, some files are of this model and some of the one before: StableMTL.load refuses them.
     """
@@ -212,6 +227,9 @@ def save_model(model, out, frozen=None):
         target = out / path.relative_to(complete)
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
+    for name in {*OPTIONAL} - {path.relative_to(complete).parts[0] for path in files}:
+        shutil.rmtree(out / name, ignore_errors=True)       # of a file it does nothing
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(complete)
 
 
@@ -295,9 +313,7 @@ def restore(tensors, parts, optimizer):
 def open_log(path, stage, step):
     """log.jsonl, opened to append, without what comes after `step` of this stage: a run was killed, or is redone."""
     entries = [e for e in read_lines(path, {"stage": int, "step": int}) if (e["stage"], e["step"]) < (stage, step)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    os.replace(temporary, path)
+    put(path, "".join(json.dumps(e) + "\n" for e in entries).encode())
     return path.open("a", buffering=1)
 
 

@@ -90,23 +90,26 @@ def parse_size(text, flag="--size"):
     return int(height), int(width)
 
 
-def writable(path, folder=False):
+def writable(path, folder=False, remedy=""):
     """The path, if a file (with `folder`: a folder of files) can be written there; also an argparse type.
 
-    OSError names what is in the way: better before hours of work than after. Nothing is left behind.
+    OSError names what is in the way, and the remedy: better before hours of work than after. Nothing is left behind.
     """
-    place = Path(path) if folder else Path(path).parent
+    file = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    place = file if folder else file.parent
     while folder and not place.exists():
         place = place.parent    # the nearest one there is: what is missing below it will be made
-    if not folder and Path(path).is_dir():
-        raise IsADirectoryError(f"{path} cannot be written: it is a folder, name a file in it")
+    if not folder and file.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder, name a file in it{remedy}")
+    if not folder and file.exists() and not file.is_file():
+        raise OSError(f"{path} cannot be written: it is a device or a pipe, name a file{remedy}")
     if not place.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: there is no folder {place}")
+        raise NotADirectoryError(f"{path} cannot be written: there is no folder {place}{remedy}")
     try:
         with tempfile.TemporaryFile(dir=place) as f:
             f.write(b"0")
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror} in {place.resolve()}") from None
+        raise OSError(f"{path} cannot be written: {error.strerror} in {place.resolve()}{remedy}") from None
     return path
 
 

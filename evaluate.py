@@ -14,18 +14,17 @@ Results go to results.json in the checkpoint, those of stage 1 beside a stage 2,
 other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json, results_val.json,
 results_<name of the root or decoder>.json). Those of the toy model and of a hub id go to the current folder
 (results_toy_model.json, results_<org>_<name>.json), those of predictions to theirs. A test set that is there already,
-from the same settings, weights, samples and code, is not computed again: so an interrupted run goes on.
+from the same settings, weights, samples and code, is not computed again: so an interrupted run goes on. A report of the
+same weights by other settings, or in --json of another checkpoint, is renamed first (results.before.json).
 """
 import argparse
 import math
-import os
-import re
 import sys
 import time
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
-from itertools import count, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -38,12 +37,13 @@ import torch.nn.functional as F
 
 import toy
 from baselines import load
-from checkpoint import crc, digest, read_config, read_json, write_json
+from checkpoint import crc, digest, read_config, read_json
 from data import resize, tasks_with_labels, test_batches, test_readers, train_readers
 from inference import photometric
 from inference.confidence import Sparsification, agreement, sparsification_table
 from inference.infer import mirror_maps, network_maps
 from inference.predictions import Predictions
+from inference.report import METRIC_VALUES, current, read_report, results_file, weights_of, write_report
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import from_base
 from network.loading import checkpoint_folder
@@ -305,9 +305,6 @@ def trained(settings):
 
 # ---- the command ----
 
-METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
-REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str},
-          "vae": (None, METRIC_VALUES)}
 OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "codec", "palette", "confidence", "decoder",
               "device")
 
@@ -396,28 +393,6 @@ def test_sets(data, size, split, tasks, whose, kitti_baseline="calibration", lim
     return readers
 
 
-def results_file(args, folder, stage, home):
-    """The file of these results, as told at the top; folder: the checkpoint's; home: where it was trained."""
-    if folder.resolve() == toy.MODEL.resolve():
-        whose, where = "toy_model", Path()
-    elif args.ckpt and not Path(args.ckpt).is_dir():
-        whose, where = re.sub(r"\W+", "_", args.ckpt), Path()      # a hub id: its folder is the hub's cache
-    else:
-        whose, where = "", folder
-    beside = [(whose, whose), ("stage1", stage == 1 and (folder / "main_unet").is_dir()),
-              (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
-              (Path(args.data).name, args.data != home), (Path(args.decoder or "").name, args.decoder)]
-    name, parts = "codec" if args.codec else "results", [part for part, so in beside if so]
-    for n in count(1):
-        path = where / ("_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")
-        old = read_json(path, "", REPORT) if path.is_file() else {}
-        facts = ("data", args.data), ("decoder", args.decoder)
-        if all(old.get(k, x) == x for k, x in facts):   # another root, or decoder, of the same name keeps its file
-            if old.get("stage") == 1 and stage == 2:    # from before there was a stage 2
-                os.replace(path, where / ("_".join([name, "stage1", *parts]) + ".json"))
-            return path
-
-
 def shared(table, other):
     """The part of {task: {dataset: headline}} whose test sets `other` has, too."""
     rows = {t: {d: x for d, x in row.items() if d in other.get(t, ())} for t, row in table.items()}
@@ -428,7 +403,7 @@ def read_baseline(names, planned):
     """{task: {dataset: headline}} of the paper or of several results.json, on the test sets in `planned`. ValueError if
     a file is none of ours, or there is nothing to compare with."""
     table = PAPER["single-task"] if names == "paper" else {}
-    for path in names.split(",") if names != "paper" else ():
+    for path in filter(None, names.split(",")) if names != "paper" else ():
         absent = f"no results in {path}: evaluate the single-task runs first, or use --baseline paper"
         report = read_json(path, absent, {"results": METRIC_VALUES}, "name the results.json of an evaluated checkpoint")
         if report.get("unfinished"):
@@ -447,6 +422,12 @@ def source_files():
     return [path for room in rooms for path in Path(__file__).parent.joinpath(room).glob("*.py")]
 
 
+def flags_of(args):
+    """{flag: value} of those that numbers, or what numbers there are, may depend on."""
+    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
+    return {k: v for k, v in vars(args).items() if k not in idle}
+
+
 def result_dependencies(args, folder, size):
     """Everything but its samples that the numbers of a test set depend on."""
     files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
@@ -454,9 +435,7 @@ def result_dependencies(args, folder, size):
     files += source_files()
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
-    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
-    flags = {k: v for k, v in vars(args).items() if k not in idle}
-    return [flags, size, torch.__version__, [crc(path) for path in sorted(files)]]
+    return [flags_of(args), size, torch.__version__, [crc(path) for path in sorted(files)]]
 
 
 def fingerprints(common, readers, train):
@@ -466,17 +445,19 @@ def fingerprints(common, readers, train):
     return {r.name: digest([common, own, behind]) for r, own in zip(readers, about, strict=False)}
 
 
-def current(report, keys):
-    """The test sets of a report (or {}) that are of these `fingerprints`."""
-    return {name for name, key in keys.items()
-            if name in report.get("results", ()) and report["made_from"].get(name) == key}
+def gathered(done, names, keys):
+    """What a report says of the test sets in `done`, in the order of `names`: all that are to be evaluated."""
+    there = [name for name in names if name in done]
+    results, trivials, skipped = ({name: done[name][part] for name in there} for part in range(3))
+    return {"results": results, "trivial": trivials, "skipped": sum(skipped.values(), []),
+            "made_from": {name: keys[name] for name in there},
+            "unfinished": [name for name in names if name not in done]}
 
 
 def with_the_vae(args, folder, stage, home, size, readers, train):
     """{test set: {task: metrics}}: the same without --decoder, as far as it was evaluated before."""
     plain = argparse.Namespace(**{**vars(args), "decoder": None})
-    path = results_file(plain, folder, stage, home)
-    report = read_json(path, "", REPORT) if path.is_file() else {}
+    report = read_report(results_file(plain, folder, stage, home))
     keys = fingerprints(result_dependencies(plain, folder, size), readers, train)
     return {name: report["results"][name] for name in current(report, keys)}
 
@@ -512,6 +493,7 @@ def main(argv=None):
         model, folder, whose = subject(args)
         config, stage = read_config(folder), 2 if model.multi else 1
         home = data_name((config["train"] or {}).get("data"))
+    args.stage = stage      # whether or not it was said
     args.data, size = choose(args.data, home, config["size"], whose)
     root = args.data if args.data != "toy" else ""
     readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline, args.limit)
@@ -523,21 +505,26 @@ def main(argv=None):
     if args.trivial and not args.codec:
         with suppress(FileNotFoundError):   # test sets alone: there are no training labels to be trivial with
             train = train_readers(root, size)
-    where = args.json or (folder != toy.BASE and writable(results_file(args, folder, stage, home)))
-    old = read_json(where, "", REPORT) if where and Path(where).is_file() else {}
+    where = args.json or (folder != toy.BASE and writable(results_file(args, folder, stage, home),
+                                                          remedy="; name another file with --json"))
+    old = read_report(where, **({"remedy": "name another --json"} if args.json else {})) if where else {}
     planned = {t: [r.name for r in readers if tasks_with_labels(r, [t])] for t in model.tasks}
     baseline = read_baseline(args.baseline, planned) if args.baseline else {}
 
     # ---- one test set after the other ----
-    results, trivials, skipped, made_from = {}, {}, [], {}
-    report = {"checkpoint": whose, "stage": stage, "codec": args.codec, "split": args.split, "data": args.data,
-              "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"], "results": results,
-              "stage1": config["stage1"], "trivial": trivials, "skipped": skipped, "made_from": made_from}
     keys = fingerprints(result_dependencies(args, folder, size), readers, train)
     if args.predictions:
         keys = {r.name: keys[r.name] + model.state(r) for r in readers}
+    valid = {name for name in current(old, keys) if name in old["trivial"]}
+    kept = set() if args.overwrite else valid
+    # {test set: (metrics, those of the trivial predictors, names of skipped samples)}
+    done = {name: (old["results"][name], old["trivial"][name],
+                   [s for s in old["skipped"] if s.startswith(f"{name}:")]) for name in valid}
+    report = {"checkpoint": whose, "stage": stage, "codec": args.codec, "split": args.split, "data": args.data,
+              "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"],
+              "flags": flags_of(args), "weights": weights_of(folder, stage), "stage1": config["stage1"]}
+    if args.predictions:
         report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
-    kept = {name for name in current(old, keys) if name in old["trivial"] and not args.overwrite}
     before, both = {}, args.codec and args.decoder
     if args.decoder:
         report["vae"] = before = {name: r for name, r in (old.get("vae") or {}).items() if name in kept}
@@ -554,21 +541,19 @@ def main(argv=None):
             if both and name not in before:
                 before[name] = with_its_vae(model, reader, world_size, **how)
             if name in kept:
-                results[name], trivials[name] = old["results"][name], old["trivial"][name]
-                skipped += [s for s in old["skipped"] if s.startswith(f"{name}:")]
                 print(f"{name}: kept from {where} (--overwrite computes it again)", file=sys.stderr)
             else:
                 guesses, unread = labels.guesses(reader, model.tasks)
-                results[name], trivials[name], bad = evaluate(model, reader, world_size, guesses=guesses, **how)
-                skipped += unread + bad
-            made_from[name] = keys[name]
-            report["unfinished"] = [r.name for r in readers if r.name not in results]
+                results, trivials, bad = evaluate(model, reader, world_size, guesses=guesses, **how)
+                done[name] = results, trivials, unread + bad
+            report |= gathered(done, [r.name for r in readers], keys)
             if where:
-                write_json(where, report)
+                write_report(where, report, folder, args.json)
     except KeyboardInterrupt:
-        done = f"{len(results)} of {len(readers)} test sets are in {where or 'no file'}"
-        print(f"\nstopped: {done}; the same command does the rest", file=sys.stderr)
+        told = f"{len(done)} of {len(readers)} test sets are in {where or 'no file'}"
+        print(f"\nstopped: {told}; the same command does the rest", file=sys.stderr)
         return 130
+    results, trivials, skipped = report["results"], report["trivial"], report["skipped"]
 
     # ---- what came out ----
     stages = [trained(s) for s in (config["stage1"], config["train"]) if s]
@@ -582,7 +567,7 @@ def main(argv=None):
         report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric].lower for t in TASKS})
         print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+.2f} %")
         if where:
-            write_json(where, report)
+            write_report(where, report, folder, args.json)
     if root:
         absent = [r.name for r in READERS.values() if "test" in r.use and r.name not in {*results, "folder"}]
         print(f"\nnot under {root}: {', '.join(absent) or 'nothing is missing'}")

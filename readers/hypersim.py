@@ -87,7 +87,7 @@ class Hypersim(Reader):
         try:
             write_json(path, has_nan)
         except OSError as e:
-            notice(f"{path} cannot be written ({e.strerror}): the next run has to read the depth files again")
+            notice(f"{e}; the next run has to read the depth files again")
 
     class Frame(Frame):
         def read(self, what):

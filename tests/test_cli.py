@@ -21,6 +21,7 @@ import evaluate
 import sample
 import settings
 import train
+from checkpoint import write_json
 from network import stock
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,20 @@ def test_outputs_are_tried_before_the_work(tmp_path):
     with pytest.raises(OSError, match="/proc/new cannot be written: .* in /proc"):
         cli.writable("/proc/new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_is_a_file_or_leads_to_one(tmp_path):
+    """A regular file was renamed over /dev/null, for all programs of the machine, and over a link."""
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (("link", "file"), ("lost", "nowhere/file"), ("piped", "pipe"), ("null", "/dev/null")):
+        (tmp_path / name).symlink_to(target)
+    for name in ("pipe", "piped", "null"):
+        with pytest.raises(OSError, match=f"/{name} cannot be written: it is a device or a pipe, name a file"):
+            cli.writable(tmp_path / name)
+    with pytest.raises(OSError, match="/lost cannot be written: there is no folder .*/nowhere"):
+        cli.writable(tmp_path / "lost")
+    write_json(cli.writable(tmp_path / "link"), [1])
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "file").read_text()) == [1]
 
 
 TOOLS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "__main__" in path.read_text()]

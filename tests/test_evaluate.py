@@ -112,6 +112,19 @@ def test_interrupted_evaluation_goes_on(tiny_ckpt_1, tmp_path, monkeypatch, caps
     for expected in (["things", "real"], []):
         assert go("twice")[0] == 0 and computed == expected
         assert (tmp_path / "twice").read_bytes() == (tmp_path / "whole").read_bytes()
+    # one of them made anew: what stands after it outlives another Ctrl-C
+    report = json.loads((tmp_path / "whole").read_text())
+    stop, report["made_from"]["streets"] = "streets", "another"
+    (tmp_path / "twice").write_text(json.dumps(report))
+    assert go("twice")[0] == 130 and computed == ["streets"]
+    now = json.loads((tmp_path / "twice").read_text())
+    assert list(now["results"]) == ["rooms", "things", "real"] and now["unfinished"] == ["streets"]
+    stop = None
+    assert go("twice")[0] == 0 and computed == ["streets"]
+    assert (tmp_path / "twice").read_bytes() == (tmp_path / "whole").read_bytes()
+    stop = "things"
+    assert go("twice", "--overwrite")[0] == 130 and computed == ["rooms", "streets", "things"]
+    assert (tmp_path / "twice").read_bytes() == (tmp_path / "whole").read_bytes()
     stop = "rooms"
     for more in (["--overwrite"], ["--limit", "2"], ["--trivial", "2"], ["--split", "val"]):
         assert go("twice", *more)[0] == 130 and computed == ["rooms"]
@@ -252,17 +265,6 @@ def test_results_lie_side_by_side(own_data, tiny_ckpt, tiny_ckpt_1, tmp_path, go
         report = json.loads((out / f"{name}.json").read_text())
         assert (report["stage"], report["split"], report["data"]) == (stage, split, "toy")
     assert json.loads((out / "results_own_2.json").read_text())["data"] == str(tmp_path / "b" / "own")
-
-
-def test_results_of_stage_1_outlive_stage_2(tiny_ckpt, tiny_ckpt_1, tmp_path, go):
-    """The numbers of the single stream move aside when the multi stream in the same folder is evaluated."""
-    out = trained_on("", tiny_ckpt_1, tmp_path / "out")
-    assert go(f"--ckpt {out}")[0] == 0
-    single = json.loads((out / "results.json").read_text())
-    shutil.copytree(tiny_ckpt, out, dirs_exist_ok=True)
-    assert go(f"--ckpt {out}")[0] == 0
-    assert json.loads((out / "results_stage1.json").read_text()) == single and single["stage"] == 1
-    assert json.loads((out / "results.json").read_text())["stage"] == 2
 
 
 def test_a_baseline_is_checked_before_the_work(tiny_ckpt_1, tmp_path, go, monkeypatch):

@@ -245,6 +245,31 @@ def test_a_trained_checkpoint_goes_to_the_hub_and_back(hub, stage1, capsys):
     assert torch.equal(weights(space["model"]), weights(StableMTL.load("out")))
 
 
+def test_the_card_tells_of_this_model(hub, stage1, capsys):
+    """Results of other weights, unfinished ones or those of an earlier stage were printed, and uploaded with the parts
+    of a stage 2 that is no more."""
+    shutil.copytree(stage1, "out")
+    shutil.copytree(Path("out/unet"), "out/main_unet")
+    assert evaluate.main(f"--ckpt out {QUICK}".split()) == 0
+    Path("out/task_attention.safetensors").touch()
+    whole = json.loads(Path("out/results.json").read_text())
+    Path("out/results.before.json").write_text(json.dumps(whole))
+    Path("out/results_mine.json").write_text("[]")
+    plain = {k: v for k, v in whole.items() if k not in ("flags", "weights")}       # of an earlier version
+    shared = {"results.json", "results_mine.json"}
+    for report, why in ((whole, ""), (plain, ""), (whole | {"weights": "0"}, "is of other weights"),
+                        (plain | {"settings": {"seed": 9}}, "is of other weights"),
+                        (whole | {"unfinished": ["real"]}, "is unfinished"), (whole | {"stage": 2}, "is of ")):
+        shutil.rmtree(hub.root / "my", ignore_errors=True)
+        Path("out/results.json").write_text(json.dumps(report))
+        code, files = pushed(hub, "--ckpt out")
+        said, card = capsys.readouterr().err, files["README.md"].decode()
+        assert code == 0 and ("Not evaluated yet" in card) == bool(why) and why in said
+        assert {name for name in files if "results" in name} == (shared - {"results.json"} if why else shared)
+        assert ("At most 1 samples of each test set" in card) == (report is whole)
+        assert not [name for name in files if "main_unet" in name or "task_attention" in name]
+
+
 @pytest.mark.parametrize("config, licence, says", [
     ({"train": {"base": ""}}, "apache-2.0", "nothing but this code"),
     ({"train": {"base": str(toy.BASE)}}, "apache-2.0", "nothing but this code"),

@@ -1,5 +1,6 @@
 """A user's mistakes: exit code 2, one sentence on stderr that names it, no traceback, no file written or changed."""
 import json
+import os
 import re
 import shutil
 import struct
@@ -71,6 +72,7 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     (root / "notes" / "photo.heic").touch()
     (root / "own" / "test.txt").write_text("a\n")
     (root / "bad.json").write_text("{")
+    os.mkfifo(root / "pipe")
     for name, value in {"list": [], "foreign": {"accuracy": 0.5}, "null": {"results": None},
                         "other": {"results": {"rooms": {"depth": {"RMSE": 1.0}}}}, "empty": {"results": {}},
                         "part": {"results": {"rooms": {"depth": {"AbsRel": 1.0}}}, "unfinished": ["real"]}}.items():
@@ -190,11 +192,17 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("evaluate --ckpt out --baseline null.json", "null.json .*another program .results is missing or null"),
     ("evaluate --ckpt out --baseline other.json", "expected AbsRel among the results of depth, found RMSE"),
     ("evaluate --ckpt out --baseline empty.json", "empty.json is about nothing, and evaluated are real, rooms"),
+    ("evaluate --ckpt out --baseline empty.json,", "empty.json, is about nothing, and evaluated are real, rooms"),
     ("evaluate --ckpt out --baseline part.json", "part.json is unfinished"),
+    ("evaluate --ckpt out --baseline own", "own is a folder: name the results.json of an evaluated checkpoint"),
     ("evaluate --ckpt out --baseline paper", "paper is about cityscapes.* and evaluated are real, rooms"),
     ("evaluate --ckpt out --json nowhere/results.json", "no folder nowhere"),
     ("evaluate --ckpt out --json photo.png/results.json", "no folder photo.png"),
     ("evaluate --ckpt out --json own", "own cannot be written: it is a folder"),
+    ("evaluate --ckpt out --json pipe", "pipe cannot be written: it is a device or a pipe, name a file"),
+    ("evaluate --ckpt out --json foreign.json", "foreign.json .*another program .*: name another --json"),
+    ("evaluate --ckpt out --json photo.png", "photo.png .*another program .*: name another --json"),
+    ("bench --json pipe", "pipe cannot be written: it is a device or a pipe, name a file"),
     ("evaluate --ckpt moved", "moved was trained on .*/gone, which is not here.*--data toy"),
     ("evaluate --ckpt wrong_config", "wrong_config/config.json is damaged.*train is \\[\\]"),
     ("evaluate --ckpt wrong_results", "wrong_results/results.json is damaged.*rooms is 3, expected an object"),

@@ -14,6 +14,7 @@ import train
 from checkpoint import read_json
 from cli import run
 from data import Mixture, prepare, train_readers
+from inference.report import REPORT
 from model import StableMTL
 from readers.toyworld import ToyWorld
 from tasks import TASKS, registry
@@ -155,7 +156,7 @@ def test_a_whole_oracle(go, second, tiny_base, tmp_path, monkeypatch):
     assert train.main(argv) == 0
     assert len(mine) == 3 and [entry for entry in drawn if entry[0] == 2003] == mine
     out = tmp_path / "oracle"
-    report = read_json(out / "results.json", "", evaluate.REPORT)
+    report = read_json(out / "results.json", "", REPORT)
     assert {t: set(row) for t, row in evaluate.by_task(report["results"]).items()} == {
         "semantic": {"streets", "real"}, "depth": {"rooms", "streets", "real"},
         "optical_flow": {"streets", "things", "real"}}

@@ -13,8 +13,10 @@ from kill import compare, log_lines
 from runs import THREE, TINY, same, saved, stop_at, unfinished
 
 import checkpoint
+import evaluate
 import train
 from model import StableMTL
+from readers.toyworld import ToyWorld
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -157,6 +159,49 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
     assert StableMTL.load(out).main is None
     assert go("--resume")[0] == 0
     assert compare(undisturbed[1], out) == []
+
+
+@pytest.mark.parametrize("place, file", [("write_json", "config.json"), ("save_picture", "stage1_000001.png"),
+                                         ("open_log", "log.jsonl")])
+def test_disk_full_elsewhere(go, undisturbed, tmp_path, monkeypatch, place, file):
+    """What was told of a checkpoint's small files and pictures was the bare error of the system."""
+    out, write, calls = tmp_path / "out", getattr(train, place), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args):
+        calls.append(args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            return write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    flags = f"--tasks {THREE} --steps 4 --picture-every 1"
+    with monkeypatch.context() as m:
+        if place == "open_log":     # in its place, when it is gone over again
+            assert go(f"{flags} --save-every 1")[0] == 0
+            flags = "--resume --steps 5"
+        m.setattr(train, place, full)
+        code, _, error = go(flags)
+    assert code == 2 and calls and f"{file} cannot be written (File too large): make room; what is" in error
+    assert not list(out.rglob("*.tmp"))
+    assert go("--resume")[0] == 0
+    assert place == "open_log" or compare(undisturbed[1], out) == []
+
+
+def test_a_new_stage_1_takes_the_place_of_both_stages(go, undisturbed, tmp_path, monkeypatch, capsys):
+    """--stage 1 --overwrite left the parts of stage 2, and evaluate.py therefore wrote beside results that were of
+    weights no more."""
+    out = shutil.copytree(undisturbed[2], tmp_path / "out")
+    test = f"--ckpt {out} --limit 1 --trivial 0 --workers 0".split()
+    monkeypatch.setattr(evaluate, "test_readers", lambda *args, **options: [ToyWorld("real", "test", 2, (16, 24))])
+    assert evaluate.main(test) == 0
+    (out / "decoder").mkdir()       # a user's own, or of tools.distil
+    assert go(f"--tasks {THREE} --seed 5 --overwrite")[0] == 0
+    assert not [p for p in out.iterdir() if p.name in ("main_unet", "task_attention.safetensors")]
+    assert (out / "decoder").is_dir() and StableMTL.load(out).main is None
+    assert evaluate.main(test) == 0
+    assert [p.name for p in out.glob("results*")] == ["results.json"]
+    assert json.loads((out / "results.json").read_text())["stage"] == 1
 
 
 def test_what_does_not_fit_is_refused_before_a_cache_is_built(go, tiny_base, tmp_path):

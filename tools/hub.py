@@ -7,7 +7,8 @@ from pathlib import Path
 
 import evaluate
 import toy
-from checkpoint import read_config, read_json, read_lines
+from checkpoint import read_config, read_lines
+from inference.report import read_report, weights_of
 from network.generalist import STABLEMTL
 from network.loading import HUB_ID, SHARED, read_checkpoint, reason
 from tasks import TASKS
@@ -61,8 +62,7 @@ def push(ckpt, repository):
     if not HUB_ID.fullmatch(repository):
         raise ValueError(f"--push {repository}: expected a name on the hub, org/name")
     folder, spec = Path(ckpt), read_checkpoint(ckpt)["spec"]
-    paths = sorted(path for pattern in SHARED for path in folder.glob(pattern))
-    files = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    files = {path.relative_to(folder).as_posix(): str(path) for path in files_of(folder, spec)}
     files["README.md"] = card(folder, spec, repository).encode()
     from huggingface_hub import CommitOperationAdd, HfApi
     try:
@@ -73,6 +73,38 @@ def push(ckpt, repository):
         raise OSError(f"could not push {ckpt} to {repository} ({reason(error)}): it takes a network, and a token that "
                       "may write there (HF_TOKEN, or `hf auth login`)") from error
     return str(address)
+
+
+def files_of(folder, spec):
+    """What of SHARED belongs to the model of this model.json: no parts of an earlier one, and of reports no others than
+    whole ones of these weights."""
+    paths = sorted(path for pattern in SHARED for path in folder.glob(pattern))
+    gone = () if spec["multi"] else ("main_unet", "task_attention.safetensors")
+    return [path for path in paths if path.relative_to(folder).parts[0] not in gone and not outdated(path, folder)]
+
+
+def outdated(path, folder):
+    """Whether it is a report of other weights, not whole, or put aside."""
+    if not path.match("results*.json"):
+        return False
+    try:
+        return ".before" in path.name or bool(faults(path, folder))
+    except ValueError:      # none of ours
+        return False
+
+
+def faults(path, folder):
+    """Why a report does not tell of the weights in the folder, in words; "" if it does."""
+    report = read_report(path)
+    if not report:
+        return f"there is no {path}"
+    if report.get("unfinished"):
+        return f"{path} is unfinished"
+    if "weights" in report:
+        same = report["weights"] == weights_of(folder, report.get("stage"))
+    else:       # of an earlier version of this code
+        same = report.get("settings") == read_config(folder)["train"]
+    return "" if same else f"{path} is of other weights"
 
 
 def card(folder, spec, repository):
@@ -89,13 +121,14 @@ def card(folder, spec, repository):
     stages = [f"- {evaluate.trained(settings)}" for settings in (config["stage1"], config["train"]) if settings]
     size = "{} x {} (height x width)".format(*config["size"] or "??")
     training = [*stages, f"- data: {data_of(folder, config)}", f"- size of the images: {size}"]
+    stage = 2 if spec["multi"] else 1
     return CARD.format(
         header="\n".join(header), name=repository.split("/")[-1], repository=repository,
-        stage=2 if spec["multi"] else 1, tasks=", ".join(TASKS[t].prompt for t in spec["tasks"]), steps=steps,
+        stage=stage, tasks=", ".join(TASKS[t].prompt for t in spec["tasks"]), steps=steps,
         space=axes["space"],
         commit=f" (commit {config['commit'][:10]})" if config.get("commit") else "", first=spec["tasks"][0],
         units="\n".join(f"| {t} | {TASKS[t].channels} | {TASKS[t].unit} |" for t in spec["tasks"]),
-        training="\n".join(training), results=results_of(folder), licence=terms)
+        training="\n".join(training), results=results_of(folder, stage), licence=terms)
 
 
 def licence_of(base):
@@ -118,12 +151,17 @@ def data_of(folder, config):
     return names or ("that of the released weights" if config.get("imported") else "not recorded")
 
 
-def results_of(folder):
-    """The table of results.json; without it, that there is none, and a notice on stderr."""
+def results_of(folder, stage):
+    """The table of results.json; without one of this model, that there is none, and a notice on stderr."""
     path = folder / "results.json"
-    if not path.is_file():
-        print(f"notice: there is no {path}, so the card has no results: python evaluate.py --ckpt {folder}, then push "
-              "again", file=sys.stderr)
+    report = read_report(path)
+    why = faults(path, folder)
+    if not why and report.get("stage") != stage:
+        why = f"{path} is of stage {report.get('stage')}"
+    if why:
+        print(f"notice: {why}, so the card has no results: python evaluate.py --ckpt {folder}, then push again",
+              file=sys.stderr)
         return "Not evaluated yet."
-    report = read_json(path, "", evaluate.REPORT)
-    return "\n".join(evaluate.table(report["results"], report["trivial"]))
+    limit = (report.get("flags") or {}).get("limit")
+    told = ["", f"At most {limit} samples of each test set."] if limit else []
+    return "\n".join([*evaluate.table(report["results"], report["trivial"]), *told])

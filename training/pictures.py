@@ -3,6 +3,7 @@ import torch
 
 from data import picture, prepare, tasks_with_labels, unreadable
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
+from inference.results import put_made
 from metrics import aligned
 
 
@@ -43,4 +44,4 @@ def save_picture(model, readers, path, skip_bad=False):
         cells += sample_rows(frames, pairs, 5)
     if cells:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save(path)
+        put_made(path, draw_panel(cells, 5, [model.codecs[t] for t in model.tasks], COMPARED).save, "PNG")

@@ -1,0 +1,91 @@
+"""results.json, the report of an evaluation: where it lies, what of it still holds, and how it makes room for another
+without being lost."""
+import os
+import re
+import sys
+from itertools import count
+from pathlib import Path
+
+import toy
+from checkpoint import crc, digest, read_json, write_json
+from network.loading import read_model_json
+
+METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
+REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str},
+          "vae": (None, METRIC_VALUES), "flags": (None, dict), "weights": (None, str), "unfinished": (None, [str])}
+
+
+def read_report(path, remedy="delete it, or restore it from a copy"):
+    """The report in a file; {} if there is none, ValueError if the file is none of ours."""
+    return read_json(path, "", REPORT, remedy) if Path(path).is_file() else {}
+
+
+def current(report, keys):
+    """The test sets of a report (or {}) that are of these fingerprints, {test set: text}."""
+    return {name for name, key in keys.items()
+            if name in report.get("results", ()) and report["made_from"].get(name) == key}
+
+
+def results_file(args, folder, stage, home):
+    """The file of an evaluation's results, as evaluate.py tells at its top. args: its flags; folder: the checkpoint's;
+    home: where it was trained."""
+    if folder.resolve() == toy.MODEL.resolve():
+        whose, where = "toy_model", Path()
+    elif args.ckpt and not Path(args.ckpt).is_dir():
+        whose, where = re.sub(r"\W+", "_", args.ckpt), Path()      # a hub id: its folder is the hub's cache
+    else:
+        whose, where = "", folder
+    beside_stage_2 = stage == 1 and folder != toy.BASE and read_model_json(folder)["multi"]
+    beside = [(whose, whose), ("stage1", beside_stage_2),
+              (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
+              (Path(args.data).name, args.data != home), (Path(args.decoder or "").name, args.decoder)]
+    name, parts = "codec" if args.codec else "results", [part for part, so in beside if so]
+    for n in count(1):
+        path = where / ("_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")
+        old = read_report(path)
+        facts = ("data", args.data), ("decoder", args.decoder)
+        if all(old.get(k, x) == x for k, x in facts):   # another root, or decoder, of the same name keeps its file
+            return path
+
+
+# ---- what is not to be lost ----
+
+def weights_of(folder, stage):
+    """Eight hexadecimal digits for the weights of a stage in a checkpoint's folder."""
+    parts = ["tokens.safetensors", "stem.safetensors", "model.safetensors", "vae/*", "unet/*"]
+    parts += ["main_unet/*", "task_attention.safetensors"] if stage == 2 else []
+    files = [path for part in parts for path in sorted(Path(folder).glob(part)) if path.is_file()]
+    return digest([crc(path) for path in files])
+
+
+def in_the_way(old, report, folder, named):
+    """Whether a report is lost if another takes its file: one of other flags or test sets while its weights are still
+    in `folder`, or, in a file that the user `named`, of another checkpoint. One that knows no weights counts as such.
+    """
+    planned = {*report["results"], *report["unfinished"]}
+    other = old.get("flags") != report["flags"] or not planned.issuperset(old["results"])
+    if named and old.get("checkpoint") != report["checkpoint"]:
+        return other or old.get("weights") != report["weights"]
+    return other and old.get("weights") in (None, weights_of(folder, old.get("stage")))
+
+
+def write_report(path, report, folder, named=False):
+    """Write it, after what is `in_the_way` has got another name: that of stage 1's results beside a stage 2's, or
+    results.before.json."""
+    path, old = Path(path), read_report(path)
+    if old and in_the_way(old, report, folder, named):
+        name = f"{path.stem}.before"
+        if old.get("stage") == 1 and report["stage"] == 2 and not named:
+            name = re.sub("^(results|codec)", r"\1_stage1", path.stem)
+        print(f"notice: the results in {path} were of other settings or another checkpoint, and are in "
+              f"{put_aside(path, name)} now", file=sys.stderr)
+    write_json(path, report)
+
+
+def put_aside(path, name):
+    """Rename a file, all but its ending, to `name`, where that is taken to the same with a number. -> where it is."""
+    for n in count(1):
+        spare = path.with_name("_".join([name, *[str(n)] * (n > 1)]) + path.suffix)
+        if not spare.exists():
+            os.replace(path, spare)
+            return spare
