@@ -12,8 +12,8 @@
 Each frame of a sequence is paired with the next one; the last has none, so its motion is skipped. --single: nothing is
 a sequence. Each input gets a folder <output>/<file name without ending>/ (a video: one per frame,
 <output>/<name>/<frame number>/) with <task>.png, <task>.npy, panel.png, which shows them all, and made_from.json. What
-is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; another
-input of the same name gets <name>-2. Arrays come in other --format, too (docs/predictions.md): <task>.flo, <task>.exr,
+is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; where
+something else has that name, <name>-2 is taken. Arrays come in other --format, too (docs/predictions.md): <task>.flo, <task>.exr,
 <task>.values.png, each with a .json that says what its numbers are. Films come to <output>/<name of the video>/ or
 <output>/<first>_to_<last image>/.
 """
