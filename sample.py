@@ -13,9 +13,9 @@ Each frame of a sequence is paired with the next one; the last has none, so its 
 a sequence. Each input gets a folder <output>/<file name without ending>/ (a video: one per frame,
 <output>/<name>/<frame number>/) with <task>.png, <task>.npy, panel.png, which shows them all, and made_from.json. What
 is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; where
-something else has that name, <name>-2 is taken. Arrays come in other --format, too (docs/predictions.md): <task>.flo, <task>.exr,
-<task>.values.png, each with a .json that says what its numbers are. Films come to <output>/<name of the video>/ or
-<output>/<first>_to_<last image>/.
+something else has that name, <name>-2 is taken. Arrays come in other --format, too (docs/predictions.md): <task>.flo,
+<task>.exr, <task>.values.png, each with a .json that says what its numbers are. Films come to <output>/<name of the
+video>/ or <output>/<first>_to_<last image>/.
 """
 import argparse
 import re
@@ -118,10 +118,19 @@ def _runs(folder):
     return runs
 
 
+def _check_once(paths):
+    """ValueError if two of them are one file of one name: the later maps would take the place of the earlier ones."""
+    known = set()
+    for p in paths:
+        if (p.stem, p.resolve()) in known:
+            raise ValueError(f"{p} comes twice, and its maps have one folder: name it once, or a copy of another name")
+        known.add((p.stem, p.resolve()))
+
+
 def find(paths, single=False, stride=1):
     """An Input for everything the paths name (rules: top of this file): a list, or an iterator if anything moves.
 
-    FileNotFoundError if a path does not exist or a folder holds no image.
+    FileNotFoundError if a path does not exist or a folder holds no image; ValueError if a file comes twice.
     """
     paths = [Path(p) for p in paths]
     for p in paths:
@@ -134,6 +143,7 @@ def find(paths, single=False, stride=1):
         if len(paths) == 2:
             return _stills(paths, read, True)[:1]
         runs = [(None, paths)]
+    _check_once(chain.from_iterable(run for _, run in runs))
     parts = [_frames(*run, reader, stride, not single) if reader else _stills(run[::stride], read, not single)
              for reader, run in runs]
     inputs = chain.from_iterable(parts)

@@ -366,6 +366,17 @@ def test_what_is_not_ours_stays(go, tmp_path, monkeypatch):
     assert all(path.read_bytes() == data for path, data in mine.items())
 
 
+def test_a_file_that_comes_twice_is_refused(go, tmp_path):
+    """The later one, which has no second frame, took away the flow of the earlier one. A pair may be of one file."""
+    folder, flags = tmp_path / "in", ("--tasks", "depth,optical_flow", "--stage", 1)
+    x1, x2 = picture(folder / "x1.png"), picture(folder / "x2.png")
+    for paths in (x1, x2, x1), (folder, x1), (folder, folder):
+        code, _, error = go(*paths, *flags)
+        assert code == 2 and f"{x1} comes twice" in error and not (tmp_path / "out").exists()
+    (folder / "x3.png").symlink_to(x2)      # of a name of its own
+    assert pairs([folder]) == [("x1", True), ("x2", True), ("x3", False)] and pairs([x1, x1]) == [("x1", True)]
+
+
 # ---- mistakes ----
 
 def test_skip_bad_goes_on(go, tmp_path):
