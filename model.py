@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import link, read_config, write_json
+from checkpoint import link, write_json
 from inference import infer
 from network import loading, memory
 from network.attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, masking, transformer_blocks, watch
@@ -333,9 +333,9 @@ class StableMTL(nn.Module):
     def load(cls, folder, stage=None, device="cpu", decoder=None):
         """Model of a folder written by `save`. stage=1 loads the single stream alone, None stage 2 where it exists.
 
-        decoder: what `use_decoder` takes.
-        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a
-        file is damaged, or the parts do not belong together.
+        decoder: what `use_decoder` takes. FileNotFoundError if the folder holds no model, a part of one, or no stage 2
+        although stage=2; ValueError if a file is damaged, the parts do not belong together, or there is no such stage
+        or device.
         """
         parts = loading.read_checkpoint(folder, stage)
         spec, axes = parts["spec"], parts["spec"].get("generalist") or {}
@@ -348,10 +348,10 @@ class StableMTL(nn.Module):
             if "main_unet" in parts:
                 model.add_main_stream(parts["main_unet"], **spec["multi"])
                 model.load_task_attention(parts["task_attention"])
-        model.size = read_config(folder)["size"]
+        model = loading.ready(model, folder, device)
         if decoder:
             model.use_decoder(decoder)
-        return model.to(device).eval()
+        return model
 
     @classmethod
     def from_pretrained(cls, name=None, stage=None, device="cpu", decoder=None):

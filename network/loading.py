@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import toy
-from checkpoint import read_json
+from checkpoint import read_config, read_json
+from cli import parse_device
 from network import stock
 
 # ---- tensors of the expected names and shapes ----
@@ -370,6 +371,13 @@ def read_checkpoint(folder, stage=None):
             raise ValueError(f"{', '.join(sorted(differs))} only in one of model.json and tokens.safetensors")
         check_parts(parts["vae"], parts["unet"], check_tokens(tokens), None if axes else (3,))
     return parts | {"spec": spec, "tokens": {t: tokens[t] for t in spec["tasks"]}}
+
+
+def ready(model, folder, device):
+    """The model of a checkpoint as it is used: there, and knowing the size of its training images. ValueError if there
+    is no such device."""
+    model.size = read_config(folder)["size"]
+    return model.to(parse_device(device, "device")).eval()
 
 
 # ---- weights as others take them ----

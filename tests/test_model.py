@@ -359,6 +359,9 @@ def test_load_says_what_is_missing(tmp_path, multi):
     tiny.model().save(tmp_path / "single")
     with pytest.raises(FileNotFoundError, match="holds no stage 2"):
         StableMTL.load(tmp_path / "single", stage=2)
+    for device in ("tpu", "meta", "hpu", None):
+        with pytest.raises(ValueError, match=f"^device {device} is not available here"):
+            StableMTL.load(tmp_path / "single", device=device)
     folder = tmp_path / "multi"
     multi.save(folder)
     for part in ("vae", "unet/config.json", "main_unet/diffusion_pytorch_model.safetensors", "tokens.safetensors",
