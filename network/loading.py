@@ -340,8 +340,10 @@ def read_checkpoint(folder, stage=None):
     "stem", a state dict.
 
     FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a file
-    is damaged, the parts do not belong together, or some of them are of another step.
+    is damaged, the parts do not belong together, some of them are of another step, or there is no such stage.
     """
+    if stage not in (None, 1, 2):
+        raise ValueError(f"stage {stage!r}: expected 1, 2, or None for stage 2 where it exists")
     folder, spec = Path(folder), read_model_json(folder)
     if spec["kind"] != "stablemtl":
         raise ValueError(f"{folder} holds a model of the system {spec['kind']}, and this is about StableMTL: name "
