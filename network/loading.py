@@ -360,11 +360,13 @@ def read_checkpoint(folder, stage=None):
     if (folder / "model.new").is_dir() and (axes or "main_unet" in kinds):      # see checkpoint.save_model
         raise ValueError(f"{folder} holds files of two steps, for its saving goes on or was cut short: try again, or "
                          "continue its training with --resume")
-    expected = [f"{part}/{name}" for part in kinds for name in PART_FILES]
-    absent = [f for f in (*expected, *(f"{name}.safetensors" for name in files)) if not (folder / f).is_file()]
-    if absent:
+    needed = [f"{part}/{name}" for part in kinds for name in PART_FILES] + [f"{name}.safetensors" for name in files]
+    if absent := [f for f in needed if not (folder / f).is_file()]:
         raise FileNotFoundError(f"the checkpoint in {folder} is incomplete: no {', '.join(absent)} "
                                 "(copy the whole folder again, or --resume its training)")
+    if closed := [f for f in needed if not os.access(folder / f, os.R_OK)]:
+        raise PermissionError(f"the checkpoint in {folder} cannot be read: you lack the permission to open "
+                              f"{', '.join(closed)} (chmod gives it, or whose the files are)")
     with faults_of_checkpoint(folder):
         parts = {name: read_tensors(folder / f"{name}.safetensors") for name in files}
         parts |= {part: load_part(kind, folder, part) for part, kind in kinds.items()}
