@@ -37,7 +37,7 @@ from checkpoint import crc, digest, read_config
 from draw import attention_table
 from evaluate import choose, data_name, source_files, test_sets
 from inference import infer, predictions
-from inference.infer import check_pair, in_pixels, restore, restore_confidence
+from inference.infer import LARGEST, check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
 from inference.results import Result, array_files, fingerprint, finished, own_folder, write
 from inference.video import Place, check_film, write_clips
@@ -216,7 +216,7 @@ def parse(argv):
     flag("--single", action="store_true", help="the images or frames are unrelated: no second frames")
     flag("--stride", type=whole(1), default=1, help="use every STRIDE-th frame of a sequence (default: 1)")
     flag("--limit", type=whole(1), help="at most this many inputs, or samples of each test set")
-    flag("--size", type=whole(0, 16384), help="longer side in pixels that the network sees; 0 = the input's own "
+    flag("--size", type=whole(0, LARGEST), help="longer side in pixels that the network sees; 0 = the input's own "
          "(default: the shorter side as in training); smaller is faster and needs less memory")
     flag("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory")
     flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place: faster "

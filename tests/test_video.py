@@ -90,7 +90,8 @@ def test_gaps_divide_clips(go, shots, tmp_path):
     (["--fps", "5"], "--fps would do nothing here: it goes with --video"),
     (["--camera", "1,2,3,4,5"], "--camera would do nothing here: it goes with --pixels"),
     (["--pixels", "--camera", "1,2,3"], "expected five number"), (["--pixels", "--camera", "a,2,3,4,5"], "a,2,3"),
-    (["--pixels", "--camera", "0,1,1,1,2"], "expected focal length")])
+    (["--pixels", "--camera", "0,1,1,1,2"], "expected focal length"),
+    (["--pixels", "--camera", "40,nan,1,1,2"], "all finite")])
 def test_mistakes_end_in_a_sentence(go, shots, flags, why):
     """Flags that would do nothing are refused, and no camera is invented."""
     code, said, error = go(*([] if "--toy" in flags else [shots]), *flags)
