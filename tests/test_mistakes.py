@@ -270,6 +270,8 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("sample photo.png --video --tasks depth", "nothing to film"),
     ("sample --toy real:3 --pixels --single", "--pixels finds the scales of flow in two frames: leave out --single"),
     ("data --show streets:3 --output nowhere/a.png", "nowhere/a.png cannot be written: there is no folder nowhere"),
+    *((f"data --show streets:3 --output {name}", f"{name} cannot be written .*: name a .png or .jpg.*with --output")
+      for name in ("x.exr", "x", "x.msp")),
     ("sample --toy real:3 --stride 2", "--stride would do nothing here: --toy is a single sample"),
     ("sample --toy real:x", "real:x"),
     ("sample --toy real:999999", "real:999999"),
