@@ -366,7 +366,7 @@ def read_checkpoint(folder, stage=None):
                                 "(copy the whole folder again, or --resume its training)")
     if closed := [f for f in needed if not os.access(folder / f, os.R_OK)]:
         raise PermissionError(f"the checkpoint in {folder} cannot be read: you lack the permission to open "
-                              f"{', '.join(closed)} (chmod gives it, or whose the files are)")
+                              f"{', '.join(closed)} (chmod or their owner gives it)")
     with faults_of_checkpoint(folder):
         parts = {name: read_tensors(folder / f"{name}.safetensors") for name in files}
         parts |= {part: load_part(kind, folder, part) for part, kind in kinds.items()}
