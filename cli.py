@@ -115,17 +115,16 @@ def writable(path, folder=False, remedy=""):
 
 # ---- devices ----
 
-def parse_device(text):
-    """"auto" -> cuda where there is one, else mps (Apple's GPUs), else cpu."""
+def parse_device(text, flag="--device"):
+    """"auto" -> cuda where there is one, else mps (Apple's GPUs), else cpu. ValueError if it holds no values here."""
     import torch
     if text == "auto":
         apple = "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device("cuda" if torch.cuda.is_available() else apple)
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {text} is not available here: use cpu, or cuda on a machine with a GPU") from None
-    return torch.device(text)
+    with suppress(RuntimeError, AssertionError, ImportError, TypeError):    # one for each kind that is not there
+        if not torch.empty(0, device=text).is_meta:
+            return torch.device(text)
+    raise ValueError(f"{flag} {text} is not available here: use cpu, or cuda on a machine with a GPU")
 
 
 def steady(model):

@@ -430,7 +430,12 @@ def main(argv=None):
     if args.show:
         reader, index = shown(args)
         path = args.output or f"{reader.name}_{index}.png"
-        show(reader, index).save(path)
+        drawn = show(reader, index)
+        try:
+            drawn.save(path)
+        except (ValueError, OSError) as error:      # the former for an ending that Pillow does not know
+            raise OSError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): name a .png or "
+                          ".jpg, where there is room and permission, with --output") from None
         print(f"{reader.load(index, ())['name']} -> {path}")
     return 0
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import link, read_config, write_json
+from checkpoint import link, write_json
 from inference import infer
 from network import loading, memory
 from network.attention import ATTENTIONS, StreamsDone, Tap, TaskAttention, masking, transformer_blocks, watch
@@ -333,9 +333,8 @@ class StableMTL(nn.Module):
     def load(cls, folder, stage=None, device="cpu", decoder=None):
         """Model of a folder written by `save`. stage=1 loads the single stream alone, None stage 2 where it exists.
 
-        decoder: what `use_decoder` takes.
-        FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a
-        file is damaged, or the parts do not belong together.
+        decoder: as `use_decoder` takes it. FileNotFoundError if there is no model, a part of it is missing, or stage 2
+        is asked for and not there; ValueError for damaged files, parts of different models, no such stage or device.
         """
         parts = loading.read_checkpoint(folder, stage)
         spec, axes = parts["spec"], parts["spec"].get("generalist") or {}
@@ -348,10 +347,10 @@ class StableMTL(nn.Module):
             if "main_unet" in parts:
                 model.add_main_stream(parts["main_unet"], **spec["multi"])
                 model.load_task_attention(parts["task_attention"])
-        model.size = read_config(folder)["size"]
+        model = loading.ready(model, folder, device)
         if decoder:
             model.use_decoder(decoder)
-        return model.to(device).eval()
+        return model
 
     @classmethod
     def from_pretrained(cls, name=None, stage=None, device="cpu", decoder=None):
@@ -367,7 +366,8 @@ def asked(image, next_image, tasks, known):
     """The tasks that `predict` is to do: those named, or all known, without a next_image less those about motion.
     ValueError for frames or tasks that are not as predict says, or if no task is left."""
     check_frames([image] if next_image is None else [image, next_image])
-    wanted = parse_tasks(tasks) if isinstance(tasks, str) else tasks or known
+    tasks = known if tasks is None else tasks
+    wanted = parse_tasks(tasks) if isinstance(tasks, str) else list(tasks)
     check_choices("task", wanted, known)
     tasks = [t for t in wanted if TASKS[t].frames == 1 or next_image is not None]
     if not tasks:

@@ -12,10 +12,10 @@
 Each frame of a sequence is paired with the next one; the last has none, so its motion is skipped. --single: nothing is
 a sequence. Each input gets a folder <output>/<file name without ending>/ (a video: one per frame,
 <output>/<name>/<frame number>/) with <task>.png, <task>.npy, panel.png, which shows them all, and made_from.json. What
-is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; another
-input of the same name gets <name>-2. Arrays come in other --format, too (docs/predictions.md): <task>.flo, <task>.exr,
-<task>.values.png, each with a .json that says what its numbers are. Films come to <output>/<name of the video>/ or
-<output>/<first>_to_<last image>/.
+is there already of the same input, checkpoint and settings is not computed again unless --overwrite is given; where
+something else has that name, <name>-2 is taken. Arrays come in other --format, too (docs/predictions.md): <task>.flo,
+<task>.exr, <task>.values.png, each with a .json that says what its numbers are. Films come to <output>/<name of the
+video>/ or <output>/<first>_to_<last image>/.
 """
 import argparse
 import re
@@ -37,7 +37,7 @@ from checkpoint import crc, digest, read_config
 from draw import attention_table
 from evaluate import choose, data_name, source_files, test_sets
 from inference import infer, predictions
-from inference.infer import check_pair, in_pixels, restore, restore_confidence
+from inference.infer import LARGEST, check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
 from inference.results import Result, array_files, fingerprint, finished, own_folder, write
 from inference.video import Place, check_film, write_clips
@@ -118,10 +118,19 @@ def _runs(folder):
     return runs
 
 
+def _check_once(paths):
+    """ValueError if two of them are one file of one name: the later maps would take the place of the earlier ones."""
+    known = set()
+    for p in paths:
+        if (p.stem, p.resolve()) in known:
+            raise ValueError(f"{p} comes twice, and its maps have one folder: name it once, or a copy of another name")
+        known.add((p.stem, p.resolve()))
+
+
 def find(paths, single=False, stride=1):
     """An Input for everything the paths name (rules: top of this file): a list, or an iterator if anything moves.
 
-    FileNotFoundError if a path does not exist or a folder holds no image.
+    FileNotFoundError if a path does not exist or a folder holds no image; ValueError if a file comes twice.
     """
     paths = [Path(p) for p in paths]
     for p in paths:
@@ -134,6 +143,7 @@ def find(paths, single=False, stride=1):
         if len(paths) == 2:
             return _stills(paths, read, True)[:1]
         runs = [(None, paths)]
+    _check_once(chain.from_iterable(run for _, run in runs))
     parts = [_frames(*run, reader, stride, not single) if reader else _stills(run[::stride], read, not single)
              for reader, run in runs]
     inputs = chain.from_iterable(parts)
@@ -206,7 +216,7 @@ def parse(argv):
     flag("--single", action="store_true", help="the images or frames are unrelated: no second frames")
     flag("--stride", type=whole(1), default=1, help="use every STRIDE-th frame of a sequence (default: 1)")
     flag("--limit", type=whole(1), help="at most this many inputs, or samples of each test set")
-    flag("--size", type=whole(0, 16384), help="longer side in pixels that the network sees; 0 = the input's own "
+    flag("--size", type=whole(0, LARGEST), help="longer side in pixels that the network sees; 0 = the input's own "
          "(default: the shorter side as in training); smaller is faster and needs less memory")
     flag("--rows", type=whole(1), help="tasks that pass the UNet at once (default: all); 1 needs least memory")
     flag("--decoder", help="folder or hub id of an AutoencoderTiny that decodes in the VAE's place: faster "

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from checkpoint import read_config, write_json
+from checkpoint import write_json
 from data import mirror, prepare, unreadable
 from inference import infer
 from model import asked, check_finite
@@ -294,8 +294,7 @@ class System(nn.Module):
             state = loading.read_tensors(path)
             loading.check_state(state, model.state_dict(), path.name)
             model.load_state_dict(state)
-        model.size = read_config(folder)["size"]
-        return model.to(device).eval()
+        return loading.ready(model, folder, device)
 
 
 # ---- the two plainest systems ----

@@ -12,6 +12,7 @@
 """
 import os
 from collections import defaultdict
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from inference.photometric import Camera, find_scales
 from readers.media import read_image, to_rgb
 from tasks import TASKS, parse_tasks
 
+LARGEST = 16384     # pixels of the longer side that the network may be asked to see
+
 
 def read_frame(source):
     """A path, a Pillow image of any mode or an (H,W,3) uint8 array -> (H,W,3) uint8 RGB, upright as a viewer shows it.
@@ -33,7 +36,11 @@ def read_frame(source):
     if isinstance(source, (str, os.PathLike)):
         return read_image(source)
     if isinstance(source, Image.Image):
-        return to_rgb(source)
+        try:
+            return to_rgb(source)
+        except Exception as error:      # it is decoded only now, and damaged files raise anything
+            raise ValueError(f"the Pillow image cannot be read ({error}): give another, or a path, which is then "
+                             "named") from error
     if not isinstance(source, np.ndarray):
         raise ValueError(f"an image is a path, a Pillow image or an (H,W,3) uint8 array, not {type(source).__name__}")
     if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
@@ -145,8 +152,11 @@ def infer(model, image, next_image=None, tasks=None, size=None, rows=None, confi
                          "none")
     if isinstance(tasks, str):
         tasks = None if tasks == "all" else parse_tasks(tasks)
-    if size is not None and size < 0:
-        raise ValueError(f"size {size}: expected the longer side in pixels, 0 for the image's own, or None")
+    if size is not None and not (isinstance(size, Real) and 0 <= size <= LARGEST):
+        raise ValueError(f"size {size!r}: expected the longer side in pixels, up to {LARGEST}, 0 for the image's own, "
+                         "or None")
+    if rows is not None and not (isinstance(rows, Integral) and rows >= 1):
+        raise ValueError(f"rows {rows!r}: expected a whole number from 1, or None for all at once")
     if camera is not None and not pixels:
         raise ValueError("a camera is what metres of motion take: it goes with pixels=True")
     try:

@@ -10,7 +10,7 @@ What the frames do not tell is not invented: without texture, without motion in 
 explains the second frame better than standing still, there is no answer, and the reason is said.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 
 import torch
@@ -52,10 +52,11 @@ class Camera:
     far: float
 
     def __post_init__(self):
-        if not (self.focal > 0 and 0 < self.near < self.far < math.inf):
-            told = ",".join(f"{x:g}" for x in (self.focal, self.cx, self.cy, self.near, self.far))
+        numbers = astuple(self)
+        if not (all(map(math.isfinite, numbers)) and self.focal > 0 and 0 < self.near < self.far):
+            told = ",".join(f"{x:g}" for x in numbers)
             raise ValueError(f"camera {told}: expected focal length, cx, cy in pixels, then the metres of the nearest "
-                             "and the farthest depth, 0 < near < far")
+                             "and the farthest depth, all finite, 0 < near < far")
 
 
 def find_scales(maps, image, next_image, camera=None):

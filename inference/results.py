@@ -1,9 +1,11 @@
 """One folder per input: its pictures and arrays, the panel that shows them all, and when that is finished.
 
-made_from.json comes last: input, fingerprint and names of the files. Without it nothing in the folder counts.
+made_from.json comes first, with the input alone, and last: with fingerprint and names of the files, too. Without these
+nothing in the folder counts; without it the folder is somebody else's, and stays as it is.
 """
 import io
 import json
+import os
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,9 +38,22 @@ def own_folder(output, item, taken):
     for n in count(1):
         top = output / (item.name if n == 1 else f"{item.name}-{n}")
         if top not in taken:
-            taken[top] = made_from(top)[0] or item.source
+            taken[top] = (made_from(top)[0] or item.source) if _free(top) else None
         if taken[top] == item.source:
             return top / item.frame
+
+
+def _free(top):
+    """Whether nothing is there yet but what `write` makes."""
+    if not top.is_dir():
+        return not os.path.lexists(top)
+    return (top / "made_from.json").is_file() or not any(top.iterdir())
+
+
+def _claim(folder, item):
+    """Note whose folder it is, before anything else is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    put_json(folder / "made_from.json", {"input": item.source})
 
 
 def fingerprint(frames, settings):
@@ -93,11 +108,11 @@ def write(folder, item, key, frames, result, forms=("npy",)):
     ours = {"panel.png", "attention.png", "attention.json", "scales.json", *(f"{t}.png" for t in TASKS), *arrays,
             *(f"{name}.json" for name in arrays), *(f"confidence_{t}.{end}" for t in TASKS for end in ("png", "npy"))}
     files = ours & there if before == key else set()
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in {"made_from.json"} | ours - files:
-        (folder / name).unlink(missing_ok=True)
     if item.frame:      # the frames' common folder belongs to this video, too
-        put_json(folder.parent / "made_from.json", {"input": item.source})
+        _claim(folder.parent, item)
+    _claim(folder, item)
+    for name in ours - files:
+        (folder / name).unlink(missing_ok=True)
     cells = [(name, cell(f)) for name, f in zip(("image", "second frame"), frames, strict=False)]
     columns, everywhere = 4 if bool(item.truth) != bool(result.confidence) else 3, torch.ones(size, dtype=torch.bool)
     if result.confidence:       # each map has it on its right

@@ -9,6 +9,7 @@ of frames. The motion is the predicted optical flow in the scales that the two f
 pairs that do not tell them are left out, and without optical flow nothing is warped.
 """
 import json
+import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from checkpoint import digest
 from draw import cell, draw_panel
 from inference.confidence import difference
 from inference.photometric import Flow, fit, warp
@@ -26,6 +28,7 @@ from readers.media import frame_rate
 from tasks import MOTION, TASKS
 
 FPS = 10.0      # where the input does not say
+CLOCK = 65535   # MPEG-4's limit: 66.67 frames per second are 6667 in 100 seconds, 66.667 would be 66667
 STEADY = 90     # per cent of the frames whose colours may not saturate
 NO_FILM = "nothing to film: --video takes three frames or more, numbered images in a folder, or a video"
 
@@ -70,8 +73,8 @@ class Film:
         height, width = picture.shape[:2]
         picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")    # its format wants even sides
         if self.writer is None:
-            size = picture.shape[1::-1]
-            self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*"mp4v"), self.fps, size)
+            size, rate = picture.shape[1::-1], told_rate(self.fps)
+            self.writer = cv2.VideoWriter(str(self.temporary), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
         self.writer.write(picture[..., ::-1])       # OpenCV's channels are BGR
         self.frames += 1
 
@@ -81,13 +84,19 @@ class Film:
         self.writer.release()
         self.writer, seen = None, cv2.VideoCapture(str(self.temporary))
         if int(seen.get(cv2.CAP_PROP_FRAME_COUNT)) != self.frames:
-            raise OSError(f"{self.path} cannot be written: make room, or check that OpenCV can write MP4")
+            raise OSError(f"{self.path} cannot be written: make room, name another --fps, or check that OpenCV can "
+                          "write MP4")
         os.replace(self.temporary, self.path)
 
     def abandon(self):
         if self.writer is not None:
             self.writer.release()
         self.temporary.unlink(missing_ok=True)
+
+
+def told_rate(fps):
+    """Frames per second with as many decimals as MPEG-4 can tell."""
+    return round(fps, max(0, int(math.log10(CLOCK / fps))))
 
 
 @contextmanager
@@ -199,6 +208,12 @@ def check_film(inputs, tasks):
         raise ValueError(NO_FILM)
 
 
+def clip_name(first, last):
+    """Of the folder of a clip of images; a checksum instead, where that is longer than file systems take."""
+    name = f"{first}_to_{last}"
+    return name if len(os.fsencode(name)) <= 255 else f"film_{digest([first, last])}"
+
+
 def unscaled(folders):
     """{(folder, task)} whose motion has no unit although that of other frames has: of scales.json, if there are any."""
     notes = {f: json.loads((f / "scales.json").read_text()) for f in folders if (f / "scales.json").is_file()}
@@ -222,7 +237,7 @@ def write_clips(output, places, inputs, tasks, fps=None, stride=1):
             continue
         folders, video = [place.folder for place in places[first:end]], places[first].video
         frames = (item.image() for item in islice(inputs, end - first))
-        folder = folders[0].parent if video else output / f"{folders[0].name}_to_{folders[-1].name}"
+        folder = folders[0].parent if video else output / clip_name(folders[0].name, folders[-1].name)
         own = frame_rate(Path(video)) if video else None
         rate = fps or (own / stride if own else FPS)
         flicker, counted, pairs = write_clip(folder, frames, folders, tasks, rate, unscaled(folders))

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import toy
-from checkpoint import read_json
+from checkpoint import read_config, read_json
+from cli import parse_device
 from network import stock
 
 # ---- tensors of the expected names and shapes ----
@@ -339,8 +340,10 @@ def read_checkpoint(folder, stage=None):
     "stem", a state dict.
 
     FileNotFoundError if the folder holds no model, a part of one, or no stage 2 although stage=2; ValueError if a file
-    is damaged, the parts do not belong together, or some of them are of another step.
+    is damaged, the parts do not belong together, some of them are of another step, or there is no such stage.
     """
+    if stage not in (None, 1, 2):
+        raise ValueError(f"stage {stage!r}: expected 1, 2, or None for stage 2 where it exists")
     folder, spec = Path(folder), read_model_json(folder)
     if spec["kind"] != "stablemtl":
         raise ValueError(f"{folder} holds a model of the system {spec['kind']}, and this is about StableMTL: name "
@@ -357,11 +360,13 @@ def read_checkpoint(folder, stage=None):
     if (folder / "model.new").is_dir() and (axes or "main_unet" in kinds):      # see checkpoint.save_model
         raise ValueError(f"{folder} holds files of two steps, for its saving goes on or was cut short: try again, or "
                          "continue its training with --resume")
-    expected = [f"{part}/{name}" for part in kinds for name in PART_FILES]
-    absent = [f for f in (*expected, *(f"{name}.safetensors" for name in files)) if not (folder / f).is_file()]
-    if absent:
+    needed = [f"{part}/{name}" for part in kinds for name in PART_FILES] + [f"{name}.safetensors" for name in files]
+    if absent := [f for f in needed if not (folder / f).is_file()]:
         raise FileNotFoundError(f"the checkpoint in {folder} is incomplete: no {', '.join(absent)} "
                                 "(copy the whole folder again, or --resume its training)")
+    if closed := [f for f in needed if not os.access(folder / f, os.R_OK)]:
+        raise PermissionError(f"the checkpoint in {folder} cannot be read: you lack the permission to open "
+                              f"{', '.join(closed)} (chmod or their owner gives it)")
     with faults_of_checkpoint(folder):
         parts = {name: read_tensors(folder / f"{name}.safetensors") for name in files}
         parts |= {part: load_part(kind, folder, part) for part, kind in kinds.items()}
@@ -370,6 +375,13 @@ def read_checkpoint(folder, stage=None):
             raise ValueError(f"{', '.join(sorted(differs))} only in one of model.json and tokens.safetensors")
         check_parts(parts["vae"], parts["unet"], check_tokens(tokens), None if axes else (3,))
     return parts | {"spec": spec, "tokens": {t: tokens[t] for t in spec["tasks"]}}
+
+
+def ready(model, folder, device):
+    """The model of a checkpoint as it is used: there, and knowing the size of its training images. ValueError if there
+    is no such device."""
+    model.size = read_config(folder)["size"]
+    return model.to(parse_device(device, "device")).eval()
 
 
 # ---- weights as others take them ----

@@ -1,4 +1,7 @@
 """inference/infer.py: the call in Python takes what people have, and gives what sample.py writes."""
+import io
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,13 @@ rng = np.random.default_rng(0)
 
 def array(height=32, width=48):
     return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def cut():
+    """A Pillow image whose file is truncated: it opens."""
+    buffer = io.BytesIO()
+    Image.fromarray(array()).save(buffer, "PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()[:1000]))
 
 
 def same(a, b):
@@ -146,7 +156,13 @@ def test_the_model_knows_its_size(tiny_ckpt, monkeypatch):
     (dict(image=array(), tasks="depht"), "unknown task depht"),
     (dict(image=array(), tasks=["depht"]), "unknown task depht"),
     (dict(image=array(), tasks=["optical_flow"]), "about motion"),
-    (dict(image=array(), size=-1), "size -1"),
+    (dict(image=array(), tasks=[]), "unknown task .none.: choose from semantic"),
+    *((dict(image=array(), size=x), f"size {re.escape(repr(x))}: expected the longer side in pixels")
+      for x in (-1, "64", (32, 48), 1e300, float("inf"), float("nan"))),
+    *((dict(image=array(), rows=x), f"rows {x!r}: expected a whole number from 1") for x in ("1", 0, -1, 1.5)),
+    *((dict(image=array(), next=array(), pixels=True, camera=x), "camera .*: expected focal length.* all finite")
+      for x in ((40, float("nan"), 1, 1, 2), (float("inf"), 1, 1, 1, 2))),
+    (dict(image=cut()), "the Pillow image cannot be read .image file is truncated.*: give another, or a path"),
     (dict(image=Image.new("F", (8, 8)), tasks="depth"), "neither 8-bit nor 16-bit"),
 ])
 def test_mistakes_are_one_sentence(tiny_model, arguments, said):

@@ -389,6 +389,14 @@ def test_a_foreign_model_json_is_refused(small, tmp_path, spec, says):
         StableMTL.load(folder)
 
 
+def test_a_part_that_may_not_be_read_is_not_damaged(small, monkeypatch):
+    """It was called damaged, and to be copied again."""
+    may = os.access     # root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "tokens.safetensors" and may(path, mode))
+    with pytest.raises(PermissionError, match="cannot be read: you lack the permission to open tokens.safetensors"):
+        StableMTL.load(small)
+
+
 def test_a_checkpoint_does_not_tell_where_it_came_from(tiny_ckpt, tmp_path):
     """diffusers notes the folder that weights were loaded from, which may have a user's name in it."""
     StableMTL.load(tiny_ckpt).save(tmp_path / "again")

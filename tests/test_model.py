@@ -359,6 +359,12 @@ def test_load_says_what_is_missing(tmp_path, multi):
     tiny.model().save(tmp_path / "single")
     with pytest.raises(FileNotFoundError, match="holds no stage 2"):
         StableMTL.load(tmp_path / "single", stage=2)
+    for stage in (0, 3, "1"):
+        with pytest.raises(ValueError, match=f"^stage {stage!r}: expected 1, 2, or None"):
+            StableMTL.load(tmp_path / "single", stage)
+    for device in ("tpu", "meta", "hpu", None):
+        with pytest.raises(ValueError, match=f"^device {device} is not available here"):
+            StableMTL.load(tmp_path / "single", device=device)
     folder = tmp_path / "multi"
     multi.save(folder)
     for part in ("vae", "unet/config.json", "main_unet/diffusion_pytorch_model.safetensors", "tokens.safetensors",

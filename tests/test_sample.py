@@ -346,6 +346,37 @@ def test_inputs_of_one_name_get_folders_of_their_own(go, tmp_path):
         assert "1 already finished" in go(path, *flags)[1]
 
 
+def test_what_is_not_ours_stays(go, tmp_path, monkeypatch):
+    """A folder of the input's name, with the user's own depth.npy, lost it, and a file in its place ended in Errno 17.
+    A folder whose first run was killed is taken again, that of a video, too."""
+    flags, output, moves = ("--tasks", "depth", "--stage", 1), tmp_path / "out", tmp_path / "z.gif"
+    Image.new("L", (12, 10)).save(moves, save_all=True, append_images=[Image.new("L", (12, 10), 255)])
+    for name in "xz":
+        (output / name).mkdir(parents=True)
+    mine = {output / "x/depth.npy": b"a label", output / "x/albedo.png": b"another", output / "y": b"a file"}
+    for path, data in mine.items():
+        path.write_bytes(data)
+    (output / "y-2").symlink_to("nowhere")
+    for path in picture(tmp_path / "x.png"), picture(tmp_path / "y.png"), moves:
+        with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+            m.setattr(results, "draw_panel", lambda *a: 1 / 0)
+            go(path, *flags)
+        assert go(path, *flags)[0] == 0 and "already finished" in go(path, *flags)[1]
+    assert outputs(tmp_path) == ["x-2", "y-3", "z/000000", "z/000001"]
+    assert all(path.read_bytes() == data for path, data in mine.items())
+
+
+def test_a_file_that_comes_twice_is_refused(go, tmp_path):
+    """The later one, which has no second frame, took away the flow of the earlier one. A pair may be of one file."""
+    folder, flags = tmp_path / "in", ("--tasks", "depth,optical_flow", "--stage", 1)
+    x1, x2 = picture(folder / "x1.png"), picture(folder / "x2.png")
+    for paths in (x1, x2, x1), (folder, x1), (folder, folder):
+        code, _, error = go(*paths, *flags)
+        assert code == 2 and f"{x1} comes twice" in error and not (tmp_path / "out").exists()
+    (folder / "x3.png").symlink_to(x2)      # of a name of its own
+    assert pairs([folder]) == [("x1", True), ("x2", True), ("x3", False)] and pairs([x1, x1]) == [("x1", True)]
+
+
 # ---- mistakes ----
 
 def test_skip_bad_goes_on(go, tmp_path):
@@ -383,7 +414,7 @@ def test_a_full_disk_leaves_no_half_file(go, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and f"{tmp_path}/out/x/depth.npy cannot be written (File too large): make room" in error
-    assert {p.name for p in (tmp_path / "out/x").iterdir()} <= {"depth.png"}
+    assert {p.name for p in (tmp_path / "out/x").iterdir()} <= {"depth.png", "made_from.json"}
     assert go(x, "--tasks", "depth", "--stage", 1)[1].startswith("1 predicted")
 
 

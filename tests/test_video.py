@@ -66,6 +66,26 @@ def test_a_sequence_becomes_films(go, shots, tmp_path):
     assert cv2.VideoCapture(str(folder / "depth.mp4")).get(cv2.CAP_PROP_FPS) == video.FPS
 
 
+@pytest.mark.parametrize("fps, own", [(66.667, 66.67), (999.99, 1000), (59.94, 59.94)])
+def test_films_at_any_rate(tmp_path, fps, own):
+    """MPEG-4 cannot tell 66.667: to make room, it was said, when all was predicted."""
+    with films(tmp_path, ["a"], fps) as reels:
+        for value in (40, 200):
+            reels["a"].add(np.full((32, 48, 3), value, np.uint8))
+    assert cv2.VideoCapture(str(tmp_path / "a.mp4")).get(cv2.CAP_PROP_FPS) == pytest.approx(own, abs=1e-3)
+
+
+def test_films_of_long_names(go, shots, tmp_path):
+    """The name of their folder was longer than file systems take: Errno 36, when all was predicted."""
+    long = "ä" * 100
+    for i in range(5):
+        (shots / f"f{i}.png").rename(shots / f"{long}{i}.png")
+    code, said, _ = go(shots, "--tasks", "depth", "--stage", 1, "--video")
+    film, = (tmp_path / "out").rglob("depth.mp4")
+    assert code == 0 and str(film.parent) in said and len(pictures(film)) == 5
+    assert video.clip_name(f"{long}0", f"{long}4") == film.parent.name != video.clip_name(f"{long}0", f"{long}3")
+
+
 def test_a_video_is_filmed_beside_its_frames_at_its_own_rate(go, clip, tmp_path):
     """Films come to the folder of the video's frames; every second frame at half the rate."""
     assert go(clip, "--tasks", "albedo", "--stage", 1, "--stride", 2, "--video")[0] == 0
@@ -90,7 +110,8 @@ def test_gaps_divide_clips(go, shots, tmp_path):
     (["--fps", "5"], "--fps would do nothing here: it goes with --video"),
     (["--camera", "1,2,3,4,5"], "--camera would do nothing here: it goes with --pixels"),
     (["--pixels", "--camera", "1,2,3"], "expected five number"), (["--pixels", "--camera", "a,2,3,4,5"], "a,2,3"),
-    (["--pixels", "--camera", "0,1,1,1,2"], "expected focal length")])
+    (["--pixels", "--camera", "0,1,1,1,2"], "expected focal length"),
+    (["--pixels", "--camera", "40,nan,1,1,2"], "all finite")])
 def test_mistakes_end_in_a_sentence(go, shots, flags, why):
     """Flags that would do nothing are refused, and no camera is invented."""
     code, said, error = go(*([] if "--toy" in flags else [shots]), *flags)
