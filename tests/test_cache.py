@@ -262,6 +262,21 @@ def test_cache_that_does_not_fit_on_the_disk(tmp_path, toys, model, monkeypatch)
     assert sorted(asked) == sorted(np.load(path, mmap_mode="r").size for path in tmp_path.rglob("*.npy"))
 
 
+def test_an_interrupted_build_asks_for_the_rest_of_its_room(tmp_path, model, monkeypatch):
+    """Arrays that nobody has written to take no room yet: on a disk that was full by then the process ended without a
+    word."""
+    reader = [Made(n=24)]
+    opened(tmp_path, reader, model).create(reader, model)
+    full = cache.shutil._ntuple_diskusage(100, 100, 0)
+    with monkeypatch.context() as m:
+        m.setattr(cache.shutil, "disk_usage", lambda _: full)
+        with pytest.raises(OSError, match="needs 0.0 GiB.*--cache none"):
+            opened(tmp_path, reader, model).create(reader, model)
+    cached(tmp_path, reader, model)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: full)
+    opened(tmp_path, reader, model).create(reader, model)
+
+
 def test_ranks_share_the_building(whole, tmp_path, toys, model):
     """Two ranks that each build their share leave what one leaves, bit for bit; the second finds the arrays that the
     first made."""

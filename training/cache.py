@@ -103,6 +103,7 @@ class LatentCache:
         missing = {self.path(r, name): spec for r in readers for name, spec in self.layout(r, model).items()
                    if not self.path(r, name).is_file()}
         need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in missing.values())
+        need += sum(self.unwritten(r, model) for r in readers)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise OSError(f"the {self.kind} {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
@@ -112,6 +113,15 @@ class LatentCache:
             path.parent.mkdir(exist_ok=True)
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
             os.replace(path.with_suffix(".tmp"), path)
+
+    def unwritten(self, reader, model):
+        """Bytes that the arrays of an interrupted `build` will still take: the system gives them room when they are
+        written."""
+        if not self.path(reader, "done").is_file() or self.array(reader, "done").all():
+            return 0
+        paths = [self.path(reader, name) for name in self.layout(reader, model)]
+        sizes = [path.stat() for path in paths if path.is_file()]
+        return sum(max(0, s.st_size - 512 * s.st_blocks) for s in sizes)
 
     def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=None, rank=0, world_size=1):
         """Encode what is not cached yet, of `world_size` ranks the rank-th share, into the arrays that `create` made.
