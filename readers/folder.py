@@ -80,7 +80,7 @@ class Folder(Reader):
 
     @classmethod
     def place(cls, root):
-        return Path(root) / "folder" if (Path(root) / "folder").is_dir() else Path(root)
+        return Path(root) / "folder" if (Path(root) / "folder" / "images").is_dir() else Path(root)
 
     @classmethod
     def there(cls, root):
