@@ -173,13 +173,15 @@ def _emptied(folder):
     folder.mkdir(parents=True)
 
 
-def _room(out, error, need):
-    """The sentence for a write that failed."""
+ON = "continue with --resume"
+
+
+def _room(out, error, need, then):
+    """The sentence for a write that failed; then: what to do as soon as there is room."""
     free = shutil.disk_usage(out).free
     reason = error.strerror if isinstance(error, OSError) else error
     return OSError(f"could not save to {out}: {reason}; about {need / 2**20:.0f} MiB are needed and "
-                   f"{free / 2**20:.0f} MiB are free. The earlier checkpoint is untouched: make room, then continue "
-                   "with --resume")
+                   f"{free / 2**20:.0f} MiB are free. What was there is untouched: make room, then {then}")
 
 
 def link(source, target):
@@ -191,7 +193,7 @@ def link(source, target):
         shutil.copyfile(source, target)
 
 
-def save_model(model, out, frozen=None):
+def save_model(model, out, frozen=None, then=ON):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
 
     While out/model.new exists, some files are of this model and some of the one before: StableMTL.load refuses them.
@@ -204,7 +206,7 @@ def save_model(model, out, frozen=None):
     except (OSError, SafetensorError) as error:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _room(out, error, need) from None
+        raise _room(out, error, need, then) from None
     shutil.rmtree(complete, ignore_errors=True)
     os.replace(temporary, complete)
     files = [p for p in complete.rglob("*") if p.is_file()]
@@ -232,7 +234,8 @@ def save_state(out, about, step, parts, optimizer):
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _room(out, error, sum(t.numel() * t.element_size() for t in tensors.values())) from None
+        need, then = sum(t.numel() * t.element_size() for t in tensors.values()), ON if step else "start it again"
+        raise _room(out, error, need, then) from None
     if (out / "state").exists():
         shutil.rmtree(out / "state.prev", ignore_errors=True)
         os.replace(out / "state", out / "state.prev")

@@ -360,7 +360,9 @@ def test_a_full_disk_leaves_nothing_half_written(world, imported, tmp_path, monk
     imported.save(tmp_path / "ckpt")
     monkeypatch.setattr(StableMTL, "save", no_room)
     assert run(lambda: convert.main(import_flags(world[0], tmp_path / "out"))) == 2
-    assert "No space left" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    error = capsys.readouterr().err
+    assert "No space left" in error and "make room, then import again" in error and "--resume" not in error
+    assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(torch, "save", cut)
     assert run(lambda: convert.main(["--export", str(tmp_path / "back"), "--ckpt", str(tmp_path / "ckpt")])) == 2
     assert "could not write" in capsys.readouterr().err and not list((tmp_path / "back").iterdir())

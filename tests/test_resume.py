@@ -159,6 +159,19 @@ def test_disk_full_while_saving(go, undisturbed, tmp_path, monkeypatch):
     assert compare(undisturbed[1], out) == []
 
 
+def test_disk_full_before_anything_is_saved(go, second, tmp_path, monkeypatch):
+    """A fresh run, and a stage 2 after its stage 1: --resume, which was advised, had nothing to go on from."""
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    for flags, place in ((f"--tasks {THREE} --out {tmp_path / 'new'}", tmp_path / "new"), ("--stage 2", second)):
+        code, _, error = go(flags)
+        assert code == 2 and f"could not save to {place}: No space left" in error
+        assert "make room, then start it again" in error and "--resume" not in error
+    monkeypatch.undo()
+    assert go(f"--tasks {THREE} --out {tmp_path / 'new'}")[0] == 0
+
+
 def test_what_does_not_fit_is_refused_before_a_cache_is_built(go, tiny_base, tmp_path):
     """A cache of other scenes, the state of another base: that the latter does not fit was told only after hours of
     encoding, and a folder made for the former hid the toy model from evaluate.py."""

@@ -179,7 +179,7 @@ def main(argv=None):
         "imported": {"base": args.base, "single": args.single, "multi": args.multi}, "train": None, "stage1": None,
         "size": RELEASED_SIZE, "tasks": list(model.tasks), "palette": PALETTE, "commit": commit()})
     try:
-        save_model(model, args.out)     # last: its model.json makes the folder a checkpoint
+        save_model(model, args.out, then="import again")     # last: its model.json makes the folder a checkpoint
     except OSError:
         config.unlink()
         raise
