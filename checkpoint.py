@@ -217,6 +217,14 @@ def save_model(model, out, frozen=None, then=ON):
     shutil.rmtree(complete)
 
 
+def _keep_best(out):
+    """out/best of a single stream becomes out/best_stage1, before that of the multi stream takes its place."""
+    best, kept = Path(out) / "best", Path(out) / "best_stage1"
+    if (best / "model.json").is_file() and not read_json(best / "model.json", "").get("multi"):
+        shutil.rmtree(kept, ignore_errors=True)     # of a stage 1 that was replaced since
+        os.replace(best, kept)
+
+
 def save_state(out, about, step, parts, optimizer):
     """Settings, weights and optimizer of a run -> out/state, and the earlier one -> out/state.prev.
 
@@ -242,6 +250,8 @@ def save_state(out, about, step, parts, optimizer):
     os.replace(temporary, out / "state")
     if step == 0:   # what came before belongs to another run
         shutil.rmtree(out / "state.prev", ignore_errors=True)
+    if about["train"]["stage"] == 2:
+        _keep_best(out)
 
 
 def state_file(out):

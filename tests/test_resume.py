@@ -327,6 +327,18 @@ def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
     assert of_best == {"0": 5.0, "1": 3.0}
 
 
+def test_the_best_of_stage_1_is_kept(go, tmp_path):
+    """Stage 2 replaced it. That of an earlier stage 2 is replaced, as asked by --overwrite."""
+    out = tmp_path / "out"
+    assert go(f"--tasks {THREE} --val-samples 1")[0] == 0
+    best = {p.relative_to(out / "best"): p.read_bytes() for p in (out / "best").rglob("*") if p.is_file()}
+    for flags in ("--stage 2 --val-samples 1", "--stage 2 --val-samples 0 --overwrite"):
+        assert go(flags)[0] == 0
+        assert best == {p: (out / "best_stage1" / p).read_bytes() for p in best}
+        assert (out / "best").exists() == ("overwrite" not in flags)
+    assert StableMTL.load(out / "best_stage1").multi is None
+
+
 @pytest.mark.parametrize("flags", ["--init {stage1}", "--stage 2"])
 def test_what_goes_on_with_fewer_labels_trains_the_others(go, stage1, tmp_path, flags):
     """Data that lacks a task of the model was a dead end: the tasks are the model's, and --tasks contradicted them."""
