@@ -221,6 +221,8 @@ def test_command_line_round_trip(world, imported, tmp_path, capsys):
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         convert.main(flags)
+    with pytest.raises(ValueError, match="back already holds single.pth and multi.pth: name another folder"):
+        convert.main(["--export", str(tmp_path / "back"), "--ckpt", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="--base and --single"):
         convert.main(["--out", str(tmp_path / "other")])
 

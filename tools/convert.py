@@ -130,6 +130,8 @@ def export(ckpt, folder):
         differs.append(f"a stage 1 of {', '.join(model.tasks)} alone (released: all {len(TASKS)} tasks)")
     if differs:
         raise ValueError(f"{ckpt} cannot be exported: the released format has no room for {', '.join(differs)}")
+    if there := [name for name in ("single.pth", "multi.pth") if (folder / name).exists()]:
+        raise ValueError(f"{folder} already holds {' and '.join(there)}: name another folder as --export")
     states = {"single.pth": model.unet.state_dict()} | ({"multi.pth": multi_state(model)} if model.multi else {})
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in states.items():
