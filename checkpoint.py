@@ -193,6 +193,16 @@ def link(source, target):
         shutil.copyfile(source, target)
 
 
+def not_ours(out):
+    """ValueError if a folder without a checkpoint holds what `save_model` and config.json would replace, a base for
+    example, and no training or import was stopped there."""
+    begun = state_file(out) or any((Path(out) / name).is_dir() for name in ("model.tmp", "model.new"))
+    there = [name for name in ("unet", "vae", "config.json") if (Path(out) / name).exists()]
+    if there and not begun:
+        raise ValueError(f"{out} holds {' and '.join(there)}, but no checkpoint, which would replace "
+                         f"{'it' if len(there) == 1 else 'them'}: name another --out")
+
+
 def save_model(model, out, frozen=None, then=ON):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
 

@@ -14,7 +14,7 @@ import baselines
 import cli
 import readers
 import toy
-from checkpoint import STATE, read_config, read_json, state_file
+from checkpoint import STATE, not_ours, read_config, read_json, state_file
 from model import SECOND_FRAMES
 from network.attention import ATTENTIONS, MASKS, QUERY_INITS
 from network.generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
@@ -352,9 +352,10 @@ def check_finished(folder, stage, who):
 
 
 def stages_in(cfg):
-    """How many stages --out holds. ValueError: more than this run may replace, another system's, or, under a
+    """How many stages --out holds. ValueError: more than this run may replace, another system's, a base, or, under a
     stage 2, an unfinished stage 1."""
     if not (Path(cfg.out) / "model.json").is_file():
+        not_ours(cfg.out)
         return 0
     there = read_model_json(cfg.out)
     if there["kind"] != cfg.system:

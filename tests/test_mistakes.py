@@ -47,6 +47,8 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     tiny.unet(widths=(8, 8, 8, 8)).save_pretrained(root / "mixed" / "main_unet")
     (root / "half_ckpt" / "tokens.safetensors").unlink()
     (root / "part").mkdir()
+    (root / "configured").mkdir()
+    (root / "configured" / "config.json").write_text("{}")
     (root / "part" / "vae").symlink_to(tiny_base / "vae")
     (root / "base").symlink_to(tiny_base)
     tiny.unet(4).save_pretrained(root / "other" / "unet")
@@ -157,6 +159,9 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--stage 2 --main-init base": "other widths than the stage 1",
     "--stage 2 --out damaged --overwrite": "damaged is damaged",
     "--stage 2 --out half_ckpt --overwrite": "incomplete: no tokens",
+    "--out broken": "broken holds unet and vae, but no checkpoint, which would replace them: name another --out",
+    "--out part --overwrite": "part holds vae, but no checkpoint",
+    "--out configured": "configured holds config.json, but no checkpoint",
 }.items()] + [
     ("train --resume", "nothing to resume in out.*no state"),
     ("train --resume --steps 9 --batch 2 --lr 1", "own settings: leave out (--batch, --lr|--lr, --batch)"),
@@ -232,6 +237,8 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("convert --push some/body --single few.pth --multi few.pth", "--single and --multi would do .*with --push"),
     ("convert --base base --single few.pth --ckpt damaged --out new", "--ckpt would do nothing here: .*an import"),
     ("convert --base base --single few.pth", "out already holds a checkpoint"),
+    ("convert --base base --single few.pth --out broken", "broken holds unet and vae, but no checkpoint"),
+    ("convert --base base --single few.pth --out configured", "configured holds config.json, but no checkpoint"),
     ("convert --base base --single nowhere.pth --out new", "no weights at nowhere.pth"),
     ("convert --base base --single code.pth --out new", "code.pth is not a plain state dict"),
     ("convert --base base --single few.pth --out new", "few.pth does not fit"),

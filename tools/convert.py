@@ -33,7 +33,7 @@ from cli import Parser, run, writable  # before torch, for Ctrl-C meanwhile
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import RELEASED_SIZE, save_model, write_json
+from checkpoint import RELEASED_SIZE, not_ours, save_model, write_json
 from model import StableMTL, from_base
 from network.generalist import STABLEMTL
 from network.loading import grouped, mismatch, not_finite, reason
@@ -173,6 +173,7 @@ def main(argv=None):
         return
     if (Path(args.out) / "model.json").exists():
         raise ValueError(f"{args.out} already holds a checkpoint: name another --out")
+    not_ours(args.out)
     writable(args.out, folder=True)
     model = import_released(args.base, args.single, args.multi)
     config = Path(args.out) / "config.json"
