@@ -260,6 +260,7 @@ def commit():
 def main(argv=None):
     cfg = parse_args(argv, __doc__)
     if cfg.stage == 0:
+        cli.writable(cfg.out, folder=True)
         torch.set_num_threads(cfg.threads or 1)
         return make(Path(cfg.out), seed=cfg.seed, widths=parse_widths(cfg.widths))
     saved, tensors = None, None
@@ -272,6 +273,8 @@ def main(argv=None):
         cfg = Config(**{k: v for k, v in saved["train"].items() if k in known} | anew)
         check_length(cfg, saved)
     find_tracker(cfg.track)     # better missed now than after the data is read
+    for folder in filter(None, (cfg.out, cfg.cache_folder)):
+        cli.writable(folder, folder=True)
     if "RANK" in os.environ:    # torchrun's
         return ranked(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg, saved, tensors)
     world_size = number_of_processes(cfg)

@@ -100,7 +100,8 @@ def before(place):
 
 
 NEW = "--out new --base base"
-SHORT = "--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
+FEW = "--steps 1 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
+SHORT = f"{FEW} --scenes 1 --size 16x24"
 MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--lerning-rate 1": "--lerning-rate",
     "--rh 0.5": "--rh",
@@ -162,7 +163,10 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--out broken": "broken holds unet and vae, but no checkpoint, which would replace them: name another --out",
     "--out part --overwrite": "part holds vae, but no checkpoint",
     "--out configured": "configured holds config.json, but no checkpoint",
+    "--out photo.png": "photo.png cannot be written: there is no folder photo.png",
+    "--out new --cache photo.png": "photo.png cannot be written",
 }.items()] + [
+    ("train --stage 0 --out photo.png/new", "photo.png/new cannot be written: there is no folder photo.png"),
     ("train --resume", "nothing to resume in out.*no state"),
     ("train --resume --steps 9 --batch 2 --lr 1", "own settings: leave out (--batch, --lr|--lr, --batch)"),
     ("train --stage 1 --track nowhere", "--track nowhere: there is no such module .*pip install it"),
