@@ -51,7 +51,7 @@ class Config:
     cache: str = setting("auto", "folder of the latent cache; auto = <out>/cache on the toy worlds, none with --data; "
                          "none = encode on the fly")
     stream_gb: float = setting(5.0, "gigabytes of auxiliary streams that the cache may hold in stage 2 "
-                               "(the toy preset fills 4.2)", kind=cli.number(0))
+                               "(the toy preset fills 4.2)", kind=cli.number(0, 1e6))
     scenes: int = setting(None, "toy training scenes per world", kind=cli.whole(1))
     size: str = setting(None, "HxW of toy images and of one's own, a multiple of the VAE's factor; other data has the "
                         "paper's sizes")

@@ -191,10 +191,13 @@ def trainable(model):
     return {part: {k: p for k, p in m.named_parameters() if p.requires_grad} for part, m in parts.items()}
 
 
-def check_size(cfg, model):
-    """ValueError where toy images would not be whole latent cells."""
+def check_size(cfg, model, readers=()):
+    """ValueError where toy images would not be whole latent cells, or others are smaller than one."""
     if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
+    for reader in (r for r in readers if min(r.size) < model.factor):
+        raise ValueError(f"{reader.name}'s images are {reader.size[0]}x{reader.size[1]}, smaller than a latent cell of "
+                         f"{model.factor}x{model.factor} pixels: use larger ones, or name a --size")
 
 
 def set_mode(model, training):
@@ -333,7 +336,7 @@ def train(rank, world_size, device, cfg, saved, tensors):
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     everything = readers
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
-    check_size(cfg, model)
+    check_size(cfg, model, readers)
     codecs = model.codecs
     model.to(device)
     if cfg.channels_last:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raw
 import tiny
 import torch
 from PIL import Image
@@ -65,6 +66,10 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
     (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:2000])
     np.save(root / "own" / "depth" / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name, size in {"plain": (16, 24), "thin": (1, 40)}.items():
+        raw.own_folder(root / name, 2, *size)
+        for split, stem in (("train", "p0"), ("val", "p1")):
+            (root / name / f"{split}.txt").write_text(stem)
     (root / "bad.jpg").write_bytes(b"no image")
     (root / "bad.mp4").write_bytes(b"no video" * 99)
     (root / "bad.gif").write_bytes(b"GIF89a")
@@ -165,7 +170,11 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--out configured": "configured holds config.json, but no checkpoint",
     "--out photo.png": "photo.png cannot be written: there is no folder photo.png",
     "--out new --cache photo.png": "photo.png cannot be written",
+    "--out new --stage 2 --stream-gb 1e300": "--stream-gb: '1e300' is not a finite number from 0 to 1e.06",
 }.items()] + [
+    (f"train {NEW} {FEW} --data plain --cache plain", "plain holds other files than a latent cache: name another fol"),
+    (f"train {NEW} {FEW} --data plain --cache plain/images", "plain/images holds other files"),
+    (f"train {NEW} {FEW} --data thin", "folder's images are 1x40, smaller than a latent cell of 2x2 pixels: .*--size"),
     ("train --stage 0 --out photo.png/new", "photo.png/new cannot be written: there is no folder photo.png"),
     ("train --resume", "nothing to resume in out.*no state"),
     ("train --resume --steps 9 --batch 2 --lr 1", "own settings: leave out (--batch, --lr|--lr, --batch)"),
