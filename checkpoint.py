@@ -183,14 +183,16 @@ def _emptied(folder):
     folder.mkdir(parents=True)
 
 
-def _room(out, error, need):
-    """The sentence for a write that failed."""
+ON = "continue with --resume"
+
+
+def _room(out, error, need, then):
+    """The sentence for a write that failed; then: what to do as soon as there is room."""
     free = shutil.disk_usage(out).free
     cause = error.__cause__ or error        # of `put`
     reason = cause.strerror if isinstance(cause, OSError) else cause
     return OSError(f"could not save to {out}: {reason}; about {need / 2**20:.0f} MiB are needed and "
-                   f"{free / 2**20:.0f} MiB are free. The earlier checkpoint is untouched: make room, then continue "
-                   "with --resume")
+                   f"{free / 2**20:.0f} MiB are free. What was there is untouched: make room, then {then}")
 
 
 def link(source, target):
@@ -205,7 +207,17 @@ def link(source, target):
 OPTIONAL = "main_unet", "task_attention.safetensors", "stem.safetensors"    # parts that only some models have
 
 
-def save_model(model, out, frozen=None):
+def not_ours(out):
+    """ValueError if a folder without a checkpoint holds what `save_model` and config.json would replace, a base for
+    example, and no training or import was stopped there."""
+    begun = state_file(out) or any((Path(out) / name).is_dir() for name in ("model.tmp", "model.new"))
+    there = [name for name in ("unet", "vae", "config.json") if (Path(out) / name).exists()]
+    if there and not begun:
+        raise ValueError(f"{out} holds {' and '.join(there)}, but no checkpoint, which would replace "
+                         f"{'it' if len(there) == 1 else 'them'}: name another --out")
+
+
+def save_model(model, out, frozen=None, then=ON):
     """StableMTL.save into out/, file by file: each is replaced in one step, so that none is ever missing or cut short.
     Parts of an earlier model that this one lacks do not stay.
 
@@ -219,7 +231,7 @@ def save_model(model, out, frozen=None):
     except (OSError, SafetensorError) as error:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _room(out, error, need) from None
+        raise _room(out, error, need, then) from None
     shutil.rmtree(complete, ignore_errors=True)
     os.replace(temporary, complete)
     files = [p for p in complete.rglob("*") if p.is_file()]
@@ -231,6 +243,14 @@ def save_model(model, out, frozen=None):
         shutil.rmtree(out / name, ignore_errors=True)       # of a file it does nothing
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(complete)
+
+
+def _keep_best(out):
+    """out/best of a single stream becomes out/best_stage1, before that of the multi stream takes its place."""
+    best, kept = Path(out) / "best", Path(out) / "best_stage1"
+    if (best / "model.json").is_file() and not read_json(best / "model.json", "").get("multi"):
+        shutil.rmtree(kept, ignore_errors=True)     # of a stage 1 that was replaced since
+        os.replace(best, kept)
 
 
 def save_state(out, about, step, parts, optimizer):
@@ -250,13 +270,16 @@ def save_state(out, about, step, parts, optimizer):
         _flush(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _room(out, error, sum(t.numel() * t.element_size() for t in tensors.values())) from None
+        need, then = sum(t.numel() * t.element_size() for t in tensors.values()), ON if step else "start it again"
+        raise _room(out, error, need, then) from None
     if (out / "state").exists():
         shutil.rmtree(out / "state.prev", ignore_errors=True)
         os.replace(out / "state", out / "state.prev")
     os.replace(temporary, out / "state")
     if step == 0:   # what came before belongs to another run
         shutil.rmtree(out / "state.prev", ignore_errors=True)
+    if about["train"]["stage"] == 2:
+        _keep_best(out)
 
 
 def state_file(out):

@@ -331,12 +331,26 @@ def _other(work, rank, pipe, parent):
         if os.getppid() != parent:
             os._exit(1)
     try:
-        told = True, work(rank)
+        with watch_loaders():
+            told = True, work(rank)
     except (ValueError, OSError, FloatingPointError) as error:
         told = False, str(error)
     except RuntimeError as error:       # a collective whose peer is gone; if it is anything else, rank 0 fails alike
         told = None, str(error)
     pipe.send_bytes(pickle.dumps(told))     # by value: pipe.send would share tensors by files that end with the sender
+
+
+@contextmanager
+def watch_loaders():
+    """While the block runs, a loader process that dies is a ChildProcessError: torch raises wherever the program is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        flag = ", or load in one process by --workers 0" if "[--workers " in Parser.usage_at_hand else ""
+        raise ChildProcessError(f"a loader process died, perhaps for lack of memory or of room in /dev/shm: make more "
+                                f"of it{flag} ({error})") from None
 
 
 # ---- the frame of every command ----
@@ -374,7 +388,7 @@ def run(main):
         gc.enable()
     code, told = 2, ""
     try:
-        with interruptible():
+        with interruptible(), watch_loaders():
             return main() or 0
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         if os.environ.get("TRACEBACK"):     # for who writes a reader of their own, say

@@ -14,7 +14,7 @@ import baselines
 import cli
 import readers
 import toy
-from checkpoint import STATE, read_config, read_json, state_file
+from checkpoint import STATE, not_ours, read_config, read_json, state_file
 from model import SECOND_FRAMES
 from network.attention import ATTENTIONS, MASKS, QUERY_INITS
 from network.generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
@@ -51,7 +51,7 @@ class Config:
     cache: str = setting("auto", "folder of the latent cache; auto = <out>/cache on the toy worlds, none with --data; "
                          "none = encode on the fly")
     stream_gb: float = setting(5.0, "gigabytes of auxiliary streams that the cache may hold in stage 2 "
-                               "(the toy preset fills 4.2)", kind=cli.number(0))
+                               "(the toy preset fills 4.2)", kind=cli.number(0, 1e6))
     scenes: int = setting(None, "toy training scenes per world", kind=cli.whole(1))
     size: str = setting(None, "HxW of toy images and of one's own, a multiple of the VAE's factor; other data has the "
                         "paper's sizes")
@@ -352,9 +352,10 @@ def check_finished(folder, stage, who):
 
 
 def stages_in(cfg):
-    """How many stages --out holds. ValueError: more than this run may replace, another system's, or, under a
+    """How many stages --out holds. ValueError: more than this run may replace, another system's, a base, or, under a
     stage 2, an unfinished stage 1."""
     if not (Path(cfg.out) / "model.json").is_file():
+        not_ours(cfg.out)
         return 0
     there = read_model_json(cfg.out)
     if there["kind"] != cfg.system:

@@ -191,10 +191,13 @@ def trainable(model):
     return {part: {k: p for k, p in m.named_parameters() if p.requires_grad} for part, m in parts.items()}
 
 
-def check_size(cfg, model):
-    """ValueError where toy images would not be whole latent cells."""
+def check_size(cfg, model, readers=()):
+    """ValueError where toy images would not be whole latent cells, or others are smaller than one."""
     if not cfg.data and any(s % model.factor for s in cli.parse_size(cfg.size)):
         raise ValueError(f"--size {cfg.size} is not a multiple of {model.factor}, the VAE's factor")
+    for reader in (r for r in readers if min(r.size) < model.factor):
+        raise ValueError(f"{reader.name}'s images are {reader.size[0]}x{reader.size[1]}, smaller than a latent cell of "
+                         f"{model.factor}x{model.factor} pixels: use larger ones, or name a --size")
 
 
 def set_mode(model, training):
@@ -260,6 +263,7 @@ def commit():
 def main(argv=None):
     cfg = parse_args(argv, __doc__)
     if cfg.stage == 0:
+        cli.writable(cfg.out, folder=True)
         torch.set_num_threads(cfg.threads or 1)
         return make(Path(cfg.out), seed=cfg.seed, widths=parse_widths(cfg.widths))
     saved, tensors = None, None
@@ -272,6 +276,8 @@ def main(argv=None):
         cfg = Config(**{k: v for k, v in saved["train"].items() if k in known} | anew)
         check_length(cfg, saved)
     find_tracker(cfg.track)     # better missed now than after the data is read
+    for folder in filter(None, (cfg.out, cfg.cache_folder)):
+        cli.writable(folder, folder=True)
     if "RANK" in os.environ:    # torchrun's
         return ranked(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), cfg, saved, tensors)
     world_size = number_of_processes(cfg)
@@ -330,7 +336,7 @@ def train(rank, world_size, device, cfg, saved, tensors):
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     everything = readers
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
-    check_size(cfg, model)
+    check_size(cfg, model, readers)
     codecs = model.codecs
     model.to(device)
     if cfg.channels_last:

@@ -25,6 +25,7 @@ Size: all samples are resized to one (H,W), the caller's or that of the first im
 at most 384 pixels. Images of another aspect ratio are refused unless the caller names a size.
 """
 import hashlib
+from collections import Counter
 from functools import partialmethod
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Folder(Reader):
 
     @classmethod
     def place(cls, root):
-        return Path(root) / "folder" if (Path(root) / "folder").is_dir() else Path(root)
+        return Path(root) / "folder" if (Path(root) / "folder" / "images").is_dir() else Path(root)
 
     @classmethod
     def there(cls, root):
@@ -132,6 +133,8 @@ class Folder(Reader):
             stems = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if not stems:
             raise ValueError(f"{path} is empty: list one stem a line, or delete it")
+        if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
+            raise ValueError(f"{path} lists {twice[0]!r} more than once: keep one line of it")
         for stem in set(stems) - self.images.keys():
             raise ValueError(f"{path} names {stem!r}, no picture of {self.folder / 'images'}: "
                              "expected stems, without .png or .jpg")

@@ -324,7 +324,7 @@ class ToyWorld:
     all_labels: every task of every world, for evaluation. ValueError: an unknown world, split or task.
     """
 
-    crop = None
+    crop = folder = None                                # no files
     train_crop, jitter, mix, vflip = {}, {}, {}, False  # as data.py reads them: flips only, evenly mixed
     depth_range = (0.1, 80.0)                           # metres, to which aligned depth is clipped in evaluation
     # Of the scenes: a latent cache made from others is refused. Change it with them (tests/test_toyworld.py tells).

@@ -262,6 +262,38 @@ def test_cache_that_does_not_fit_on_the_disk(tmp_path, toys, model, monkeypatch)
     assert sorted(asked) == sorted(np.load(path, mmap_mode="r").size for path in tmp_path.rglob("*.npy"))
 
 
+def test_an_interrupted_build_asks_for_the_rest_of_its_room(tmp_path, model, monkeypatch):
+    """Arrays that nobody has written to take no room yet: on a disk that was full by then the process ended without a
+    word."""
+    reader = [Made(n=24)]
+    opened(tmp_path, reader, model).create(reader, model)
+    full = cache.shutil._ntuple_diskusage(100, 100, 0)
+    with monkeypatch.context() as m:
+        m.setattr(cache.shutil, "disk_usage", lambda _: full)
+        with pytest.raises(OSError, match="needs 0.0 GiB.*--cache none"):
+            opened(tmp_path, reader, model).create(reader, model)
+    cached(tmp_path, reader, model)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: full)
+    opened(tmp_path, reader, model).create(reader, model)
+
+
+def test_a_folder_of_data_is_no_cache(tmp_path, model):
+    """An own folder's root got a folder/, which hid its images; whoever deleted a damaged cache deleted Hypersim."""
+    own_folder(tmp_path / "my", 2, *SIZE)
+    reader = Folder(tmp_path / "my", "train")
+    for place in (tmp_path / "my", tmp_path / "my/images"):
+        with pytest.raises(ValueError, match=f"{place} holds other files than a latent cache: name another folder"):
+            opened(place, [reader], model)
+    (tmp_path / "root/made").mkdir(parents=True)
+    (tmp_path / "root/made/scene").touch()
+    with pytest.raises(ValueError, match="root/made holds other files than a latent cache"):
+        opened(tmp_path / "root", [Made()], model)
+    for _ in range(2):
+        cached(tmp_path / "my/cache", [reader], model)      # beside the images nothing is in the way
+    (tmp_path / "my/folder").mkdir()        # of a cache that was made there once
+    assert len(Folder(tmp_path / "my", "train")) == 2
+
+
 def test_ranks_share_the_building(whole, tmp_path, toys, model):
     """Two ranks that each build their share leave what one leaves, bit for bit; the second finds the arrays that the
     first made."""

@@ -221,6 +221,8 @@ def test_command_line_round_trip(world, imported, tmp_path, capsys):
         assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     with pytest.raises(ValueError, match="already holds a checkpoint"):
         convert.main(flags)
+    with pytest.raises(ValueError, match="back already holds single.pth and multi.pth: name another folder"):
+        convert.main(["--export", str(tmp_path / "back"), "--ckpt", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="--base and --single"):
         convert.main(["--out", str(tmp_path / "other")])
 
@@ -360,7 +362,9 @@ def test_a_full_disk_leaves_nothing_half_written(world, imported, tmp_path, monk
     imported.save(tmp_path / "ckpt")
     monkeypatch.setattr(StableMTL, "save", no_room)
     assert run(lambda: convert.main(import_flags(world[0], tmp_path / "out"))) == 2
-    assert "No space left" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    error = capsys.readouterr().err
+    assert "No space left" in error and "make room, then import again" in error and "--resume" not in error
+    assert not list((tmp_path / "out").iterdir())
     monkeypatch.setattr(torch, "save", cut)
     assert run(lambda: convert.main(["--export", str(tmp_path / "back"), "--ckpt", str(tmp_path / "ckpt")])) == 2
     assert "could not write" in capsys.readouterr().err and not list((tmp_path / "back").iterdir())

@@ -319,6 +319,8 @@ def test_an_interrupted_one_leaves_nothing(tiny_ckpt_1, tmp_path, go, monkeypatc
     for where in ((distil, "measure"), (torch.optim.Adam, "step"), (distil, "write_json")):
         assert ended(where, KeyboardInterrupt)[0] == 130, where
     assert go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "a")[0] == 0
+    monkeypatch.setattr(distil, "measure", lambda *_: float("inf"))     # it diverged in its last step
+    assert "is inf: lower --lr" in go(distil.main, f"--ckpt {tiny_ckpt_1} {FEW} --out", tmp_path / "b")[2]
     assert (tmp_path / "a.tmp/mine").is_file() and {p.name for p in tmp_path.iterdir()} == {"a", "a.tmp"}
 
 

@@ -379,6 +379,9 @@ def test_bad_commands(teacher, pseudo, another, go, tmp_path, capsys):
     assert code == 2 and "--ckpt is a finished teacher, and the one in" in error and "has done 1 of 9 steps" in error
     code, error = told(f"--ckpt {tmp_path / 'none'} --to {tmp_path / 'x'}")
     assert code == 2 and "no checkpoint in" in error and not (tmp_path / "x").exists()
+    (tmp_path / "afile").touch()
+    code, error = told(f"--ckpt {teacher} --to {tmp_path / 'afile'}")
+    assert code == 2 and "afile cannot be written" in error
     about = json.loads((shutil.copytree(pseudo, tmp_path / "labels") / "cache.json").read_text())
     (tmp_path / "labels/cache.json").write_text(json.dumps(about | {"vae": "another"}))
     code, error = told(f"--ckpt {teacher} --to {tmp_path / 'labels'}")      # it has no flag --pseudo

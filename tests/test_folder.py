@@ -264,7 +264,8 @@ def test_folder_subsets_and_lists(tmp_path, capsys):
     assert list(val.indices("albedo")) == [0] and list(val.indices("depth")) == [0, 1]
     with pytest.raises(ValueError, match="p1 .*no albedo label"):
         val.load(1, ["albedo"])
-    for text, message in (("p9", "val.txt names 'p9'"), (" \n", "val.txt is empty")):
+    for text, message in (("p9", "val.txt names 'p9'"), (" \n", "val.txt is empty"),
+                          ("p1\np2\np1 \n", "val.txt lists 'p1' more than once")):
         (tmp_path / "val.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             Folder(tmp_path, "val")

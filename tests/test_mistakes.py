@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import raw
 import tiny
 import torch
 from PIL import Image
@@ -48,6 +49,8 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
     tiny.unet(widths=(8, 8, 8, 8)).save_pretrained(root / "mixed" / "main_unet")
     (root / "half_ckpt" / "tokens.safetensors").unlink()
     (root / "part").mkdir()
+    (root / "configured").mkdir()
+    (root / "configured" / "config.json").write_text("{}")
     (root / "part" / "vae").symlink_to(tiny_base / "vae")
     (root / "base").symlink_to(tiny_base)
     tiny.unet(4).save_pretrained(root / "other" / "unet")
@@ -64,6 +67,10 @@ def place(tiny_base, tiny_ckpt, tiny_ckpt_1, tmp_path_factory):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / name)
     (root / "cut.png").write_bytes((root / "cut.png").read_bytes()[:2000])
     np.save(root / "own" / "depth" / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name, size in {"plain": (16, 24), "thin": (1, 40)}.items():
+        raw.own_folder(root / name, 2, *size)
+        for split, stem in (("train", "p0"), ("val", "p1")):
+            (root / name / f"{split}.txt").write_text(stem)
     (root / "bad.jpg").write_bytes(b"no image")
     (root / "bad.mp4").write_bytes(b"no video" * 99)
     (root / "bad.gif").write_bytes(b"GIF89a")
@@ -100,7 +107,8 @@ def before(place):
 
 
 NEW = "--out new --base base"
-SHORT = "--steps 1 --scenes 1 --size 16x24 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
+FEW = "--steps 1 --batch 1 --micro 1 --workers 0 --picture-every 0 --threads 1"
+SHORT = f"{FEW} --scenes 1 --size 16x24"
 MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--lerning-rate 1": "--lerning-rate",
     "--rh 0.5": "--rh",
@@ -161,7 +169,17 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--stage 2 --main-init base": "other widths than the stage 1",
     "--stage 2 --out damaged --overwrite": "damaged is damaged",
     "--stage 2 --out half_ckpt --overwrite": "incomplete: no tokens",
+    "--out broken": "broken holds unet and vae, but no checkpoint, which would replace them: name another --out",
+    "--out part --overwrite": "part holds vae, but no checkpoint",
+    "--out configured": "configured holds config.json, but no checkpoint",
+    "--out photo.png": "photo.png cannot be written: there is no folder photo.png",
+    "--out new --cache photo.png": "photo.png cannot be written",
+    "--out new --stage 2 --stream-gb 1e300": "--stream-gb: '1e300' is not a finite number from 0 to 1e.06",
 }.items()] + [
+    (f"train {NEW} {FEW} --data plain --cache plain", "plain holds other files than a latent cache: name another fol"),
+    (f"train {NEW} {FEW} --data plain --cache plain/images", "plain/images holds other files"),
+    (f"train {NEW} {FEW} --data thin", "folder's images are 1x40, smaller than a latent cell of 2x2 pixels: .*--size"),
+    ("train --stage 0 --out photo.png/new", "photo.png/new cannot be written: there is no folder photo.png"),
     ("train --resume", "nothing to resume in out.*no state"),
     ("train --resume --steps 9 --batch 2 --lr 1", "own settings: leave out (--batch, --lr|--lr, --batch)"),
     ("train --stage 1 --track nowhere", "--track nowhere: there is no such module .*pip install it"),
@@ -243,6 +261,8 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     ("convert --push some/body --single few.pth --multi few.pth", "--single and --multi would do .*with --push"),
     ("convert --base base --single few.pth --ckpt damaged --out new", "--ckpt would do nothing here: .*an import"),
     ("convert --base base --single few.pth", "out already holds a checkpoint"),
+    ("convert --base base --single few.pth --out broken", "broken holds unet and vae, but no checkpoint"),
+    ("convert --base base --single few.pth --out configured", "configured holds config.json, but no checkpoint"),
     ("convert --base base --single nowhere.pth --out new", "no weights at nowhere.pth"),
     ("convert --base base --single code.pth --out new", "code.pth is not a plain state dict"),
     ("convert --base base --single few.pth --out new", "few.pth does not fit"),

@@ -168,6 +168,21 @@ def test_a_whole_oracle(go, second, tiny_base, tmp_path, monkeypatch):
     assert code == 2 and "already holds a result" in error and json.loads((out / "results.json").read_text()) == report
 
 
+def test_what_is_not_of_an_oracle_is_refused(go, second, tmp_path):
+    """--out that is a checkpoint lost its log.jsonl, and whatever was in cache/; also --ckpt itself."""
+    (second / "cache").mkdir()
+    (second / "cache/mine").touch()
+    shutil.copytree(second, tmp_path / "oracle")
+    (tmp_path / "oracle/model.json").unlink()       # of a training that has saved nothing yet, say
+    for folder, name in ((second, "model.json"), (tmp_path / "oracle", "log.jsonl")):
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        code, _, error = go(f"--out {folder}")
+        assert code == 2 and f"{folder} holds {name}" in error and "name another --out" in error
+        assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    (tmp_path / "oracle/log.jsonl").unlink()
+    assert go()[0] == 0 and (tmp_path / "oracle/cache/mine").is_file()
+
+
 def test_a_whole_oracle_of_predictions(go, tmp_path, monkeypatch):
     """--tell predictions: the auxiliary UNet's labels and the streams of stage 2 are predictions, stage 2's own labels
     and every truth otherwise are true ones."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -170,6 +171,36 @@ def test_a_process_that_dies_ends_the_run_in_a_sentence(begin, tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
     told = (tmp_path / "output.txt").read_text()
     assert "ended with exit code -9 before it was done" in told and "--processes 1" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loader_process_that_dies_ends_the_run_in_a_sentence(tiny_base, tmp_path, processes):
+    """Killed for lack of memory, or of /dev/shm: it was a traceback."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.format(root=Path(kill.__file__).parent.parent, base=tiny_base, out=tmp_path / "out",
+                                    tiny=TINY.replace("--workers 0", "--workers 1"), processes=processes))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 2 and "a loader process died, perhaps for lack of memory" in done.stderr
+    assert "--workers 0" in done.stderr and "Traceback" not in done.stderr
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, "{root}")
+import cli
+import train
+from torch.utils.data import get_worker_info
+from readers.toyworld import ToyWorld
+load = ToyWorld.load
+
+def killed(*args, **options):
+    if get_worker_info():
+        os.kill(os.getpid(), 9)
+    return load(*args, **options)
+
+ToyWorld.load = killed
+sys.exit(cli.run(lambda: train.main("--base {base} --out {out} {tiny} --processes {processes}".split())))
+"""
 
 
 def fails_in(rank, mistaken, error):

@@ -204,6 +204,19 @@ def test_a_new_stage_1_takes_the_place_of_both_stages(go, undisturbed, tmp_path,
     assert json.loads((out / "results.json").read_text())["stage"] == 1
 
 
+def test_disk_full_before_anything_is_saved(go, second, tmp_path, monkeypatch):
+    """A fresh run, and a stage 2 after its stage 1: --resume, which was advised, had nothing to go on from."""
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    for flags, place in ((f"--tasks {THREE} --out {tmp_path / 'new'}", tmp_path / "new"), ("--stage 2", second)):
+        code, _, error = go(flags)
+        assert code == 2 and f"could not save to {place}: No space left" in error
+        assert "make room, then start it again" in error and "--resume" not in error
+    monkeypatch.undo()
+    assert go(f"--tasks {THREE} --out {tmp_path / 'new'}")[0] == 0
+
+
 def test_what_does_not_fit_is_refused_before_a_cache_is_built(go, tiny_base, tmp_path):
     """A cache of other scenes, the state of another base: that the latter does not fit was told only after hours of
     encoding, and a folder made for the former hid the toy model from evaluate.py."""
@@ -357,6 +370,18 @@ def test_the_best_checkpoint_is_kept(go, tmp_path, monkeypatch):
     held_out, of_best = (json.loads((f / "config.json").read_text())["held_out"] for f in (out, out / "best"))
     assert held_out == {str(s): v for s, v in scripted.items()}
     assert of_best == {"0": 5.0, "1": 3.0}
+
+
+def test_the_best_of_stage_1_is_kept(go, tmp_path):
+    """Stage 2 replaced it. That of an earlier stage 2 is replaced, as asked by --overwrite."""
+    out = tmp_path / "out"
+    assert go(f"--tasks {THREE} --val-samples 1")[0] == 0
+    best = {p.relative_to(out / "best"): p.read_bytes() for p in (out / "best").rglob("*") if p.is_file()}
+    for flags in ("--stage 2 --val-samples 1", "--stage 2 --val-samples 0 --overwrite"):
+        assert go(flags)[0] == 0
+        assert best == {p: (out / "best_stage1" / p).read_bytes() for p in best}
+        assert (out / "best").exists() == ("overwrite" not in flags)
+    assert StableMTL.load(out / "best_stage1").multi is None
 
 
 @pytest.mark.parametrize("flags", ["--init {stage1}", "--stage 2"])

@@ -33,7 +33,7 @@ from cli import Parser, run, writable  # before torch, for Ctrl-C meanwhile
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import RELEASED_SIZE, save_model, write_json
+from checkpoint import RELEASED_SIZE, not_ours, save_model, write_json
 from model import StableMTL, from_base
 from network.generalist import STABLEMTL
 from network.loading import grouped, mismatch, not_finite, reason
@@ -130,6 +130,8 @@ def export(ckpt, folder):
         differs.append(f"a stage 1 of {', '.join(model.tasks)} alone (released: all {len(TASKS)} tasks)")
     if differs:
         raise ValueError(f"{ckpt} cannot be exported: the released format has no room for {', '.join(differs)}")
+    if there := [name for name in ("single.pth", "multi.pth") if (folder / name).exists()]:
+        raise ValueError(f"{folder} already holds {' and '.join(there)}: name another folder as --export")
     states = {"single.pth": model.unet.state_dict()} | ({"multi.pth": multi_state(model)} if model.multi else {})
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in states.items():
@@ -171,6 +173,7 @@ def main(argv=None):
         return
     if (Path(args.out) / "model.json").exists():
         raise ValueError(f"{args.out} already holds a checkpoint: name another --out")
+    not_ours(args.out)
     writable(args.out, folder=True)
     model = import_released(args.base, args.single, args.multi)
     config = Path(args.out) / "config.json"
@@ -179,7 +182,7 @@ def main(argv=None):
         "imported": {"base": args.base, "single": args.single, "multi": args.multi}, "train": None, "stage1": None,
         "size": RELEASED_SIZE, "tasks": list(model.tasks), "palette": PALETTE, "commit": commit()})
     try:
-        save_model(model, args.out)     # last: its model.json makes the folder a checkpoint
+        save_model(model, args.out, then="import again")     # last: its model.json makes the folder a checkpoint
     except OSError:
         config.unlink()
         raise

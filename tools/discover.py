@@ -11,9 +11,10 @@ does the rest.
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from cli import Parser, markdown, parse_device, parse_size, run, whole  # before torch, for Ctrl-C meanwhile
+from cli import Parser, markdown, parse_device, parse_size, run, whole, writable  # before torch, for Ctrl-C meanwhile
 
 # isort: split
 import numpy as np
@@ -69,7 +70,7 @@ def parse(argv=None):
     flag = parser.add_argument
     flag("--ckpt", required=True, help="the teacher: a finished folder of train.py, of stage 1 or 2")
     flag("--stage", type=int, choices=(1, 2), help="which stage of it (default: 2 where it exists)")
-    flag("--to", required=True, help="folder of the labels, outside of --ckpt")
+    flag("--to", required=True, type=partial(writable, folder=True), help="folder of the labels, outside of --ckpt")
     flag("--truth", action="store_true", help="true labels instead of the teacher's (toy worlds only)")
     flag("--samples", type=whole(0), default=32, help="samples per dataset and task to measure on "
          "(default: %(default)s)")

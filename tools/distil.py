@@ -281,6 +281,8 @@ def main(argv=None):
     if bad := not_finite(tiny.state_dict()):
         raise FloatingPointError(f"{', '.join(bad[:4])} are not finite: lower --lr")
     after = measure(tiny, seen, codecs)
+    if not math.isfinite(after):
+        raise FloatingPointError(f"the difference from the VAE's decoder is {after}: lower --lr")
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "device", "skip_bad")}
     source = {"ckpt": whose, "data": data, "datasets": [*dict.fromkeys(reader.name for reader, _ in lots.lots)],
               "skipped": skipped}

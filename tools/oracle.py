@@ -30,6 +30,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -183,6 +184,7 @@ def short(x):
 
 # ---- the command ----
 
+UNFINISHED = "oracle.tmp"       # in --out, until all is done
 # flags of train.py that are set here; of the others those of the recipe act, not those of checkpoints and logs
 OURS = {"--stage", "--out", "--seed", "--steps", "--data", "--cache", "--resume", "--overwrite"}
 
@@ -205,7 +207,7 @@ def parse(argv):
     if taken := OURS & {f.split("=")[0] for f in flags}:
         raise ValueError(f"{', '.join(sorted(taken))} after --: tools.oracle sets this itself")
     steps = ["--steps", str(args.steps)] if args.steps else []
-    cache = ["--cache", str(Path(args.out) / "cache")]      # whichever stage 1 had
+    cache = ["--cache", str(Path(args.out) / UNFINISHED / "cache")]     # whichever stage 1 had
     cfg = settings.parse_args(["--stage", "2", "--out", args.ckpt, "--seed", str(args.seed), *cache, *steps, *flags])
     if cfg.data:
         raise ValueError(f"{args.ckpt} was trained on {cfg.data}: every task's truth is known in the toy worlds only")
@@ -213,12 +215,14 @@ def parse(argv):
         raise ValueError("the truth reaches frozen streams, as latents: leave out --attention, --loss and --frozen")
     if (Path(args.out) / "results.json").is_file():
         raise ValueError(f"{args.out} already holds a result: name another --out, or delete that folder")
+    for name in (name for name in ("model.json", "log.jsonl") if (Path(args.out) / name).exists()):
+        raise ValueError(f"{args.out} holds {name}, of a training or a checkpoint: name another --out")
     return args, cfg
 
 
 def main(argv=None):
     args, cfg = parse(sys.argv[1:] if argv is None else argv)
-    device, out = parse_device(cfg.device), Path(args.out)
+    device, out, work = parse_device(cfg.device), Path(args.out), Path(args.out) / UNFINISHED
     if device.type == "cpu" and (cfg.threads or not cfg.base):
         torch.set_num_threads(cfg.threads or 1)
     size, cfg.overwrite = parse_size(cfg.size), True        # whatever stage 2 is there: nothing is written to --ckpt
@@ -234,7 +238,8 @@ def main(argv=None):
     lessons = Mixture(everything, auxiliary.tasks, seed=cfg.seed + 1000, cache=told, **options)
     mixture = Mixture(readers, model.tasks, seed=cfg.seed + 2000, isolation=cfg.isolation, cache=cache,
                       drop=parse_drop(cfg.drop, [r.name for r in readers]), **options)
-    with locked(out), (out / "log.jsonl").open("w", buffering=1) as log:
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(out), (work / "log.jsonl").open("w", buffering=1) as log:
         # ---- the truth of all training scenes; kept until all is done, for a run that was stopped ----
         cache.create(everything, auxiliary)
         cache.build(everything, auxiliary, registry(cfg.palette))
@@ -262,7 +267,8 @@ def main(argv=None):
             "commit": train.commit(), "settings": dataclasses.asdict(cfg), "aux_steps": args.aux_steps,
             "stage1": settings.stage1_settings(args.ckpt), "results": results, "trivial": {}, "skipped": [],
             "made_from": {}, "unfinished": [], "attention": attention})
-        shutil.rmtree(cfg.cache)
+        os.replace(work / "log.jsonl", out / "log.jsonl")
+        shutil.rmtree(work)
     named = {"entropy": "attention_entropy", "largest weight": "attention_largest", "term": "attention_term"}
     lines = [f"{name}: " + ", ".join(f"{what} {short(x[key])}" for what, key in named.items())
              for name, x in attention.items()]

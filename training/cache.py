@@ -31,17 +31,20 @@ class LatentCache:
     kind, anew, room = "latent cache", "it is built again", "make room, or in training --cache none"
 
     def __init__(self, folder, readers, vae_hash, palette):
-        self.folder, self.arrays = Path(folder), {}
+        self.folder, self.arrays, self.places = Path(folder), {}, {r.name: r.folder for r in readers}
         self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers}}
         self.join()
 
     def join(self):
         """Add the datasets that are in the folder to `about`; ValueError if it was made for something else."""
         path, folder = self.folder / "cache.json", self.folder
+        others = self.others()      # looked for first: another run writes cache.json, then its arrays
         if not path.is_file():
+            self.refuse(others)
             return
         shape = {"vae": str, "palette": str, "datasets": {str: dict}}
         old, new = read_json(path, "", shape, f"delete {folder}, {self.anew}"), self.about["datasets"]
+        self.refuse([(name, place) for name, place in others if name not in old["datasets"]])
         differs = [f"{k} {old[k]}, now {self.about[k]}" for k in ("vae", "palette") if old[k] != self.about[k]]
         for name, facts in new.items():     # runs of few tasks need few datasets, and share the folder
             was = old["datasets"].get(name, facts)
@@ -50,6 +53,20 @@ class LatentCache:
             raise ValueError(f"the {self.kind} {folder} was made for something else ({'; '.join(differs)}): "
                              "name another folder or delete this one")
         self.about["datasets"] = {**old["datasets"], **new}
+
+    def others(self):
+        """[(dataset, folder with files where its arrays would be)]: they are of a cache, or of the dataset itself."""
+        out = []
+        for name, data in self.places.items():
+            within = data and self.folder.resolve().is_relative_to(data.resolve())
+            out += [(name, place) for place in (self.folder,) * bool(within) + (self.folder / name,) if filled(place)]
+        return out
+
+    def refuse(self, others):
+        """ValueError if there are any of `others` that are of no cache: arrays would hide them, and whoever deletes a
+        cache would delete them, too."""
+        for _, place in others:
+            raise ValueError(f"{place} holds other files than a {self.kind}: name another folder for it")
 
     @staticmethod
     def facts(reader):
@@ -103,6 +120,7 @@ class LatentCache:
         missing = {self.path(r, name): spec for r in readers for name, spec in self.layout(r, model).items()
                    if not self.path(r, name).is_file()}
         need = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in missing.values())
+        need += sum(self.unwritten(r, model) for r in readers)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise OSError(f"the {self.kind} {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
@@ -112,6 +130,15 @@ class LatentCache:
             path.parent.mkdir(exist_ok=True)
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
             os.replace(path.with_suffix(".tmp"), path)
+
+    def unwritten(self, reader, model):
+        """Bytes that the arrays of an interrupted `build` will still take: the system gives them room when they are
+        written."""
+        if not self.path(reader, "done").is_file() or self.array(reader, "done").all():
+            return 0
+        paths = [self.path(reader, name) for name in self.layout(reader, model)]
+        sizes = [path.stat() for path in paths if path.is_file()]
+        return sum(max(0, s.st_size - 512 * s.st_blocks) for s in sizes)
 
     def build(self, readers, model, codecs, workers=0, batch=8, skip_bad=None, rank=0, world_size=1):
         """Encode what is not cached yet, of `world_size` ranks the rank-th share, into the arrays that `create` made.
@@ -165,6 +192,11 @@ class LatentCache:
             if not torch.equal(cells, was["valid"][t]) or (z - stored).abs().mean() > 0.02 * stored.abs().mean():
                 raise ValueError(f"the {self.kind} {self.folder} has another label of {t} for {reader.name} sample "
                                  f"{index} than the code makes now: delete {self.folder / reader.name}, {self.anew}")
+
+
+def filled(folder):
+    """Whether a folder holds anything but what a cache begins with."""
+    return folder.is_dir() and not all(path.name.startswith("cache.") for path in folder.iterdir())
 
 
 def prefix(reader, tasks):
