@@ -10,12 +10,16 @@
     python evaluate.py --ckpt out/ --decoder <folder>       with a small decoder in the VAE's place
     python evaluate.py --codec --decoder <folder>           both decoders side by side, task by task and class by class
 
-Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of the split val, of
-other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json, results_val.json,
-results_<name of the root or decoder>.json). Those of the toy model and of a hub id go to the current folder
-(results_toy_model.json, results_<org>_<name>.json), those of predictions to theirs. A test set that is there already,
-from the same settings, weights, samples and code, is not computed again: so an interrupted run goes on. A report of the
-same weights by other settings, or in --json of another checkpoint, is renamed first (results.before.json).
+Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of one frame, of the
+split val, of other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json,
+results_one-frame.json, results_val.json, results_<name of the root or decoder>.json). Those of the toy model and of a
+hub id go to the current folder (results_toy_model.json, results_<org>_<name>.json), those of predictions to theirs.
+
+A test set that is there already, from the same settings, weights, samples and code, is not computed again: so an
+interrupted run goes on. A report of the same weights by other settings, or in --json of another checkpoint, is renamed
+first (results.before.json).
+
+On a GPU that has bfloat16 the networks run in it, which moves numbers a little; the report says so ("precision").
 """
 import argparse
 import math
@@ -24,6 +28,7 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +46,7 @@ from checkpoint import crc, digest, read_config, read_json
 from data import resize, tasks_with_labels, test_batches, test_readers, train_readers
 from inference import photometric
 from inference.confidence import Sparsification, agreement, sparsification_table
-from inference.infer import mirror_maps, network_maps
+from inference.infer import mirror_maps, network_maps, precision, seen
 from inference.predictions import Predictions
 from inference.report import METRIC_VALUES, current, read_report, results_file, weights_of, write_report
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
@@ -96,12 +101,12 @@ def evaluate(model, reader, world_size=1, **how):
 
 
 def score(rank, world_size, model, reader, batch=16, workers=2, limit=None, rows=None, skip_bad=None, codec=False,
-          guesses=None, confidence=False, pixels=False):
+          guesses=None, confidence=False, pixels=False, one_frame=False):
     """The rank-th of `world_size` shares of `evaluate`.
 
     codec: instead of predicting, send each label through encode, VAE, decode: the ceiling that the codec sets.
     guesses: {task: predictions as in GUESSES, each (C,H,W)} to score beside the model. confidence, pixels: what
-    confidence.Sparsification, photometric.Scaled measure, too.
+    confidence.Sparsification, photometric.Scaled measure, too. one_frame: tasks of one frame get that one alone.
 
     Returns ({("model", one of GUESSES, "confidence" or "pixels"; task): Accumulator}, {task: PSNRs}, names of skipped
     samples).
@@ -117,8 +122,8 @@ def score(rank, world_size, model, reader, batch=16, workers=2, limit=None, rows
             predicted = model.maps(reader, group, skipped if skip_bad else None)
         else:
             known = [t for t in group[0][1] if t in TASKS]
-            predicted = network_maps(model, *pair, tasks=known, rows=rows)
-            mirror = mirror_maps(model, *pair, tasks=known, rows=rows) if confidence else {}
+            predicted = seen(network_maps, model, pair, known, rows, one_frame)
+            mirror = seen(mirror_maps, model, pair, known, rows, one_frame) if confidence else {}
         for n, (_, maps, _, native) in enumerate(group):
             for name, (label, valid) in maps.items():
                 task = name.split(":")[0]
@@ -305,8 +310,8 @@ def trained(settings):
 
 # ---- the command ----
 
-OF_A_MODEL = ("ckpt", "stage", "streams", "batch", "rows", "processes", "codec", "palette", "confidence", "decoder",
-              "device")
+OF_A_MODEL = ("ckpt", "stage", "streams", "one_frame", "batch", "rows", "processes", "codec", "palette", "confidence",
+              "decoder", "device")
 
 
 def parse(argv):
@@ -319,6 +324,8 @@ def parse(argv):
     flag("--stage", type=int, choices=(1, 2), help="which stage of the checkpoint (default: 2 where it exists)")
     flag("--streams", help="comma-separated tasks: stage 2 attends to these streams only; off = to none, which leaves "
          "the attention over tasks out (default: all)")
+    flag("--one-frame", action="store_true", help="tasks of one frame see no second one, which the streams of "
+         "motion know: stage 2 as on single images")
     flag("--data", help="root folder of the test sets, or `toy` (default: what the checkpoint was trained on, or "
          "sample.py --testset has predicted)")
     flag("--split", default="test", choices=("val", "test"), help="which held-out part (default: %(default)s)")
@@ -350,7 +357,7 @@ def parse(argv):
         (args.predictions, OF_A_MODEL, "--predictions are scored as they are"),
         (not args.codec, ["palette"], "it changes the codec, and goes with --codec only"),
         (args.codec, ["confidence", "pixels"], "--codec makes no predictions to judge"),
-        (args.codec, ["streams"], "it changes the model, and --codec is about the codec"),
+        (args.codec, ["streams", "one_frame"], "it changes the model, and --codec is about the codec"),
         (args.codec and not args.ckpt, ["stage"], "the toy base has no stages: name a --ckpt")))
     return args
 
@@ -435,7 +442,8 @@ def result_dependencies(args, folder, size):
     files += source_files()
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
-    return [flags_of(args), size, torch.__version__, [crc(path) for path in sorted(files)]]
+    versions = torch.__version__, version("diffusers"), precision(args.device)
+    return [flags_of(args), size, versions, [crc(path) for path in sorted(files)]]
 
 
 def fingerprints(common, readers, train):
@@ -476,6 +484,8 @@ def subject(args):
     if args.streams is not None:
         model.attends = attended(args.streams, model)
         args.streams = ",".join(model.attends) or "off"
+    if args.one_frame and not model.multi:
+        raise ValueError("--one-frame would do nothing here: only stage 2 has streams of motion")
     if args.palette:
         model.codecs = {t: registry(args.palette)[t] for t in model.tasks}
     return steady(model), folder, whose
@@ -522,7 +532,8 @@ def main(argv=None):
                    [s for s in old["skipped"] if s.startswith(f"{name}:")]) for name in valid}
     report = {"checkpoint": whose, "stage": stage, "codec": args.codec, "split": args.split, "data": args.data,
               "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"],
-              "flags": flags_of(args), "weights": weights_of(folder, stage), "stage1": config["stage1"]}
+              "flags": flags_of(args), "weights": weights_of(folder, stage), "stage1": config["stage1"],
+              "precision": precision(args.device)}
     if args.predictions:
         report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
     before, both = {}, args.codec and args.decoder
@@ -531,7 +542,8 @@ def main(argv=None):
         before |= with_the_vae(args, folder, stage, home, size, readers, train)
     world_size = 1 if args.predictions else cli.shares(model, args.processes)
     workers = args.workers if world_size == 1 else 0
-    how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "codec", "confidence", "pixels")}
+    how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "codec", "confidence", "pixels",
+                                                "one_frame")}
     how |= {"batch": args.batch or (1 if root else 16), "workers": workers}
     labels = TrainingLabels(train, args.trivial, workers, args.skip_bad, world_size)
     try:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from cli import half, less_memory
+from cli import half, has_bf16, less_memory
 from inference.confidence import agreement, turned
 from inference.photometric import Camera, find_scales
 from readers.media import read_image, to_rgb
@@ -75,6 +75,11 @@ def to_network(frames, size, device):
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).float().to(device) / 127.5 - 1
 
 
+def precision(device):
+    """In which network_maps predicts there."""
+    return "bf16" if has_bf16(torch.device(device)) else "fp32"
+
+
 def network_maps(model, image, next_image=None, tasks=None, rows=None):
     """model.predict in bfloat16 on GPUs that have it: (B,3,h,w) frames at the network's size -> {task: (B,C,h,w)}.
 
@@ -96,6 +101,14 @@ def mirror_maps(model, image, next_image=None, tasks=None, rows=None):
     """As network_maps, but the network sees the frames in a mirror, and its maps are turned back."""
     frames = [None if frame is None else frame.flip(-1) for frame in (image, next_image)]
     return {t: turned(TASKS[t], x) for t, x in network_maps(model, *frames, tasks=tasks, rows=rows).items()}
+
+
+def seen(maps, model, pair, tasks, rows, one_frame):
+    """What network_maps or mirror_maps gives; one_frame: without the second frame to tasks that are not about it."""
+    alone = [t for t in tasks if one_frame and TASKS[t].frames == 1]
+    others = [t for t in tasks if t not in alone]
+    out = maps(model, pair[0], tasks=alone, rows=rows) if alone else {}
+    return out | (maps(model, *pair, tasks=others, rows=rows) if others else {})
 
 
 def restore(x, task, size):

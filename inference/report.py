@@ -37,8 +37,9 @@ def results_file(args, folder, stage, home):
         whose, where = "", folder
     beside_stage_2 = stage == 1 and folder != toy.BASE and read_model_json(folder)["multi"]
     beside = [(whose, whose), ("stage1", beside_stage_2),
-              (f"streams-{args.streams}".replace(",", "-"), args.streams), (args.split, args.split != "test"),
-              (Path(args.data).name, args.data != home), (Path(args.decoder or "").name, args.decoder)]
+              (f"streams-{args.streams}".replace(",", "-"), args.streams), ("one-frame", args.one_frame),
+              (args.split, args.split != "test"), (Path(args.data).name, args.data != home),
+              (Path(args.decoder or "").name, args.decoder)]
     name, parts = "codec" if args.codec else "results", [part for part, so in beside if so]
     for n in count(1):
         path = where / ("_".join([name, *parts, *[str(n)] * (n > 1)]) + ".json")

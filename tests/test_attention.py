@@ -18,6 +18,7 @@ import train
 from cli import run
 from model import StableMTL
 from network.attention import WATCHED, Query, watch, watched
+from tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -158,6 +159,23 @@ def test_evaluation_without_streams(tiny_ckpt, tmp_path, capsys):
                         ("--streams off --codec", "--streams would do nothing"), ("--streams x", "unknown task x")):
         code, error = go(flags)
         assert code == 2 and says in error and error.count("\n") == 1
+
+
+def test_evaluation_of_one_frame(tiny_ckpt, tiny_ckpt_1, tmp_path, capsys):
+    """--one-frame: a file of its own; what has a second frame gets other numbers, but for the tasks of motion."""
+    out = shutil.copytree(tiny_ckpt, tmp_path / "out")
+
+    def go(ckpt, flags):
+        return run(lambda: evaluate.main(f"--ckpt {ckpt} --limit 2 --trivial 0 --workers 0 --data toy {flags}".split()))
+    assert go(out, "") == go(out, "--one-frame") == 0
+    pair, one = (json.loads((out / f"results{name}.json").read_text())["results"] for name in ("", "_one-frame"))
+    for world, tasks in pair.items():
+        for t, metrics in tasks.items():
+            told = (world, t, metrics, one[world][t])
+            assert (metrics == one[world][t]) == (TASKS[t].frames == 2 or "optical_flow" not in tasks), told
+    for ckpt, flags in ((tiny_ckpt_1, "--one-frame"), (out, "--codec --one-frame")):
+        capsys.readouterr()
+        assert go(ckpt, flags) == 2 and "--one-frame would do nothing here" in capsys.readouterr().err
 
 
 def test_streams_that_a_model_does_not_have(second, go, tmp_path, capsys):
