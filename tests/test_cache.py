@@ -128,10 +128,15 @@ def test_a_changed_code_or_reader_is_noticed(place, toys, model, monkeypatch):
 
     def gone(*_, **__):
         raise FileNotFoundError("no such file")
+
+    def negative(self, i, tasks, **how):
+        sample = load(self, i, tasks, **how)
+        return sample | {key: 255 - sample[key] for key in ("image", "next") if key in sample}
     with monkeypatch.context() as m:
-        m.setattr(type(toys[0]), "load", masked)
-        with pytest.raises(ValueError, match="another label of"):
-            cached(place, toys, model)
+        for changed, what in ((masked, "label of"), (negative, "image for rooms sample 0")):
+            m.setattr(type(toys[0]), "load", changed)
+            with pytest.raises(ValueError, match=f"another {what}"):
+                cached(place, toys, model)
         m.setattr(type(toys[0]), "load", gone)
         assert cached(place, toys, model)[1] == []
     assert contents(place) == before

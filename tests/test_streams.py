@@ -1,4 +1,5 @@
 """training/cache.py: the auxiliary streams of stage 2 that are kept equal those that the model computes."""
+import shutil
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from test_cache import cached
 from data import train_readers
 from model import StableMTL, from_base, load_base
 from tasks import TASKS
-from training.cache import StreamCache
+from training.cache import LatentCache, StreamCache
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -76,6 +77,22 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
         multi.unet.conv_in.bias += 1
     fetch(StreamCache(tmp_path, toys, multi, 1e9))
     assert len(list(tmp_path.glob("streams-*"))) == 2
+
+
+def test_streams_of_latents_that_are_made_anew_are_deleted(tmp_path, toys, multi):
+    """Where images were changed, the sentence says to delete a dataset's latents: its old streams stayed."""
+    def latents():
+        LatentCache(tmp_path, toys, "vae", "cityscapes").create(toys, multi)
+    latents()
+    store, z = StreamCache(tmp_path, toys, multi, 1e9), tiny.latents(1, (8, 12))
+    for name in ("rooms", "streets"):
+        store.fetch([(name, 0, False)], ("depth",), *z)
+    assert len(list(tmp_path.glob("streams-*/*.f16"))) == 2
+    latents()
+    assert len(list(tmp_path.glob("streams-*/*.f16"))) == 2
+    shutil.rmtree(tmp_path / "rooms")
+    latents()
+    assert [path.name for path in tmp_path.glob("streams-*/*.f16")] == ["streets.f16"]
 
 
 def test_streams_of_earlier_stage_1s_are_deleted(tmp_path, toys, multi):

@@ -126,6 +126,9 @@ class LatentCache:
             raise OSError(f"the {self.kind} {self.folder} needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
                           f"free: {self.room}")
         write_json(self.folder / "cache.json", self.about)
+        for reader in (r for r in readers if self.path(r, "done") in missing):
+            for streams in self.folder.glob("streams-*"):       # of images that may have been others
+                (streams / record_name(reader)).unlink(missing_ok=True)
         for path, (shape, kind) in missing.items():
             path.parent.mkdir(exist_ok=True)
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
@@ -175,8 +178,9 @@ class LatentCache:
 
     @torch.no_grad()
     def compare(self, reader, model, codecs):
-        """ValueError if the first label of a task comes out otherwise now than it is stored: the task's code or the
-        reader has been changed since. What cannot be read any more is not compared."""
+        """ValueError if the first label of a task, or an image of it, comes out otherwise now than it is stored: the
+        task's code or the reader has been changed since. What cannot be read any more is not compared."""
+        device = next(model.parameters()).device
         for t in reader.tasks:
             index = next(iter(reader.indices(t)), None)
             if index is None or not self.array(reader, "done")[index]:
@@ -185,13 +189,23 @@ class LatentCache:
                 now = prepare(reader, index, (t,), codecs)
             except (OSError, ValueError):
                 continue
-            label = now["labels"][t][None].to(next(model.parameters()).device)
-            was, (z,) = self.get(reader, index, (t,), False), model.encode_labels({t: label})[t].float().cpu()
-            stored = was["labels"][t]
+            was = self.get(reader, index, (t,), False)
             cells = whole_cells(now["valid"][t][None], model.factor)[0]
-            if not torch.equal(cells, was["valid"][t]) or (z - stored).abs().mean() > 0.02 * stored.abs().mean():
-                raise ValueError(f"the {self.kind} {self.folder} has another label of {t} for {reader.name} sample "
-                                 f"{index} than the code makes now: delete {self.folder / reader.name}, {self.anew}")
+            label = model.encode_labels({t: now["labels"][t][None].to(device)})[t]
+            images = [model.encode_frame(x[None].to(device)) for x in now["frames"][:TASKS[t].frames]]
+            if not torch.equal(cells, was["valid"][t]) or differ(label[0], was["labels"][t]):
+                what = f"label of {t}"
+            elif any(differ(z[0], stored) for z, stored in zip(images, was["frames"], strict=False)):
+                what = "image"
+            else:
+                continue
+            raise ValueError(f"the {self.kind} {self.folder} has another {what} for {reader.name} sample {index} than "
+                             f"the code makes now: delete {self.folder / reader.name}, {self.anew}")
+
+
+def differ(now, stored):
+    """Whether two latents differ by more than float16 and another device's rounding."""
+    return (now.float().cpu() - stored).abs().mean() > 0.02 * stored.abs().mean()
 
 
 def filled(folder):
@@ -262,6 +276,11 @@ def fingerprint(tensors):
 
 # ---- the auxiliary streams of stage 2 ----
 
+def record_name(reader):
+    """Once, records of a dataset with crops could be of a crop: those have the other name."""
+    return f"{reader.name}-whole.f16" if reader.train_crop else f"{reader.name}.f16"
+
+
 class StreamCache:
     """Features of stage 2's frozen stream for the images of a latent cache, computed when first needed, then read back:
 
@@ -298,9 +317,7 @@ class StreamCache:
             self.shapes[reader.name] = known[tuple(reader.size)]
             numbers = len(model.tasks) * sum(shape.numel() for shape in self.shapes[reader.name].values())
             kept = min(len(reader), int(limit / len(readers) / (4 * numbers)))      # two flips of two bytes
-            # once, records of a dataset with crops could be of a crop: those have the other name
-            name = f"{reader.name}-whole" if reader.train_crop else reader.name
-            self.records[reader.name] = Records(folder / f"{name}.f16", 2 * kept, numbers)
+            self.records[reader.name] = Records(folder / record_name(reader), 2 * kept, numbers)
             self.kept[reader.name] = kept
 
     def fetch(self, keys, tasks, z_i, z_j):
