@@ -138,6 +138,16 @@ def test_doubt_at_sizes_of_no_whole_cells(tmp_path, size):
         assert set(np.flatnonzero(row > row.max() / 2)) == there
 
 
+def test_labels_are_judged_all_over_a_dataset(tmp_path):
+    """The first samples of a dataset of videos are one clip."""
+    reader, true, model = Made("a", ("normal",), n=6), Made("a", ("albedo",), n=6), Equivariant()
+    kept = PseudoLabels(tmp_path / "labels", [reader], "", {"a": ["albedo"]}, "")
+    kept.discover(model, 6)
+    guesses = {"albedo": evaluate.TrainingLabels([], 1, 0)}
+    (row,) = discover.errors(kept, model, {"a": true}, 2, guesses)
+    assert true.loads == [0, 3] and float(row["all"]) > 0
+
+
 def chance(task):
     """The better trivial predictor of `things`, of all labels that other worlds have, by hand."""
     there = [r for r in readers() if task in r.tasks]
