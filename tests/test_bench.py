@@ -423,6 +423,15 @@ def test_fp32_is_fp32(monkeypatch):
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
+def test_blocks_are_compiled_for_every_shape():
+    """Of stage 2, 38 shapes for each of the paper's three image sizes and two lengths of micro-batches: torch's limits,
+    of one code object and of all its compilations, left some uncompiled."""
+    with torch._dynamo.config.patch(cache_size_limit=8, accumulated_cache_size_limit=64):
+        train.compile_blocks(torch.nn.ModuleList())
+        limits = torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit
+    assert min(limits) > 38 * 3 * 2
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="generated code needs a compiler, g++")
 def test_generated_code_equals_eager(tmp_path, monkeypatch):
     """One small residual block through the real torch.compile, which the other tests replace: what --compile does."""
