@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from draw import LABELS, cell, draw_panel
 from readers import READERS, check, found, make, sized
+from readers.reader import some
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 
@@ -343,15 +344,15 @@ def test_batches(reader, tasks, batch, workers, limit=None, each=None, rank=0, w
     [(frames (3,H,W) x 1 or 2 in [-1,1], {task: (native label (C,H,W), valid (H,W))}, number, native (H,W)), ...], all
     of the reader's size. Labels keep their values: a flow's are native pixels.
 
-    "<task>:<mask>" in the place of a task: a second mask for it. limit: samples at most; each: labels of each task at
-    most. Of `world_size` processes the rank-th takes every world_size-th batch, so that batches do not depend on it.
+    "<task>:<mask>" in the place of a task: a second mask for it. limit: `some` samples; each: `some` labels of each
+    task. Of `world_size` processes the rank-th takes every world_size-th batch, so that batches do not depend on it.
     With skip_bad, what cannot be read is named in the list `skipped`, else it is a ValueError; None as in or_skip.
     """
     jobs = defaultdict(list)
     for t in tasks:
-        for i in list(reader.indices(t))[:each]:
+        for i in some(reader, reader.indices(t), each):
             jobs[int(i)].append(t)
-    jobs = sorted(jobs.items())[:limit]
+    jobs = [(i, jobs[i]) for i in some(reader, sorted(jobs), limit)]
     parts = [jobs[k:k + batch] for k in range(0, len(jobs), batch)][rank::world_size]
     workers, load = workers if len(parts) > 1 else 0, partial(_measured, reader)
     with tqdm(total=sum(map(len, parts)), desc=reader.name, leave=False, disable=rank > 0) as bar:

@@ -241,8 +241,9 @@ def precision(cfg, device):
 
 def compile_blocks(model):
     """torch.compile what repeats, residual blocks and feed-forward layers, once per shape; taps stay plain Python."""
-    # Stable Diffusion's blocks have about 30 shapes and share a forward (recompile_limit is its name since torch 2.7)
-    torch._dynamo.config.cache_size_limit = 64
+    # Stable Diffusion's blocks share a forward, with up to 38 shapes for each size of images and of micro-batches: over
+    # 200 in all (recompile_limit, accumulated_recompile_limit are the names since torch 2.7)
+    torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit = 1024
     for module in model.modules():
         if isinstance(module, (stock.ResnetBlock2D, stock.FeedForward)):
             module.compile(dynamic=False)

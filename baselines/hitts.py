@@ -21,6 +21,7 @@ from torch import nn
 
 from baselines.trunk import WIDTH, System, Trunk, conv, first_images, larger, outputs, task_errors, to_code
 from data import tasks_with_labels
+from readers.reader import some
 
 REGRESSION = 0.1                # lambda: weight of the regression loss beside the classification's
 DIRECTIONS, SAMPLES = 20, 32    # centres of unit vectors; labelled images per dataset that they are found on
@@ -206,11 +207,11 @@ class HiTTs(System):
         self.fine = nn.ModuleDict({t: FineTokens(self.bins[t].size, self.options.oe) for t in tasks})
 
     def fit(self, mixture):
-        """Centres of directions: k-means of training labels, of the first few images of each dataset."""
+        """Centres of directions: k-means of training labels, of a few images of each dataset."""
         for t in (t for t in self.tasks if self.bins[t].vectors):
             vectors = [torch.empty(0, 3)]
             for reader in (r for r in mixture.readers if tasks_with_labels(r, [t])):
-                known = sorted(mixture.usable.get((reader.name, t), ()))[:SAMPLES]
+                known = some(reader, sorted(mixture.usable.get((reader.name, t), ())), SAMPLES)
                 for _, item in first_images(mixture, reader, known, (t,), self.codecs):
                     vectors.append(item["labels"][t][:, item["valid"][t][0]].T)
             vectors = F.normalize(torch.cat(vectors), dim=1)

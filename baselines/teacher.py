@@ -13,6 +13,7 @@ Of which tasks labels are discovered, training/discovery.py says.
 import torch
 
 from baselines.trunk import first_images, noise, of_step
+from readers.reader import some
 from training.discovery import discoverable
 
 KEPT, CALIBRATION = 0.5, 16     # share of unlabelled pixels that are confident enough; images per dataset to find where
@@ -70,11 +71,11 @@ class Discovery:
 
     @torch.no_grad()
     def thresholds(self):
-        """{task: the confidence that the share KEPT of unlabelled pixels exceeds}, over the first few images of each
-        dataset; more of them exceed it where many are equally sure (`surest`)."""
+        """{task: the confidence that the share KEPT of unlabelled pixels exceeds}, over a few images of each dataset;
+        more of them exceed it where many are equally sure (`surest`)."""
         seen, device = {t: [] for t in self.tasks}, next(self.teacher.parameters()).device
         for reader in self.mixture.readers:
-            known = range(min(CALIBRATION, len(reader)))
+            known = some(reader, range(len(reader)), CALIBRATION)
             for index, item in first_images(self.mixture, reader, known, (), self.teacher.codecs):
                 lacking = [t for t in self.tasks if self.lacks((reader.name, index), t)]
                 pair = [f[None].to(device) for f in item["frames"]]

@@ -18,6 +18,7 @@ from data import or_skip, tasks_with_labels, test_batches
 from inference.infer import as_array, network_maps, restore
 from readers.exports import FORMATS, decode, endings, fits, save
 from readers.folder import SAME_ASPECT, same_aspect
+from readers.reader import some
 from tasks import IGNORE, TASKS
 
 SAME_CROP = 1.005   # the least that a whole image and its crop differ by in aspect ratio is 1.0075
@@ -126,8 +127,8 @@ class Predictions:
     def wanted(self, reader, limit=None):
         """{task: samples that evaluation asks for}."""
         known = {t: {int(i) for i in reader.indices(t)} for t in tasks_with_labels(reader, self.tasks)}
-        first = sorted(set().union(*known.values()))[:limit]
-        return {t: [reader.stem(i) for i in first if i in numbers] for t, numbers in known.items()}
+        asked = some(reader, sorted(set().union(*known.values())), limit)
+        return {t: [reader.stem(i) for i in asked if i in numbers] for t, numbers in known.items()}
 
     def covered(self, readers):
         """Those test sets that there are predictions of. ValueError if there are none, or if files of one are all

@@ -23,6 +23,15 @@ def notice(sentence):
     print(sentence, file=sys.stderr)
 
 
+def some(reader, numbers, count):
+    """So many of a reader's sample numbers, or all if count is None: evenly spaced, for neighbours may be frames of one
+    video. Of samples that are independent the first, which tell as much, and none of the others needs to be made."""
+    numbers = list(numbers)
+    if reader.independent or count is None or count >= len(numbers):
+        return numbers[:count]
+    return [numbers[k * len(numbers) // count] for k in range(count)]
+
+
 class Frame:
     """One sample being loaded: image(0), image(1) where there is a second frame, and a method per labelled task
     -> (label, valid (H,W)). Files that several of these need are cached properties, so that each is read once."""
@@ -65,6 +74,7 @@ class Reader:
     vflip = False                       # vertical flips in training
     jitter = {}                         # task: (brightness, contrast, saturation, hue), the same for both frames
     depth_range = (1e-5, float("inf"))  # aligned depth predictions are clipped to it in evaluation
+    independent = False                 # whether no sample has to do with another: `some`
     version = 1                         # raised when labels come out different: latent caches made before are refused
 
     def __init__(self, root, split):

@@ -326,6 +326,7 @@ class ToyWorld:
 
     crop = folder = None                                # no files
     train_crop, jitter, mix, vflip = {}, {}, {}, False  # as data.py reads them: flips only, evenly mixed
+    independent = True                                  # each scene is drawn by itself
     depth_range = (0.1, 80.0)                           # metres, to which aligned depth is clipped in evaluation
     # Of the scenes: a latent cache made from others is refused. Change it with them (tests/test_toyworld.py tells).
     version = "37082f39"

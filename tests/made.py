@@ -14,7 +14,7 @@ class Made:
     be read. `loads` lists the numbers it was asked for.
     """
 
-    version, split, folder, depth_range = 1, "train", None, (0.1, 80.0)
+    version, split, folder, depth_range, independent = 1, "train", None, (0.1, 80.0), False
 
     def __init__(self, name="made", tasks=("normal", "depth", "optical_flow"), n=4, native=(20, 36), labelled=None,
                  broken=None, mix=None, train_crop=None, jitter=None, vflip=False):

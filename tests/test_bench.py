@@ -1,4 +1,5 @@
 """Counted operations against hand arithmetic and the paper's size, and the command from flags to files."""
+import argparse
 import json
 import shutil
 import signal
@@ -165,6 +166,7 @@ def test_command(small_toy, tmp_path, monkeypatch, capsys):
     bench.main([*flags, "--json", str(tmp_path / "cost.json"), "--plot", str(tmp_path / "cost.png")])
     text, result = capsys.readouterr().out, json.loads((tmp_path / "cost.json").read_text())
     assert "torch " + torch.__version__ in text and "2 tasks, multi" in text and "stage 2, images" in text
+    assert "Stage 1, images: of a task of one frame" in text
     assert "--lora 16 --checkpointing" in text
     assert set(result["inference"]["single"]) == {"1", "2"} and set(result["inference"]["multi"]) == {"2"}
     assert {(r["stage"], r["source"]) for r in result["cpu"]} == set(bench_cpu.ROWS)
@@ -172,6 +174,18 @@ def test_command(small_toy, tmp_path, monkeypatch, capsys):
     assert row["seconds"] > 0 and row["hours"] == pytest.approx(20_000 * 2 * row["seconds"] / 2 / 3600)
     with Image.open(tmp_path / "cost.png") as picture:
         assert picture.format == "PNG" and picture.width > 600
+
+
+@pytest.mark.parametrize("n", range(1, len(ALL) + 1))
+def test_a_timed_step_is_of_one_frame(small_toy, monkeypatch, n):
+    """It was of the last of the --tasks: from images, five tasks were timed with two frames and seven with one."""
+    seen = []
+    monkeypatch.setattr(bench, "measured", lambda f, *args, **limit: {"images_per_s": 1.0})
+    monkeypatch.setattr(bench, "batches", lambda model, args, task, source: seen.append(task) or [])
+    args = argparse.Namespace(base="toy", device=torch.device("cpu"), dtype="fp32", micro=1, channels_last=False,
+                              compile=False)
+    bench.training_of(args, bench.make_trainer(args, ALL[:n], 1), "images")
+    assert [TASKS[t].frames for t in seen] == [1]
 
 
 def test_picture():
@@ -407,6 +421,15 @@ def test_fp32_is_fp32(monkeypatch):
     monkeypatch.setattr(gpu_report, "plan", lambda *_: ([], gpu_report.Shelf()))
     gpu_report.gather(gpu_report.parse(REPORT), ALL[:2])
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_blocks_are_compiled_for_every_shape():
+    """Of stage 2, 38 shapes for each of the paper's three image sizes and two lengths of micro-batches: torch's limits,
+    of one code object and of all its compilations, left some uncompiled."""
+    with torch._dynamo.config.patch(cache_size_limit=8, accumulated_cache_size_limit=64):
+        train.compile_blocks(torch.nn.ModuleList())
+        limits = torch._dynamo.config.cache_size_limit, torch._dynamo.config.accumulated_cache_size_limit
+    assert min(limits) > 38 * 3 * 2
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="generated code needs a compiler, g++")

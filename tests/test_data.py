@@ -9,6 +9,7 @@ from made import SIZE, Made, mixture
 
 import data
 from data import jitter, loader, mirror, parse_drop, prepare, train_readers, whole_cells
+from readers.toyworld import ToyWorld
 from tasks import TASKS
 from toy import make as toybase
 
@@ -261,6 +262,18 @@ def test_jitter_and_crop_belong_to_one_task():
     windows = image.unfold(1, 16, 1).unfold(2, 24, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
     cropped = frame("optical_flow", seed=3)     # somewhere in the image, without jitter
     assert (windows == cropped).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize(("independent", "chosen"), [(False, [0, 3, 6]), (True, [0, 1, 2])])
+def test_a_few_samples_are_of_a_whole_dataset(independent, chosen):
+    """The first are one clip where neighbours are frames of one video: trivial predictors and thresholds knew that
+    alone. Of the toy worlds' scenes the first are as good as any."""
+    reader = Made(n=10)
+    reader.independent = independent
+    for few in {"each": 3}, {"limit": 3}:
+        found = data.test_batches(reader, ("depth",), 2, 0, **few)
+        assert [number for group in found for *_, number, _ in group] == chosen
+    assert ToyWorld("real", "test").independent
 
 
 def test_values_are_never_rescaled_by_resizing():

@@ -28,7 +28,7 @@ from tasks import TASKS
 from tools import discover
 from training import discovery, losses
 from training.cache import LatentCache, fingerprint
-from training.discovery import UnlabelledPair, keep, read_pseudo, unlabelled
+from training.discovery import PseudoLabels, UnlabelledPair, keep, read_pseudo, unlabelled
 
 pytestmark = pytest.mark.usefixtures("quick")
 TASKS_HERE = ("normal", "depth", "shading")
@@ -97,6 +97,55 @@ def test_doubt_is_the_disagreement_with_the_mirror(teacher, pseudo):
         mean = (1 - sure).unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2))
         assert np.abs(doubt[0, 0] - mean.numpy()).max() < 5e-3 and doubt.max() > 0.01
         assert (doubt[1] == doubt[0, ..., ::-1]).all() and 0 <= doubt.min() <= doubt.max() <= 1
+
+
+class Equivariant(torch.nn.Module):
+    """A teacher of factor 8 to whom albedo is the image, mirrored or not, but for its columns in `wrong`. Cells count
+    from the left, and what is no whole one is left out, as by a VAE."""
+
+    factor, out_channels, codecs = 8, 3 * 64, TASKS
+
+    def __init__(self, wrong=slice(0)):
+        super().__init__()
+        self.weight, self.wrong = torch.nn.Parameter(torch.zeros(1)), wrong
+
+    def encode_frames(self, first, second, tasks):
+        seen = first.clone()
+        seen[..., self.wrong] *= -1
+        return seen, seen
+
+    def forward(self, first, second, tasks):
+        height, width = (side // 8 * 8 for side in first.shape[-2:])
+        return {t: torch.nn.functional.pixel_unshuffle(first[..., :height, :width], 8) for t in tasks}
+
+    def decode_labels(self, latents):
+        return {t: torch.nn.functional.pixel_shuffle(z, 8) for t, z in latents.items()}
+
+
+@pytest.mark.parametrize("size", [(24, 56), (27, 56), (24, 63), (27, 63)])
+def test_doubt_at_sizes_of_no_whole_cells(tmp_path, size):
+    """Both passes count cells from the left: their maps were compared shifted by what is no whole cell, which doubted
+    every edge, and the mirrored image got the doubts of cells that are not its own."""
+    reader, doubts = Made(native=(28, 64)), {}
+    reader.size = size
+    for name, wrong in (("never", slice(0)), ("at the left", slice(11, 13))):
+        kept = PseudoLabels(tmp_path / name, [reader], "", {"made": ["albedo"]}, "")
+        kept.discover(Equivariant(wrong), 2)
+        doubts[name] = kept.array(reader, "albedo_doubt").astype(np.float32)[:, :, 0]
+    assert doubts["never"].max() < 1e-3
+    there = {x // 8 for x in (*range(9, 15), *range(size[1] - 15, size[1] - 9))}    # 2 pixels around, on both sides
+    for row in doubts["at the left"].max((0, 2)):
+        assert set(np.flatnonzero(row > row.max() / 2)) == there
+
+
+def test_labels_are_judged_all_over_a_dataset(tmp_path):
+    """The first samples of a dataset of videos are one clip."""
+    reader, true, model = Made("a", ("normal",), n=6), Made("a", ("albedo",), n=6), Equivariant()
+    kept = PseudoLabels(tmp_path / "labels", [reader], "", {"a": ["albedo"]}, "")
+    kept.discover(model, 6)
+    guesses = {"albedo": evaluate.TrainingLabels([], 1, 0)}
+    (row,) = discover.errors(kept, model, {"a": true}, 2, guesses)
+    assert true.loads == [0, 3] and float(row["all"]) > 0
 
 
 def chance(task):

@@ -6,12 +6,15 @@ import pytest
 import tiny
 import torch
 from kill import compare, log_lines
+from made import Made
 from runs import THREE, same, state, stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import read_state, restore, save_state
 from model import StableMTL
 from network import memory
+from tools import study_cost
+from training import pictures
 
 pytestmark = pytest.mark.usefixtures("quick")
 CHOICES = ("--optimizer adam-bf16", "--frozen bf16", "--lora 2", "--lora 2 --frozen bf16 --optimizer adam-bf16")
@@ -148,6 +151,31 @@ def test_adam_of_bf16_moments_leaves_unused_weights_alone():
     optimizer.step()
     assert not optimizer.state[b] and not b.any()
     assert a.tolist() == pytest.approx([-1e-2] * 3, rel=1e-2) and c.tolist() == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
+def test_a_low_rank_costs_less_than_all(go, stage1, tmp_path):
+    """Files hold LoRA merged, and its row in a study had the operations of all weights' gradients."""
+    outs = [shutil.copytree(stage1, tmp_path / name) for name in ("all", "low")]
+    for out, flags in zip(outs, ("", "--lora 2"), strict=True):
+        assert go(f"--stage 2 --steps 1 --val-samples 0 {flags} --out {out}")[0] == 0
+    assert study_cost.alike(outs[0]) != study_cost.alike(outs[1])
+    every, low = (study_cost.step(out, 2) for out in outs)
+    assert 0.5 * every < low < 0.95 * every
+
+
+def test_a_picture_takes_a_task_at_a_time(tiny_model, tmp_path, monkeypatch):
+    """It took all tasks of a dataset at once, in float32, beside a training that fills the GPU."""
+    rows, kinds = [], []
+    monkeypatch.setattr(pictures, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
+
+    def note(module, args):
+        rows.append(len(args[0]))
+        kinds.append(torch.is_autocast_enabled("cpu"))
+    hooks = [m.register_forward_pre_hook(note) for m in (tiny_model.main, tiny_model.vae.decoder)]
+    pictures.save_picture(tiny_model, [Made()], tmp_path / "a.png")
+    for hook in hooks:
+        hook.remove()
+    assert set(rows) == {1} and len(rows) == 2 * 3 and all(kinds)
 
 
 class Widest(TorchDispatchMode):

@@ -13,6 +13,7 @@ from PIL import Image
 import evaluate
 import sample
 from cli import run
+from data import test_batches as samples
 from inference.infer import restore
 from inference.predictions import Predictions
 from readers.diode import Diode
@@ -138,6 +139,15 @@ def test_missing_predictions_are_counted_and_named(some, go):
     code, said, _ = go(f"--predictions {some} --data toy --trivial 0 --workers 0 --limit 6")
     assert code == 0 and "predictions are missing, and their samples not scored: real/semantic/2, real/" in said
     assert len(report(some)["missing"]) == 4 * 6 - 1 + 1    # of samples 2 to 5; 3 is a room, without classes
+
+
+def test_a_limit_asks_for_what_is_written(some):
+    """Of a dataset that is no toy world, too: samples from all of it."""
+    reader = ToyWorld("real", "test", 6)
+    reader.independent = False
+    written = [number for group in samples(reader, TASKS, 4, 0, 2) for *_, number, _ in group]
+    asked = Predictions(some).wanted(reader, 2)
+    assert written == [0, 3] and asked == {t: ["0", "3"] if t != "semantic" else ["0"] for t in TASKS}
 
 
 def test_finished_predictions_are_not_scored_again(some, go):

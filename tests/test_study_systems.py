@@ -218,6 +218,32 @@ def test_losses_are_relative_to_their_beginning(made_up):
     assert systems_report.losses(job) == found      # steps that fp16 skipped
 
 
+@pytest.mark.parametrize("suite", ["stablemtl", "systems"])
+def test_models_of_several_versions_are_told(tmp_path, suite):
+    """A study that went on with other code showed all rows under the commit and the torch of its last report."""
+    only = {"stablemtl": "single,multi", "systems": "stl,mtl"}[suite]
+    args = study.parse(f"--suite {suite} --out {tmp_path / 'out'} --seeds 2 --only {only}".split())
+
+    def page(commit, torch, resumed):
+        """The page when the last model's config.json says so; the others are of commit aaa and torch 2.11."""
+        for job in runs(args):
+            job.out.mkdir(parents=True, exist_ok=True)
+            (job.out / "results.json").write_text('{"results": {}}')
+            (job.out / "log.jsonl").write_text('{"task": ["depth"], "loss": 1, "grad_norm": 1, "img_per_s": 1}')
+            (job.out / "config.json").write_text('{"commit": "aaa", "versions": {"torch": "2.11"}}')
+        told = {"commit": commit, "versions": {"torch": torch}, "resumed": resumed}
+        (job.out / "config.json").write_text(json.dumps(told))
+        result = study_report.summary(args)
+        if suite == "systems":
+            return systems_report.tables(args, result, {})[0]
+        return study_report.tables(result, args.suite)[0]
+
+    assert page("aaa", "2.11", []).endswith(", torch 2.11.")
+    says = "Models were trained under commits aaa, bbb"
+    assert f", torch 2.11. {says}: rows may differ" in page("aaa", "2.11", [{"commit": "bbb"}])
+    assert f", torch 2.11, 2.13. {says} and torch 2.11, 2.13: rows may differ" in page("bbb", "2.13", [])
+
+
 # ---- what is refused ----
 
 @pytest.mark.parametrize("flags, says", {

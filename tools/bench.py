@@ -56,6 +56,7 @@ KINDS = ("single", "multi")
 SOURCES = {1: ("cached latents", "images"), 2: ("cached latents and streams", "cached latents", "images")}
 STEPS, BATCH = {1: 20_000, 2: 10_000}, 32       # the paper's training: steps of each stage, images per step
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ONE_FRAME = "Stage 1, images: of a task of one frame; of tasks of motion a second frame is encoded"
 PREFIXES = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
 
 
@@ -279,9 +280,11 @@ def make_trainer(args, tasks, stage):
 
 
 def training_of(args, trainer, source, limit=math.inf):
-    """`measured` and projected hours of a trainer's steps of the last task, from random tensors in memory."""
+    """`measured` and projected hours of a trainer's steps, from random tensors in memory. They are of the last task of
+    one frame: in stage 1 those of motion encode a second one, where nothing is cached."""
     cfg, model, optimizer, autocast = trainer
-    given, streams = batches(model, args, model.tasks[-1], source), None
+    *_, task = (t for t in model.tasks if TASKS[t].frames == 1)
+    given, streams = batches(model, args, task, source), None
     if source.endswith("streams"):
         z = given[0]["frames"][0].to(args.device)
         with autocast():
@@ -347,7 +350,7 @@ def table(result):
     if "training" in result:
         lines.append(f"  h: the paper's steps at {'x'.join(map(str, result['size']))}; the paper trains at "
                      f"{'x'.join(map(str, bench_memory.SIZE))}. Reading and decoding files is not in it: images, "
-                     "latents and streams are random numbers in memory")
+                     f"latents and streams are random numbers in memory. {ONE_FRAME}")
     lines += bench_memory.table(result["memory"]) if "memory" in result else []
     return "\n".join(lines)
 

@@ -24,6 +24,7 @@ from data import label_tensors, parse_drop, resize, tasks_with_labels, train_rea
 from evaluate import TrainingLabels
 from metrics import GUESSES, METRICS
 from model import StableMTL
+from readers.reader import some
 from settings import check_finished, stage1_settings
 from tasks import TASKS
 from training.cache import fingerprint
@@ -44,7 +45,7 @@ def errors(labels, model, truth, count, guesses):
             middle, trivial = labels.median(t), guesses[t].guesses(true, (t,))[0].get(t, ())
             metric = METRICS[TASKS[t].metric]
             scores = {who: metric.accumulator(clip=reader.depth_range) for who in ("all", "surest half", *GUESSES)}
-            for i in list(true.indices(t))[:count]:
+            for i in some(true, true.indices(t), count):
                 if not np.isfinite(doubts[i, 0]).any():
                     continue
                 z = torch.from_numpy(np.array(latents[i, :1])).float().to(next(model.parameters()).device)

@@ -331,7 +331,7 @@ def table(result):
                  "GB": number(r, "gigabytes"), "hours": number(r, "hours"), "first step, s": number(r, "first")}
                 for r in result["training"]]
         lines += ["", f"Training at {'x'.join(map(str, result['train size']))} in bf16, --micro {result['micro']}; "
-                      "hours: of the paper's steps; reading and decoding files is not in it.",
+                      f"hours: of the paper's steps; reading and decoding files is not in it. {bench.ONE_FRAME}.",
                   "", *markdown(rows, [*rows[0]])]
     for section, also in (("agreement", []), ("toy", ["steps", "first step"])):
         rows = [{k: shown(v) for k, v in r.items()} | {"difference": number(r, "difference")} for r in result[section]]

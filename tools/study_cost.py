@@ -5,9 +5,10 @@ import torch
 
 import baselines
 import train
-from checkpoint import read_json
+from checkpoint import read_config, read_json
 from data import Mixture, parse_drop, train_readers
 from network.loading import read_model_json
+from network.memory import add_lora
 from settings import Config
 from tasks import parse_tasks, registry
 from tools import bench_systems
@@ -29,7 +30,8 @@ def joint(spec):
 def alike(folder):
     """What the operations of a training step depend on, as text."""
     spec = read_model_json(folder)
-    facts = [spec["kind"], spec["multi"], spec["options"], spec.get("generalist")]
+    lora = (read_config(folder)["train"] or {}).get("lora", 0)
+    facts = [spec["kind"], spec["multi"], spec["options"], spec.get("generalist"), lora]
     if joint(spec):
         cfg, _ = config(folder)
         facts += [spec["tasks"], bool(cfg.teacher), cfg.discover]
@@ -42,6 +44,8 @@ def step(folder, batch):
     model, (cfg, size) = baselines.load(folder), config(folder)
     if joint(read_model_json(folder)):
         return batch * (bench_systems.training(operations, model, size) + teaching(cfg, size))
+    if cfg.lora:        # files hold it merged
+        add_lora(model.main, cfg.lora)
     label = torch.empty(1, model.out_channels, *(s // model.factor for s in size), device="meta")
     seen = torch.empty(1, *model.encoded_shape(size), device="meta")
     return batch * step_operations(model.to("meta"), seen, model.tasks[-1], label=label)

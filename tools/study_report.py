@@ -23,6 +23,7 @@ LOWER = {t: METRICS[TASKS[t].metric].lower for t in TASKS}
 PAPER = {"unseen": "paper Tables 2 and 4", "in-domain": "paper Table 10"}
 KINDS = {"unseen": "The unseen world", "in-domain": "Held-out scenes of the training worlds"}
 ATTENDED = {"attention_entropy": "entropy", "attention_largest": "largest weight", "attention_term": "size"}
+MADE = {"commit": (None, str), "versions": (None, {"torch": str})}      # of config.json; again of each resumption
 # Student's t for 95% confidence, two-sided, of 2, 3, ... seeds; more than ten count as ten
 T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
 
@@ -66,6 +67,17 @@ def collect(args):
         tasks = set(tasks_of(args.suite.variants[name], args))
         out[name] = {s: row for s, row in seeds.items() if row["results"].keys() == tasks}
     return {name: seeds for name, seeds in out.items() if seeds}
+
+
+def versions(args):
+    """{"commits", "torch": [those that the finished models were trained under, as far as their config.json tells]}; a
+    study goes on whatever code it finds."""
+    paths = [job.out / "config.json" for job in runs(args) if job.finished]
+    told = [read_json(path, "", MADE | {"resumed": (None, [MADE])}) for path in paths if path.is_file()]
+    parts = [part for about in told for part in (about, *(about.get("resumed") or ()))]
+    found = {"commits": {part.get("commit") for part in parts},
+             "torch": {(part.get("versions") or {}).get("torch") for part in parts}}
+    return {what: sorted(names - {None}) for what, names in found.items()}
 
 
 def gain(mine, baseline, worlds):
@@ -148,8 +160,8 @@ def summary(args):
         rows[name] = {**about, "operations per step": step, "operations": total, "seeds": seeds}
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
     device = hardware(parse_device(args.settings["device"]))
-    return {**about, "hardware": device, "torch": torch.__version__, "commit": train.commit(), "variants": rows,
-            "claims": judge(rows, suite, args.tasks)}
+    return {**about, "hardware": device, "torch": torch.__version__, "commit": train.commit(),
+            "trained under": versions(args), "variants": rows, "claims": judge(rows, suite, args.tasks)}
 
 
 # ---- tables ----
@@ -160,6 +172,14 @@ def spread(values, form=".4g"):
     if not values:
         return ""
     return f"{fmean(values):{form}}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def made(result):
+    """Where this page was made and, where that is more than one, under what the models were trained, in a sentence."""
+    under = result["trained under"]
+    several = [f"{what} {', '.join(name[:10] for name in names)}" for what, names in under.items() if len(names) > 1]
+    mixed = f" Models were trained under {' and '.join(several)}: rows may differ by that." if several else ""
+    return f"{result['hardware']}, torch {', '.join(under['torch']) or result['torch']}.{mixed}"
 
 
 def world_table(result, suite, where):
@@ -228,7 +248,7 @@ def tables(result, suite):
     lines = [f"{len(result['tasks'])} tasks, {settings['batch']} images of {settings['size']} per step. "
              f"Steps: {result['steps']} of a single stream, {result['steps2']} more of a multi stream or a continued "
              f"single stream, {result['single_steps']} of each single-task model. {result['limit']} test scenes per "
-             f"world. Mean ± standard deviation over seeds. {result['hardware']}, torch {result['torch']}."]
+             f"world. Mean ± standard deviation over seeds. {made(result)}"]
     for where in WORLDS:
         lines += ["", f"## {KINDS[where]} ({PAPER[where]})", "", *world_table(result, suite, where)]
     lines += ["", "## Cost", "", "Operations are counted, from cached latents, 1 multiply-add = 2. In all: relative to "

@@ -10,7 +10,7 @@ from draw import COMPARED, cell, compare, draw_curves, draw_panel
 from metrics import aligned
 from tasks import TASKS
 from tools import study_cost
-from tools.study_report import KINDS, claim_table, draw_gains, log, publish, smooth, spread, summary, world_table
+from tools.study_report import KINDS, claim_table, draw_gains, log, made, publish, smooth, spread, summary, world_table
 from tools.study_systems import CURVES, DDIM_STEPS
 from tools.study_variants import WORLDS, runs
 
@@ -128,7 +128,7 @@ def tables(args, result, found):
              f"{result['steps']} steps of every row that starts from nothing and of every student, {result['steps2']} "
              f"more of StableMTL, {result['single_steps']} of each single-task UNet. {result['limit']} test scenes per "
              f"world; rows that diffuse predict in {DDIM_STEPS} steps of DDIM. Mean ± standard deviation over seeds. "
-             f"{result['hardware']}, torch {result['torch']}.", "", ABOUT]
+             + made(result), "", ABOUT]
     for where in WORLDS:
         lines += ["", f"## {KINDS[where]}", "", *world_table(result, suite, where)]
     lines += ["", "## What each has seen, and costs", "", COST, "", *cost_table(result, suite)]

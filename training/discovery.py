@@ -189,10 +189,6 @@ def keep(mask, doubt, middle, rng):
     return torch.from_numpy(rng.random(doubt.shape)) < torch.exp(-doubt / max(middle, 1e-6))
 
 
-def _flipped(x):
-    return torch.stack([x, x.flip(-1)], 1)
-
-
 def _readable(reader, indices, tasks, codecs, skipped):
     """{index: what data.prepare makes of it}; skipped: as in PseudoLabels.discover."""
     out = {}
@@ -218,11 +214,14 @@ def _told(model, items, tasks):
     upright, mirrored = told
     one, other = model.decode_labels(upright), model.decode_labels(mirrored)
     for t in tasks:
-        codec = model.codecs[t]
+        codec, width = model.codecs[t], one[t].shape[-1]
+        beyond = frames[0].shape[-1] - width    # columns of no whole cell: on the right, in the mirror on the left
         maps, mirror_maps = codec.decode(one[t]), turned(codec, codec.decode(other[t]))
-        doubt = 1 - torch.stack([agreement(codec, a, b) for a, b in zip(maps, mirror_maps, strict=True)])[:, None]
-        doubt = F.avg_pool2d(doubt.float(), model.factor)
-        out[t] = torch.stack([upright[t], mirrored[t]], 1), _flipped(doubt)
+        pairs = zip(maps[..., beyond:], mirror_maps[..., :width - beyond], strict=True)     # where both see
+        doubt = 1 - torch.stack([agreement(codec, a, b) for a, b in pairs])[:, None].float()
+        doubt = F.pad(doubt, (beyond, beyond, 0, 0), mode="replicate")
+        seen, mirror_seen = (F.avg_pool2d(x, model.factor) for x in (doubt[..., :width], doubt[..., beyond:]))
+        out[t] = torch.stack([upright[t], mirrored[t]], 1), torch.stack([seen, mirror_seen.flip(-1)], 1)
     return out
 
 
