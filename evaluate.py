@@ -48,7 +48,7 @@ from inference import photometric
 from inference.confidence import Sparsification, agreement, sparsification_table
 from inference.infer import mirror_maps, network_maps, precision, seen
 from inference.predictions import Predictions
-from inference.report import METRIC_VALUES, current, read_report, results_file, weights_of, write_report
+from inference.report import METRIC_VALUES, current, flags_of, read_report, results_file, weights_of, write_report
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import from_base
 from network.loading import checkpoint_folder
@@ -297,13 +297,14 @@ def decoders(results, before):
 
 
 TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "pseudo", "isolation", "loss",
-        "heads", "shared_qkv", "main_init", "attention", "rho", "mask")
+        *(TOLD_OF_2 := ("heads", "shared_qkv", "main_init", "attention", "rho", "mask")))
 TOLD_OTHERS = "system", "options", "teacher", "discover", "tasks", "drop"      # of the other systems
 
 
 def trained(settings):
     """How a stage was trained, in a line: what the paper varies."""
     keys = TOLD if settings.get("system", "stablemtl") == "stablemtl" else TOLD_OTHERS
+    keys = [k for k in keys if settings["stage"] == 2 or k not in TOLD_OF_2]
     told = ", ".join(f"{k} {settings[k]}" for k in keys if settings.get(k, "") != "")
     return "stage {stage}, {steps} steps of {batch}, seed {seed}: ".format(**settings) + told
 
@@ -407,9 +408,9 @@ def shared(table, other):
 
 
 def read_baseline(names, planned):
-    """{task: {dataset: headline}} of the paper or of several results.json, on the test sets in `planned`. ValueError if
-    a file is none of ours, or there is nothing to compare with."""
-    table = PAPER["single-task"] if names == "paper" else {}
+    """({task: {dataset: headline}}, {(dataset, task): images}) of the paper or of several results.json, the former on
+    the test sets in `planned`. ValueError if a file is none of ours, or there is nothing to compare with."""
+    table, counts = PAPER["single-task"] if names == "paper" else {}, {}
     for path in filter(None, names.split(",")) if names != "paper" else ():
         absent = f"no results in {path}: evaluate the single-task runs first, or use --baseline paper"
         report = read_json(path, absent, {"results": METRIC_VALUES}, "name the results.json of an evaluated checkpoint")
@@ -417,22 +418,18 @@ def read_baseline(names, planned):
             raise ValueError(f"{path} is unfinished: evaluate that run again, which does the rest")
         for task, row in by_task(report["results"]).items():
             table.setdefault(task, {}).update(row)
+        counts |= {(d, t): x.get("images") for d, tasks in report["results"].items() for t, x in tasks.items()}
     if not shared(table, planned):
         has, here = (", ".join(sorted({d for row in x.values() for d in row})) for x in (table, planned))
         raise ValueError(f"--baseline {names} is about {has or 'nothing'}, and evaluated are {here}: other --data?")
-    return shared(table, planned)
+    return shared(table, planned), counts
 
 
 def source_files():
-    """The files of this project that numbers may depend on: all that is imported here, and what that imports."""
-    rooms = "", "readers", "network", "inference", "training", "baselines", "toy"
-    return [path for room in rooms for path in Path(__file__).parent.joinpath(room).glob("*.py")]
-
-
-def flags_of(args):
-    """{flag: value} of those that numbers, or what numbers there are, may depend on."""
-    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
-    return {k: v for k, v in vars(args).items() if k not in idle}
+    """The files of this project that numbers may depend on: what is imported, whole rooms of it, no scripts beside."""
+    top, rooms = Path(__file__).parent, ("readers", "network", "inference", "training", "baselines", "toy")
+    imported = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    return [*imported & {*top.glob("*.py")}, *(path for room in rooms for path in top.joinpath(room).glob("*.py"))]
 
 
 def result_dependencies(args, folder, size):
@@ -519,7 +516,7 @@ def main(argv=None):
                                                           remedy="; name another file with --json"))
     old = read_report(where, **({"remedy": "name another --json"} if args.json else {})) if where else {}
     planned = {t: [r.name for r in readers if tasks_with_labels(r, [t])] for t in model.tasks}
-    baseline = read_baseline(args.baseline, planned) if args.baseline else {}
+    baseline, counts = read_baseline(args.baseline, planned) if args.baseline else ({}, {})
 
     # ---- one test set after the other ----
     keys = fingerprints(result_dependencies(args, folder, size), readers, train)
@@ -575,6 +572,9 @@ def main(argv=None):
         print(f"\nnot compared on {', '.join(absent)}: the same command without --decoder comes first")
     for lines in filter(None, (sparsification_table(results), photometric.table(results))):
         print("\n".join(["", *lines]))
+    for d, t in ((d, t) for d, t in counts if t in results.get(d, ()) and results[d][t]["images"] != counts[d, t]):
+        raise ValueError(f"no Delta_m: {args.baseline} has {counts[d, t]} images of {d}, {t}, and this "
+                         f"{results[d][t]['images']}: evaluate both with the same --limit and --split")
     if mine := shared(by_task(results), baseline):
         report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric].lower for t in TASKS})
         print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+.2f} %")

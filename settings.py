@@ -19,7 +19,7 @@ from model import SECOND_FRAMES
 from network.attention import ATTENTIONS, MASKS, QUERY_INITS
 from network.generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
 from network.loading import read_model_json
-from network.memory import OPTIMIZERS
+from network.memory import OPTIMIZERS, lora_config
 from tasks import PALETTES, TASKS, parse_tasks
 from training.discovery import MASKS as PSEUDO_MASKS
 from training.losses import LOSSES
@@ -326,6 +326,8 @@ def check(cfg, given=()):
     cli.parse_size(cfg.size)
     parse_widths(cfg.widths)
     cli.parse_device(cfg.device)
+    if cfg.lora:
+        lora_config()
     if cfg.init:
         check_finished(cfg.init, 1, "--init starts from a finished stage 1")
     return cfg

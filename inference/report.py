@@ -49,6 +49,12 @@ def results_file(args, folder, stage, home):
             return path
 
 
+def flags_of(args):
+    """{flag: value} of those of evaluate.py that numbers, or what numbers there are, may depend on."""
+    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
+    return {k: v for k, v in vars(args).items() if k not in idle}
+
+
 # ---- what is not to be lost ----
 
 def weights_of(folder, stage):

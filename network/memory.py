@@ -20,15 +20,21 @@ def freeze_in_bf16(*modules):
 
 # ---- LoRA ----
 
-def add_lora(unet, rank):
-    """Freeze a UNet and add to each linear layer W of its attentions and feed-forward layers a trained B A of this rank
-    (arXiv 2106.09685), zero at the start. ValueError without peft, whose layers these are."""
+def lora_config():
+    """peft's LoraConfig. ValueError without peft."""
     try:
         with quiet():
             from peft import LoraConfig
     except ImportError as error:
         raise ValueError(f"--lora needs the package peft, which cannot be imported here ({error}): pip install peft, "
                          "or leave --lora out") from error
+    return LoraConfig
+
+
+def add_lora(unet, rank):
+    """Freeze a UNet and add to each linear layer W of its attentions and feed-forward layers a trained B A of this rank
+    (arXiv 2106.09685), zero at the start. ValueError without peft, whose layers these are."""
+    LoraConfig = lora_config()
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS))
 
 

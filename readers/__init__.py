@@ -77,7 +77,7 @@ def check(root, full=False, size=None):
 
 def trial(data, task, full, role):
     """The first problem with labels of a task, as a sentence, or how many were tried and how much of them is valid."""
-    known, shares, whole = data.labelled(task), [], []
+    known, shares, whole, blank = data.labelled(task), [], [], []
     if not known:
         return "no sample of this split has this label"
     for i in known if full else sorted({known[k] for k in (0, len(known) // 2, -1)}):
@@ -85,13 +85,17 @@ def trial(data, task, full, role):
             valid = data.load(i, [task])["valid"][task]
         except (OSError, ValueError) as e:
             return str(e)
-        if not valid.any():
-            return f"{data.source(i, task)} has no valid pixel"
+        if not valid.any():     # it is no mistake, and others may be
+            blank.append(i)
         shares.append(valid.mean())
         whole.append(whole_blocks(valid))
+    if len(blank) == len(shares):
+        return f"{data.source(blank[0], task)} has no valid pixel"
     told = f"{len(shares)} tried, all load, {sum(shares) / len(shares):.0%} of their pixels valid"
     if role != "test" and sum(whole) < 0.01 * len(whole):
         told += ", but hardly any block of 8x8 in full: too sparse to train Stable Diffusion on"
+    if blank:
+        told += f"; {len(blank)} without any valid pixel, first {data.source(blank[0], task)}"
     return told
 
 

@@ -26,6 +26,7 @@ at most 384 pixels. Images of another aspect ratio are refused unless the caller
 """
 import hashlib
 from collections import Counter
+from difflib import get_close_matches
 from functools import partialmethod
 from pathlib import Path
 
@@ -107,6 +108,9 @@ class Folder(Reader):
         self.images, self.second = self.files("images"), self.files("next")
         self.labels = {task: self.files(task, suffixes) for task, suffixes in self.suffixes.items()}
         self.tasks = tuple(task for task, files in self.labels.items() if files)
+        for name in {path.name for path in self.folder.iterdir() if path.is_dir()} - {"images", "next", *self.suffixes}:
+            if meant := get_close_matches(name.lower(), self.suffixes, 1, 0.75):
+                notice(f"{self.folder / name} is not read: labels of {meant[0]} are expected in {meant[0]}/")
         for task in self.tasks:
             for sub, pictures in (("images", self.images), ("next", self.second))[:TASKS[task].frames]:
                 for stem in self.labels[task].keys() - pictures.keys():

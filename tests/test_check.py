@@ -66,7 +66,7 @@ def test_found_and_check(tmp_path):
     assert "optical_flow      4  3 tried, all load, 94% of their pixels valid" in quick and "4 tried" in full
     assert "depth_00001.png" in full and "depth_00001.png" not in quick
     write(depth, np.full((16, 11), 65535, np.uint16))
-    blank = "the depth label of virtual_kitti_2/train/Scene02/clone/Camera_1/00001 has no valid pixel"
+    blank = "1 without any valid pixel, first the depth label of virtual_kitti_2/train/Scene02/clone/Camera_1/00001"
     assert any(line.endswith(blank) for line in check(tmp_path, full=True))
     with pytest.raises(FileNotFoundError, match="no train dataset"):
         found(tmp_path / "folder" / "images", "train")

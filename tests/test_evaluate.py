@@ -282,6 +282,10 @@ def test_a_baseline_is_checked_before_the_work(tiny_ckpt_1, tmp_path, go, monkey
     (tmp_path / "zero.json").write_text(json.dumps(report))
     code, said, error = go(f"--ckpt {tiny_ckpt_1} --json {a} --baseline {tmp_path / 'zero.json'}")
     assert code == 2 and "| rooms | depth |" in said and "baseline above zero" in error
+    report["results"]["rooms"]["depth"]["images"] = 99
+    (tmp_path / "more.json").write_text(json.dumps(report))
+    code, said, error = go(f"--ckpt {tiny_ckpt_1} --json {a} --baseline {tmp_path / 'more.json'}")
+    assert code == 2 and "Delta_m against" not in said and "more.json has 99 images of rooms, depth, and this" in error
     monkeypatch.setattr(evaluate, "evaluate", lambda *a: pytest.fail("computed before the baseline was looked at"))
     for baseline in ("paper", a.parent):
         code, _, error = go(f"--ckpt {tiny_ckpt_1} --json {tmp_path / 'b.json'} --baseline {baseline}")
@@ -355,6 +359,22 @@ def test_results_are_of_the_code_that_made_them():
         found = {ROOT / f"{name}{end}" for name in names if name for end in (".py", "/__init__.py")}
         todo += [p for p in found - seen if p.is_file()]
     assert {ROOT / "network/generalist.py", ROOT / "inference/infer.py"} < seen <= set(evaluate.source_files())
+
+
+def test_a_script_beside_the_code_changes_no_key(tmp_path, monkeypatch):
+    """Whoever put one there had everything computed anew."""
+    for name in ("mine.py", "readers/one_more.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    assert evaluate.source_files() == [tmp_path / "readers/one_more.py"]
+
+
+def test_how_a_stage_1_was_trained_says_nothing_of_stage_2():
+    of_2 = {"heads": 4, "rho": 0.4, "mask": "score"}
+    settings = {"steps": 5, "batch": 8, "seed": 0, "tasks": "depth", "isolation": True, **of_2}
+    assert evaluate.trained(settings | {"stage": 1}).endswith("tasks depth, isolation True")
+    assert evaluate.trained(settings | {"stage": 2}).endswith("isolation True, heads 4, rho 0.4, mask score")
 
 
 def test_other_code_is_evaluated_again(tiny_ckpt_1, tmp_path, monkeypatch, capsys):

@@ -136,6 +136,27 @@ def test_unknown_flow_is_invalid(tmp_path, name):
     assert any(line.endswith(f"{tmp_path / name} has no valid pixel") for line in check(tmp_path))
 
 
+def test_check_looks_beyond_a_blank_label(tmp_path):
+    """It stopped at the first one, which may well be blank, and training then at a file that does not load."""
+    for k, value in enumerate((255, 0, 0)):
+        write(tmp_path / f"images/p{k}.png", picture(6, 8))
+        write(tmp_path / f"semantic/p{k}.png", np.full((6, 8), value, np.uint8))
+    (tmp_path / "train.txt").write_text("p0\np1\np2\n")
+    told = "3 tried, all load, 67% of their pixels valid; 1 without any valid pixel, first "
+    assert any(f"{told}{tmp_path}/semantic/p0.png" in line for line in check(tmp_path, full=True))
+    (tmp_path / "semantic/p2.png").write_bytes(b"junk")
+    assert any(f"{tmp_path}/semantic/p2.png" in line for line in check(tmp_path, full=True))
+
+
+def test_a_misspelt_folder_of_labels_is_named(tmp_path, capsys):
+    """Its task was left out without a word."""
+    labels(tmp_path, "semantic", picture(6, 8)[..., 0] * 0)
+    (tmp_path / "depths").mkdir()
+    (tmp_path / "notes").mkdir()
+    Folder(tmp_path, "train")
+    assert f"{tmp_path / 'depths'} is not read: labels of depth are expected in depth/" in capsys.readouterr().err
+
+
 # ---- classes ----
 
 def with_palette(ids, colours):

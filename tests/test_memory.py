@@ -11,9 +11,10 @@ from runs import THREE, same, state, stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import read_state, restore, save_state
+from cli import run
 from model import StableMTL
 from network import memory
-from tools import study_cost
+from tools import study, study_cost
 from training import pictures
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -108,6 +109,8 @@ def test_without_peft_a_sentence(go, second, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     code, _, error = go(f"--stage 2 --tasks {THREE} --lora 4")
     assert code == 2 and "--lora needs the package peft" in error and "pip install peft" in error
+    code = run(lambda: study.main(["--only", "single,lora", "--out", str(second / "study")]))
+    assert code == 2 and not (second / "study").exists()       # at once, not after hours of other models
 
 
 # ---- Adam ----

@@ -328,6 +328,13 @@ def keep(args):
     write_json(path, old | now)
 
 
+def all_rows(args):
+    """args, with the rows of earlier calls beside those of --only: a page has whatever its folder has."""
+    kept, variants = read_json(Path(args.out) / "study.json", ""), args.suite.variants
+    names = [name for name, row in variants.items() if name in args.only or kept.get(f"variant {name}") == row.told()]
+    return argparse.Namespace(**{**vars(args), "only": names})
+
+
 def forget_streams(args):
     """Delete what stage 2 keeps of a seed's single stream, gigabytes that no later seed reads."""
     for folder in (Path(args.out) / "cache").glob("streams-*"):
@@ -361,7 +368,7 @@ def main(argv=None):
                 print(f"    {job.name}: {seconds / 60:.1f} min; about {left / 60:.0f} min to go", flush=True)
                 seed = [j for j in jobs if j.seed == job.seed]
                 if all(j in ended or j.finished or not j.ready for j in seed) and left:
-                    report(args)
+                    report(all_rows(args))
                     if args.jobs == 1:      # else models of another seed may still read theirs
                         forget_streams(args)
     except KeyboardInterrupt:
@@ -370,7 +377,7 @@ def main(argv=None):
         return 130
     forget_streams(args)
     if any(job.finished for job in jobs):
-        print("\n".join(["", *report(args), "", f"written to {args.out}: {args.suite.page}, results.json, "
+        print("\n".join(["", *report(all_rows(args)), "", f"written to {args.out}: {args.suite.page}, results.json, "
                          "pictures"]))
     if failed:
         raise FloatingPointError(f"{len(failed)} models are missing from the tables, the same command tries them "
