@@ -371,7 +371,7 @@ def asked(image, next_image, tasks, known):
     check_choices("task", wanted, known)
     tasks = [t for t in wanted if TASKS[t].frames == 1 or next_image is not None]
     if not tasks:
-        raise ValueError("nothing to predict: no task is named, or all are about a second frame, and there is none")
+        raise ValueError("nothing to predict: these tasks are about motion to a second frame, and there is none")
     return tasks
 
 

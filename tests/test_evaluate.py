@@ -155,7 +155,7 @@ def test_results_of_other_files_are_not_reused(own_data, tmp_path):
 def test_results_of_other_weights_are_not_reused(tiny_ckpt_1, tmp_path):
     """A test set's fingerprint changes with any weight, the size and the samples, and with nothing else there."""
     copy = shutil.copytree(tiny_ckpt_1, tmp_path / "copy")
-    args = type("Args", (), {"ckpt": str(copy), "limit": 1, "json": "", "decoder": None})()
+    args = type("Args", (), {"ckpt": str(copy), "limit": 1, "json": "", "decoder": None, "device": "cpu"})()
     world = ToyWorld("rooms", "test", 2)
 
     def key(size=(32, 48), reader=world):

@@ -118,7 +118,7 @@ def test_streams_of_earlier_stage_1s_are_deleted(tmp_path, toys, multi):
 
 def test_stage_two_keeps_the_streams_of_one_stage_one(go, second):
     """Each stage 2 after another stage 1 left its streams in out/cache, for good."""
-    earlier = second / "cache/streams-0123456789abcdef/rooms.f16"
+    earlier = second / "cache/streams-0123456789abcdef/elsewhere.f16"
     earlier.parent.mkdir(parents=True)
     earlier.write_bytes(b"1")
     flags = "--stage 2 --rho 0 --overwrite --cache"

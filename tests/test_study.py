@@ -153,7 +153,7 @@ def test_side_by_side_gives_the_same_numbers(finished, tiny_base, tmp_path, monk
         mine, other = (folder / f"seed0/single-task-{name}" for folder in (out, finished[0]))
         assert read(mine / "results.json")["results"] == read(other / "results.json")["results"]
         assert (mine / weights).read_bytes() == (other / weights).read_bytes()
-    assert read(out / "results.json")["variants"].keys() == {"single-task"}
+    assert "single-task" in read(out / "results.json")["variants"]
 
 
 # ---- the whole table, with training and evaluation replaced ----

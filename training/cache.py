@@ -133,6 +133,7 @@ class LatentCache:
             path.parent.mkdir(exist_ok=True)
             np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", kind, shape)
             os.replace(path.with_suffix(".tmp"), path)
+        self.arrays.clear()     # `unwritten` opens read-only
 
     def unwritten(self, reader, model):
         """Bytes that the arrays of an interrupted `build` will still take: the system gives them room when they are
