@@ -327,7 +327,7 @@ def check(cfg, given=()):
     parse_widths(cfg.widths)
     cli.parse_device(cfg.device)
     if cfg.lora:
-        lora_config()
+        lora_config()       # for its ValueError without peft
     if cfg.init:
         check_finished(cfg.init, 1, "--init starts from a finished stage 1")
     return cfg

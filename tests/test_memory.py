@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint import read_state, restore, save_state
 from cli import run
+from inference import infer
 from model import StableMTL
 from network import memory
 from tools import study, study_cost
@@ -169,7 +170,7 @@ def test_a_low_rank_costs_less_than_all(go, stage1, tmp_path):
 def test_a_picture_takes_a_task_at_a_time(tiny_model, tmp_path, monkeypatch):
     """It took all tasks of a dataset at once, in float32, beside a training that fills the GPU."""
     rows, kinds = [], []
-    monkeypatch.setattr(pictures, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(infer, "half", lambda device: torch.autocast("cpu", torch.bfloat16))
 
     def note(module, args):
         rows.append(len(args[0]))

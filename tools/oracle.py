@@ -215,8 +215,9 @@ def parse(argv):
         raise ValueError("the truth reaches frozen streams, as latents: leave out --attention, --loss and --frozen")
     if (Path(args.out) / "results.json").is_file():
         raise ValueError(f"{args.out} already holds a result: name another --out, or delete that folder")
-    for name in (name for name in ("model.json", "log.jsonl") if (Path(args.out) / name).exists()):
-        raise ValueError(f"{args.out} holds {name}, of a training or a checkpoint: name another --out")
+    for name in ("model.json", "log.jsonl"):
+        if (Path(args.out) / name).exists():
+            raise ValueError(f"{args.out} holds {name}, of a training or a checkpoint: name another --out")
     return args, cfg
 
 

@@ -352,6 +352,7 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     report = SUITES[args.suite.name][1]
     keep(args)
+    page = all_rows(args)
     jobs, ended, pace, failed = list(runs(args)), set(), {}, []
     performing = one_by_one(jobs, args) if args.jobs == 1 else side_by_side(jobs, args)
     try:
@@ -368,7 +369,7 @@ def main(argv=None):
                 print(f"    {job.name}: {seconds / 60:.1f} min; about {left / 60:.0f} min to go", flush=True)
                 seed = [j for j in jobs if j.seed == job.seed]
                 if all(j in ended or j.finished or not j.ready for j in seed) and left:
-                    report(all_rows(args))
+                    report(page)
                     if args.jobs == 1:      # else models of another seed may still read theirs
                         forget_streams(args)
     except KeyboardInterrupt:
@@ -377,7 +378,7 @@ def main(argv=None):
         return 130
     forget_streams(args)
     if any(job.finished for job in jobs):
-        print("\n".join(["", *report(all_rows(args)), "", f"written to {args.out}: {args.suite.page}, results.json, "
+        print("\n".join(["", *report(page), "", f"written to {args.out}: {args.suite.page}, results.json, "
                          "pictures"]))
     if failed:
         raise FloatingPointError(f"{len(failed)} models are missing from the tables, the same command tries them "

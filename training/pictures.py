@@ -1,9 +1,9 @@
 """A picture now and then, while a model trains: what it makes of a sample of every dataset."""
 import torch
 
-from cli import half
 from data import picture, prepare, tasks_with_labels, unreadable
 from draw import COMPARED, cell, compare, draw_panel, sample_rows
+from inference.infer import network_maps
 from inference.results import put_made
 from metrics import aligned
 
@@ -35,8 +35,8 @@ def save_picture(model, readers, path, skip_bad=False):
         if not sample:
             continue
         (tasks, item), pairs = sample, []
-        with half(device):      # and a task at a time: the memory is training's
-            maps = model.predict(*(f[None].to(device) for f in item["frames"]), tasks, rows=1)
+        pair = [f[None].to(device) for f in item["frames"]]
+        maps = network_maps(model, *pair, tasks, rows=1)      # a task at a time: the memory is training's
         for t in tasks:
             codec, predicted, valid = model.codecs[t], maps[t][0].float().cpu(), item["valid"][t][0]
             label = codec.decode(item["labels"][t][None])[0]
