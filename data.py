@@ -8,7 +8,8 @@ A reader (readers/) lists the samples of one dataset and loads them at native re
 Everything drawn for step s depends on (seed, s) alone: the stream of batches is the same for any number of workers and
 ranks, and a resumed run continues it exactly.
 
-    python data.py --data <root> --check              what is found, what is missing, the first unreadable file
+    python data.py --data <root> --check              what is found, what is missing, the first unreadable file;
+                                                      ends with exit code 1 if something is wrong
     python data.py --data <root> --show hypersim:0    a picture of one sample with its labels (toy worlds: streets:3)
 """
 import argparse
@@ -427,7 +428,8 @@ def main(argv=None):
         (not args.show, ["split", "output"], "it goes with --show"),
         (args.data and sized(args.data), ["size"], SIZED)))
     if args.check:
-        print("\n".join(check(args.data, args.full, parse_size(args.size))))
+        lines, well = check(args.data, args.full, parse_size(args.size))
+        print("\n".join(lines))
     if args.show:
         reader, index = shown(args)
         path = args.output or f"{reader.name}_{index}.png"
@@ -438,7 +440,7 @@ def main(argv=None):
             raise OSError(f"{path} cannot be written ({getattr(error, 'strerror', None) or error}): name a .png or "
                           ".jpg, where there is room and permission, with --output") from None
         print(f"{reader.load(index, ())['name']} -> {path}")
-    return 0
+    return 1 if args.check and not well else 0
 
 
 if __name__ == "__main__":

@@ -51,12 +51,13 @@ def sized(root, role=None):
 
 
 def check(root, full=False, size=None):
-    """Printable lines: for every dataset the samples per task and the first thing that is wrong with a label, of the
-    first, middle and last one (full: of all), or what was looked for and not found. size: as in `found`."""
+    """-> (printable lines, whether all is well): for every dataset the samples per task and the first thing that is
+    wrong with a label, of the first, middle and last one (full: of all), or what was looked for and not found, which
+    is well as long as there is one. size: as in `found`."""
     if not Path(root).is_dir():
         raise FileNotFoundError(f"{root} is no folder: expected one that holds some of {', '.join(READERS)} "
                                 "(docs/data.md)")
-    lines, own = [], any(r.there(root) and r.place(root) == Path(root) for r in READERS.values())
+    lines, faults, own = [], 0, any(r.there(root) and r.place(root) == Path(root) for r in READERS.values())
     for reader in READERS.values():
         if not reader.there(root):
             if own:     # the root itself is a folder of one's own: no dataset is expected in it
@@ -66,31 +67,35 @@ def check(root, full=False, size=None):
         for role, split in reader.use.items():
             try:
                 data = make(reader, root, split, size)
-            except (OSError, ValueError) as e:
-                lines.append(f"{reader.name} {split}: {e}")
+            except (OSError, ValueError) as error:
+                lines.append(f"{reader.name} {split}: {error}")
+                faults += 1
                 continue
             lines.append(f"{reader.name} {split}: {len(data)} samples in {data.folder}")
             for task in data.tasks:
-                lines.append(f"    {task:12} {len(data.labelled(task)):6}  {trial(data, task, full, role)}")
-    return lines
+                try:
+                    told = trial(data, task, full, role)
+                except (OSError, ValueError) as error:
+                    told = str(error)
+                    faults += 1
+                lines.append(f"    {task:12} {len(data.labelled(task)):6}  {told}")
+    return lines, not faults and any(r.there(root) for r in READERS.values())
 
 
 def trial(data, task, full, role):
-    """The first problem with labels of a task, as a sentence, or how many were tried and how much of them is valid."""
+    """How many labels of a task were tried and how much of them is valid, as a sentence. OSError, ValueError: the first
+    that cannot be read; ValueError: not one has a valid pixel."""
     known, shares, whole, blank = data.labelled(task), [], [], []
     if not known:
         return "no sample of this split has this label"
     for i in known if full else sorted({known[k] for k in (0, len(known) // 2, -1)}):
-        try:
-            valid = data.load(i, [task])["valid"][task]
-        except (OSError, ValueError) as e:
-            return str(e)
+        valid = data.load(i, [task])["valid"][task]
         if not valid.any():     # it is no mistake, and others may be
             blank.append(i)
         shares.append(valid.mean())
         whole.append(whole_blocks(valid))
     if len(blank) == len(shares):
-        return f"{data.source(blank[0], task)} has no valid pixel"
+        raise ValueError(f"{data.source(blank[0], task)} has no valid pixel")
     told = f"{len(shares)} tried, all load, {sum(shares) / len(shares):.0%} of their pixels valid"
     if role != "test" and sum(whole) < 0.01 * len(whole):
         told += ", but hardly any block of 8x8 in full: too sparse to train Stable Diffusion on"

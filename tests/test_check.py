@@ -58,7 +58,7 @@ def test_found_and_check(tmp_path):
     assert [(r.name, r.split) for r in found(tmp_path, "test")] == [("kitti_2015", "training"), ("folder", "test")]
     depth = tmp_path / "virtual_kitti_2/Scene02/clone/frames/depth/Camera_1/depth_00001.png"
     write(depth, np.ones((16, 11), np.uint8))
-    quick, full = "\n".join(check(tmp_path)), "\n".join(check(tmp_path, full=True))
+    quick, full = "\n".join(check(tmp_path)[0]), "\n".join(check(tmp_path, full=True)[0])
     for text in (quick, full):
         for part in ("virtual_kitti_2 train: 6 samples", "hypersim: not here", "virtual_kitti_2 test: no virtual_kitti",
                      "kitti_2015 training: 1 samples"):
@@ -67,11 +67,25 @@ def test_found_and_check(tmp_path):
     assert "depth_00001.png" in full and "depth_00001.png" not in quick
     write(depth, np.full((16, 11), 65535, np.uint16))
     blank = "1 without any valid pixel, first the depth label of virtual_kitti_2/train/Scene02/clone/Camera_1/00001"
-    assert any(line.endswith(blank) for line in check(tmp_path, full=True))
+    assert any(line.endswith(blank) for line in check(tmp_path, full=True)[0])
     with pytest.raises(FileNotFoundError, match="no train dataset"):
         found(tmp_path / "folder" / "images", "train")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         check(tmp_path / "nothing")
+
+
+def test_the_exit_code_tells_whether_all_is_well(tmp_path, capsys):
+    """data.py --check ended with 0 whatever it had found, so that `data.py --check && train.py` went on."""
+    argv = ["--check", "--full", "--data", str(tmp_path)]
+    assert data.main(argv) == 1     # no dataset at all
+    own_folder(tmp_path / "folder")
+    assert data.main(argv) == 0
+    label = sorted((tmp_path / "folder/depth").iterdir())[0]
+    content = label.read_bytes()
+    label.write_bytes(content[:-9])
+    assert data.main(argv) == 1
+    label.write_bytes(content)
+    assert data.main(argv) == 0
 
 
 class Another(Reader):
@@ -105,7 +119,7 @@ def test_a_dataset_of_ones_own_making(tmp_path, monkeypatch):
     s = reader.load(0, ["depth"])
     assert reader.size == (16, 24) and s["name"] == "another/train/7" and s["labels"]["depth"].dtype == np.float32
     assert s["valid"]["depth"].sum() == 44 and np.isfinite(s["labels"]["depth"]).all()
-    assert "    depth             1  1 tried, all load, 92% of their pixels valid" in check(tmp_path)
+    assert "    depth             1  1 tried, all load, 92% of their pixels valid" in check(tmp_path)[0]
 
 
 def test_mixture_facts():

@@ -131,9 +131,9 @@ def test_unknown_flow_is_invalid(tmp_path, name):
     write(tmp_path / name, x)
     label, valid = load(tmp_path, task)
     assert not valid[:3].any() and not valid[3, 0] and valid.sum() == 23 and label.max() == 1
-    assert check(tmp_path)[-1].endswith("1 tried, all load, 48% of their pixels valid")
+    assert check(tmp_path)[0][-1].endswith("1 tried, all load, 48% of their pixels valid")
     write(tmp_path / name, np.full_like(x, 1e10))
-    assert any(line.endswith(f"{tmp_path / name} has no valid pixel") for line in check(tmp_path))
+    assert any(line.endswith(f"{tmp_path / name} has no valid pixel") for line in check(tmp_path)[0])
 
 
 def test_check_looks_beyond_a_blank_label(tmp_path):
@@ -143,9 +143,9 @@ def test_check_looks_beyond_a_blank_label(tmp_path):
         write(tmp_path / f"semantic/p{k}.png", np.full((6, 8), value, np.uint8))
     (tmp_path / "train.txt").write_text("p0\np1\np2\n")
     told = "3 tried, all load, 67% of their pixels valid; 1 without any valid pixel, first "
-    assert any(f"{told}{tmp_path}/semantic/p0.png" in line for line in check(tmp_path, full=True))
+    assert any(f"{told}{tmp_path}/semantic/p0.png" in line for line in check(tmp_path, full=True)[0])
     (tmp_path / "semantic/p2.png").write_bytes(b"junk")
-    assert any(f"{tmp_path}/semantic/p2.png" in line for line in check(tmp_path, full=True))
+    assert any(f"{tmp_path}/semantic/p2.png" in line for line in check(tmp_path, full=True)[0])
 
 
 def test_a_misspelt_folder_of_labels_is_named(tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_labels_that_cannot_be_right(tmp_path, task, x, message):
     """Such labels passed --check and trained with loss 0 until the end. --check names the file and what is wrong; so
     does the first use of the task, before anything is trained."""
     labels(tmp_path, task, x)
-    assert re.search(message, check(tmp_path)[-1])
+    assert re.search(message, check(tmp_path)[0][-1])
     reader = Folder(tmp_path, "train")
     if "no valid pixel" in message:
         with pytest.raises(ValueError, match=f"none of the 1 {task} labels .*{task}/p0.*docs/data.md"):
@@ -373,11 +373,11 @@ def test_images_of_other_shapes_need_a_size(tmp_path, capsys):
     images(tmp_path, (20, 30), (20, 31), (30, 20))
     with pytest.raises(ValueError, match=r"images/0.png is 20x30, .*images/2.png 30x20: .*--size HEIGHTxWIDTH"):
         found(tmp_path, "train")
-    assert any("--size HEIGHTxWIDTH" in line for line in check(tmp_path))
+    assert any("--size HEIGHTxWIDTH" in line for line in check(tmp_path)[0])
     reader, = found(tmp_path, "train", size=[16, 24])
     assert reader.size == (16, 24)
     assert "3 of 3 images are resized to 16x24, 1 of them stretched" in capsys.readouterr().err
-    assert any(line.startswith("folder train: ") and "samples in" in line for line in check(tmp_path, size=(16, 24)))
+    assert any(line.startswith("folder train: ") and "samples in" in line for line in check(tmp_path, size=(16, 24))[0])
 
 
 def test_damaged_images_do_not_count_for_the_size(tmp_path):
@@ -428,7 +428,7 @@ def test_labels_too_sparse_to_learn_from(tmp_path, tiny_base, monkeypatch, capsy
         write(root / f"depth/{i}.npy", rng.uniform(1, 9, (64, 96)) * (rng.random((64, 96)) < 0.05))
     for split in "train", "val", "test":
         write(root / f"{split}.txt", b"0\n1\n2\n")
-    told = [line for line in check(root) if "5% of their pixels valid" in line]
+    told = [line for line in check(root)[0] if "5% of their pixels valid" in line]
     assert [line.endswith("hardly any block of 8x8 in full: too sparse to train Stable Diffusion on") for line in told
             ] == [True, True, False]     # test labels may be sparse
     monkeypatch.setattr(train, "PATIENCE", 3)
