@@ -164,6 +164,15 @@ def counted():
     return strict or any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
+def open_files():
+    """Let this process have as many files open as the system allows: each tensor that a loader process hands over takes
+    one, a batch of real images some hundreds, and often no more than 1024 are given."""
+    with suppress(ImportError, OSError, ValueError):        # Windows has none; a system that counts otherwise
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def small(model):
     """Whether a network is on the CPU and so small that one thread serves it best."""
     weights = list(model.parameters())
@@ -340,22 +349,32 @@ def _other(work, rank, pipe, parent):
     pipe.send_bytes(pickle.dumps(told))     # by value: pipe.send would share tensors by files that end with the sender
 
 
+TOO_MANY = "too many files are open, for what loader processes hand over: allow more by ulimit -n"
+LOADERS = {     # part of what is raised: what it means
+    "DataLoader worker (pid":
+        "a loader process died, perhaps for lack of memory or of room in /dev/shm: make more of it",
+    "ancdata": TOO_MANY, "Too many open files": TOO_MANY}
+
+
 @contextmanager
 def watch_loaders():
-    """While the block runs, a loader process that dies is a ChildProcessError: torch raises wherever the program is."""
+    """While the block runs, a loader process that dies, or hands over more than this one can take, is a
+    ChildProcessError with a remedy: torch raises wherever the program is."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, OSError) as error:
+        told = next((told for sign, told in LOADERS.items() if sign in str(error)), None)
+        if told is None or isinstance(error, ChildProcessError):    # which this has raised
             raise
         flag = ", or load in one process by --workers 0" if "[--workers " in Parser.usage_at_hand else ""
-        raise ChildProcessError(f"a loader process died, perhaps for lack of memory or of room in /dev/shm: make more "
-                                f"of it{flag} ({error})") from None
+        raise ChildProcessError(f"{told}{flag} ({error})") from None
 
 
 # ---- the frame of every command ----
 
-SMALLER = "--size", "--rows", "--micro", "--processes"      # less of each takes less memory
+# less of each takes less memory; and so do these
+SMALLER = "--size", "--rows", "--micro", "--processes"
+SAVING = "--checkpointing", "--optimizer adam-bf16", "--frozen bf16", "--vae-slicing", "--vae-tiling"
 PLAIN = {"↓": "v", "↑": "^", "±": "+-"}
 
 
@@ -370,10 +389,14 @@ codecs.register_error("plain", _plain)
 def less_memory(python=""):
     """What to do about a lack of memory: the flags that help, of those that the command at hand has; `python` where
     there is none, but a program of one's own."""
-    flags = [flag for flag in SMALLER if f"[{flag} " in Parser.usage_at_hand]
     if python and not Parser.usage_at_hand:
         return python
-    return "use smaller images" + (f", or lower {' or '.join(flags)}" if flags else "")
+    words = Parser.usage_at_hand.replace("[", " ").replace("]", " ").split()
+    remedies = ["use smaller images"]
+    for verb, flags in ("lower", SMALLER), ("add", SAVING):
+        if has := [flag for flag in flags if flag.split()[0] in words]:
+            remedies.append(f"{verb} {' or '.join(has)}")
+    return ", or ".join(remedies)
 
 
 def run(main):
@@ -383,6 +406,7 @@ def run(main):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="plain")
     keep_memory()
+    open_files()
     if not gc.isenabled():
         gc.freeze()     # what was imported stays to the end: not to be looked through again
         gc.enable()

@@ -2,7 +2,7 @@
 
 A reader (readers/) lists the samples of one dataset and loads them at native resolution; this file does the rest.
 
-    reader.load(i, tasks) -> codes in [-1,1] (tasks.py) -> crop, resize nearest-exact, jitter, flips
+    reader.load(i, tasks) -> jitter and crop -> codes in [-1,1] (tasks.py) -> resize nearest-exact -> flips
                           -> micro-batches of one step
 
 Everything drawn for step s depends on (seed, s) alone: the stream of batches is the same for any number of workers and
@@ -175,7 +175,8 @@ def views(reader):
 # ---- the mixture: what step s trains on ----
 
 class Mixture(Dataset):
-    """Element s is optimizer step s: a list of micro-batches (dicts), each of one task and one image size.
+    """Element s is optimizer step s: "batches", its micro-batches (dicts), each of one task (jointly: of several) and
+    one image size; the names of "skipped" samples; all that were "drawn".
 
     Isolation (the default): all samples of a step belong to one task; a fresh random order of all tasks per cycle.
     Within a task, a sample's dataset is drawn with the readers' `mix` weights, renormalised over those that label the

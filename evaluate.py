@@ -13,7 +13,8 @@
 Results go to results.json in the checkpoint, those of stage 1 beside a stage 2, of fewer streams, of one frame, of the
 split val, of other data and of a decoder to files of their own (results_stage1.json, results_streams-off.json,
 results_one-frame.json, results_val.json, results_<name of the root or decoder>.json). Those of the toy model and of a
-hub id go to the current folder (results_toy_model.json, results_<org>_<name>.json), those of predictions to theirs.
+hub id go to the current folder (results_toy_model.json, results_<org>_<name>.json), those of predictions to theirs;
+with --codec the same names begin with codec.
 
 A test set that is there already, from the same settings, weights, samples and code, is not computed again: so an
 interrupted run goes on. A report of the same weights by other settings, or in --json of another checkpoint, is renamed
@@ -435,13 +436,11 @@ def source_files():
 
 def result_dependencies(args, folder, size):
     """Everything but its samples that the numbers of a test set depend on."""
-    files = [path for pattern in ("*.safetensors", "*/*model.safetensors", "*/config.json", "model.json")
-             for path in folder.glob(pattern)]
-    files += source_files()
+    files = [*folder.glob("model.json"), *source_files()]
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
     versions = torch.__version__, version("diffusers"), precision(args.device)
-    return [flags_of(args), size, versions, [crc(path) for path in sorted(files)]]
+    return [flags_of(args), size, versions, weights_of(folder, args.stage), [crc(path) for path in sorted(files)]]
 
 
 def fingerprints(common, readers, train):
@@ -481,7 +480,7 @@ def subject(args):
         model.use_decoder(args.decoder)
     if args.streams is not None:
         model.attends = attended(args.streams, model)
-        args.streams = ",".join(model.attends) or "off"
+        args.streams = None if model.attends == model.tasks else ",".join(model.attends) or "off"
     if args.one_frame and not model.multi:
         raise ValueError("--one-frame would do nothing here: only stage 2 has streams of motion")
     if args.palette:

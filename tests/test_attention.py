@@ -149,8 +149,9 @@ def test_evaluation_without_streams(tiny_ckpt, tmp_path, capsys):
     def go(flags):
         argv = f"--ckpt {out} --limit 1 --trivial 0 --workers 0 --data toy {flags}".split()
         return run(lambda: evaluate.main(argv)), capsys.readouterr().err
-    for flags in ("", "--streams off", "--streams depth,normal"):
+    for flags in ("", "--streams off", "--streams depth,normal", "--streams all"):      # all: as without the flag
         assert go(flags)[0] == 0
+    assert len([*out.glob("results*.json")]) == 3
     reports = [json.loads((out / f"results{name}.json").read_text()) for name in ("", "_streams-off",
                                                                                   "_streams-normal-depth")]
     for kind in ("results", "made_from"):

@@ -307,6 +307,30 @@ print(sum(libc.malloc(1 << 20) is not None for _ in range(1700)))
     assert told == "1700\n"
 
 
+@pytest.mark.parametrize("error", [RuntimeError("received 0 items of ancdata"), OSError(24, "Too many open files")])
+def test_a_lack_of_open_files_is_one_sentence(capsys, error):
+    """Each tensor of a loader process takes one: of many, or where few are allowed, it was a traceback."""
+    def main():
+        settings.parse_args([])
+        raise error
+    assert cli.run(main) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "ulimit -n, or load in one process by --workers 0" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
+def test_a_command_may_open_as_many_files_as_the_system_allows():
+    program = """
+import resource
+import cli
+LIMIT = resource.RLIMIT_NOFILE
+resource.setrlimit(LIMIT, (256, 512))
+cli.run(lambda: print(*resource.getrlimit(LIMIT)))
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert told == "512 512\n"
+
+
 @pytest.mark.parametrize("much", [np.empty, torch.empty])
 def test_a_lack_of_memory_is_one_sentence(capsys, much):
     """Of numpy, of torch on the CPU; other errors of torch are the program's own."""
@@ -318,9 +342,11 @@ def test_a_lack_of_memory_is_one_sentence(capsys, much):
 
 
 @pytest.mark.parametrize(("read", "remedy"), [
-    (settings.parse_args, "smaller images, or lower --size or --micro or --processes ("),
+    (settings.parse_args, "smaller images, or lower --size or --micro or --processes, or add --checkpointing or "
+     "--optimizer adam-bf16 or --frozen bf16 ("),
     (evaluate.parse, "smaller images, or lower --rows or --processes ("),
-    (lambda argv: sample.parse(["--toy", "real:1"]), "smaller images, or lower --size or --rows ("),
+    (lambda argv: sample.parse(["--toy", "real:1"]), "smaller images, or lower --size or --rows, or add "
+     "--vae-slicing or --vae-tiling ("),
     (lambda argv: cli.Parser().parse_args(argv), "smaller images ("),
 ])
 def test_a_lack_of_memory_names_the_flags_of_the_command(capsys, read, remedy):

@@ -286,6 +286,7 @@ class StreamCache:
     """Features of stage 2's frozen stream for the images of a latent cache, computed when first needed, then read back:
 
         <folder>/streams-<hash of stage 1>/<dataset>.f16      a record per sample and horizontal flip, float16
+        (<dataset>-whole.f16 of one that some task sees a crop of)
 
     A record holds all tasks' features in all blocks. Training sees the float16 values whether they were just computed
     or read, so that a resumed run equals an uninterrupted one. Each dataset has an equal part of `limit` bytes for the
