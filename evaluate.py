@@ -29,7 +29,6 @@ import time
 from collections import defaultdict
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
@@ -43,13 +42,23 @@ import torch.nn.functional as F
 
 import toy
 from baselines import load
-from checkpoint import crc, digest, read_config, read_json
+from checkpoint import read_config, read_json
 from data import resize, tasks_with_labels, test_batches, test_readers, train_readers
 from inference import photometric
 from inference.confidence import Sparsification, agreement, sparsification_table
 from inference.infer import mirror_maps, network_maps, precision, seen
 from inference.predictions import Predictions
-from inference.report import METRIC_VALUES, current, flags_of, read_report, results_file, weights_of, write_report
+from inference.report import (
+    METRIC_VALUES,
+    current,
+    fingerprints,
+    flags_of,
+    read_report,
+    result_dependencies,
+    results_file,
+    weights_of,
+    write_report,
+)
 from metrics import GUESSES, METRICS, code_sums, delta_m, trivial
 from model import from_base
 from network.loading import checkpoint_folder
@@ -144,6 +153,14 @@ def score(rank, world_size, model, reader, batch=16, workers=2, limit=None, rows
     return scores, dict(psnr), skipped
 
 
+def through_vae(model, task, code):
+    """Codes (B,3,H,W) of a task as the VAE gives them back; meanwhile they are padded to whole latent cells."""
+    height, width = code.shape[-2:]
+    pad = (0, -width % model.factor, 0, -height % model.factor)
+    latents = model.encode_labels({task: F.pad(code, pad, mode="replicate")})
+    return model.decode_labels(latents)[task][..., :height, :width]
+
+
 @torch.no_grad()
 def round_trip(model, labels, psnr):
     """What the codec (encode, VAE, decode) leaves of labels, [{task: (label, valid)}] -> {task: (B,C,H,W)}. The PSNR of
@@ -151,10 +168,8 @@ def round_trip(model, labels, psnr):
     out, device = {}, next(model.parameters()).device
     for t in (t for t in labels[0] if t in TASKS):
         label, valid = (torch.stack([maps[t][i] for maps in labels]).to(device) for i in (0, 1))
-        code, (height, width) = model.codecs[t].encode(label, valid[:, None]), label.shape[-2:]
-        pad = (0, -width % model.factor, 0, -height % model.factor)
-        latents = model.encode_labels({t: F.pad(code, pad, mode="replicate")})
-        back = model.decode_labels(latents)[t][..., :height, :width]
+        code = model.codecs[t].encode(label, valid[:, None])
+        back = through_vae(model, t, code)
         out[t] = model.codecs[t].decode(back)
         for c, b, v in zip(code, back, valid, strict=True):
             if v.any():
@@ -425,29 +440,6 @@ def read_baseline(names, planned):
         has, here = (", ".join(sorted({d for row in x.values() for d in row})) for x in (table, planned))
         raise ValueError(f"--baseline {names} is about {has or 'nothing'}, and evaluated are {here}: other --data?")
     return shared(table, planned), counts
-
-
-def source_files():
-    """The files of this project that numbers may depend on: what is imported, whole rooms of it, no scripts beside."""
-    top, rooms = Path(__file__).parent, ("readers", "network", "inference", "training", "baselines", "toy")
-    imported = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    return [*imported & {*top.glob("*.py")}, *(path for room in rooms for path in top.joinpath(room).glob("*.py"))]
-
-
-def result_dependencies(args, folder, size):
-    """Everything but its samples that the numbers of a test set depend on."""
-    files = [*folder.glob("model.json"), *source_files()]
-    if args.decoder:
-        files += Path(args.decoder).glob("*.*")     # none of a hub id
-    versions = torch.__version__, version("diffusers"), precision(args.device)
-    return [flags_of(args), size, versions, weights_of(folder, args.stage), [crc(path) for path in sorted(files)]]
-
-
-def fingerprints(common, readers, train):
-    """{test set: eight hexadecimal digits} of result_dependencies, its samples, and the training sets' of GUESSES."""
-    about = [(r.name, r.split, len(r), r.size, r.version, r.identity()) for r in [*readers, *train]]
-    behind = about[len(readers):]
-    return {r.name: digest([common, own, behind]) for r, own in zip(readers, about, strict=False)}
 
 
 def gathered(done, names, keys):

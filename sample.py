@@ -35,10 +35,11 @@ from tqdm import tqdm
 from baselines import load as load_model
 from checkpoint import crc, digest, read_config
 from draw import attention_table
-from evaluate import choose, data_name, source_files, test_sets
+from evaluate import choose, data_name, test_sets
 from inference import infer, predictions
 from inference.infer import LARGEST, check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
+from inference.report import source_files
 from inference.results import Result, array_files, fingerprint, finished, own_folder, write
 from inference.video import Place, check_film, write_clips
 from network.loading import checkpoint_folder, read_model_json

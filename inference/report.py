@@ -1,13 +1,17 @@
-"""results.json, the report of an evaluation: where it lies, what of it still holds, and how it makes room for another
-without being lost."""
+"""results.json, the report of an evaluation: where it lies, what its numbers depend on and so which still hold, and how
+it makes room for another without being lost."""
 import os
 import re
 import sys
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import torch
+
 import toy
 from checkpoint import crc, digest, read_json, write_json
+from inference.infer import precision
 from network.loading import read_model_json
 
 METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
@@ -49,13 +53,13 @@ def results_file(args, folder, stage, home):
             return path
 
 
+# ---- what numbers depend on ----
+
 def flags_of(args):
     """{flag: value} of those of evaluate.py that numbers, or what numbers there are, may depend on."""
     idle = "ckpt", "predictions", "workers", "processes", "baseline", "overwrite", "json", "batch", "rows"
     return {k: v for k, v in vars(args).items() if k not in idle}
 
-
-# ---- what is not to be lost ----
 
 def weights_of(folder, stage):
     """Eight hexadecimal digits for the weights of a stage in a checkpoint's folder."""
@@ -64,6 +68,31 @@ def weights_of(folder, stage):
     files = [path for part in parts for path in sorted(Path(folder).glob(part)) if path.is_file()]
     return digest([crc(path) for path in files])
 
+
+def source_files():
+    """The files of this project that numbers may depend on: what is imported, whole rooms of it, no scripts beside."""
+    top, rooms = Path(__file__).parents[1], ("readers", "network", "inference", "training", "baselines", "toy")
+    imported = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    return [*imported & {*top.glob("*.py")}, *(path for room in rooms for path in top.joinpath(room).glob("*.py"))]
+
+
+def result_dependencies(args, folder, size):
+    """Everything but its samples that the numbers of a test set depend on."""
+    files = [*folder.glob("model.json"), *source_files()]
+    if args.decoder:
+        files += Path(args.decoder).glob("*.*")     # none of a hub id
+    versions = torch.__version__, version("diffusers"), precision(args.device)
+    return [flags_of(args), size, versions, weights_of(folder, args.stage), [crc(path) for path in sorted(files)]]
+
+
+def fingerprints(common, readers, train):
+    """{test set: eight hexadecimal digits} of result_dependencies, its samples, and the training sets' of GUESSES."""
+    about = [(r.name, r.split, len(r), r.size, r.version, r.identity()) for r in [*readers, *train]]
+    behind = about[len(readers):]
+    return {r.name: digest([common, own, behind]) for r, own in zip(readers, about, strict=False)}
+
+
+# ---- what is not to be lost ----
 
 def in_the_way(old, report, folder, named):
     """Whether a report is lost if another takes its file: one of other flags or test sets while its weights are still

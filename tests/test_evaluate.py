@@ -12,6 +12,7 @@ import evaluate
 import toy
 import train
 from cli import run
+from inference import report
 from model import StableMTL
 from readers.folder import Folder
 from readers.toyworld import ToyWorld
@@ -140,7 +141,7 @@ def test_results_of_other_files_are_not_reused(own_data, tmp_path):
 
     def key():
         test, train = (Folder(root, split) for split in lists)
-        return evaluate.fingerprints([], [test], [train])["folder"]
+        return report.fingerprints([], [test], [train])["folder"]
     seen = [key()]
     assert key() == seen[0]
     for name in ("s0", "s1"):
@@ -162,7 +163,7 @@ def test_results_of_other_weights_are_not_reused(tiny_ckpt, tmp_path, stage):
     world = ToyWorld("rooms", "test", 2)
 
     def key(size=(32, 48), reader=world):
-        return evaluate.fingerprints(evaluate.result_dependencies(args, copy, size), [reader], [])[reader.name]
+        return report.fingerprints(report.result_dependencies(args, copy, size), [reader], [])[reader.name]
     first = key()
     (copy / "results.json").write_text("{}")
     (copy / "best").mkdir()
@@ -364,7 +365,7 @@ def test_results_are_of_the_code_that_made_them():
         names |= {name.rpartition("/")[0] for name in names}
         found = {ROOT / f"{name}{end}" for name in names if name for end in (".py", "/__init__.py")}
         todo += [p for p in found - seen if p.is_file()]
-    assert {ROOT / "network/generalist.py", ROOT / "inference/infer.py"} < seen <= set(evaluate.source_files())
+    assert {ROOT / "network/generalist.py", ROOT / "inference/infer.py"} < seen <= set(report.source_files())
 
 
 def test_a_script_beside_the_code_changes_no_key(tmp_path, monkeypatch):
@@ -372,8 +373,8 @@ def test_a_script_beside_the_code_changes_no_key(tmp_path, monkeypatch):
     for name in ("mine.py", "readers/one_more.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.source_files() == [tmp_path / "readers/one_more.py"]
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "inference/report.py"))
+    assert report.source_files() == [tmp_path / "readers/one_more.py"]
 
 
 def test_how_a_stage_1_was_trained_says_nothing_of_stage_2():
@@ -384,9 +385,9 @@ def test_how_a_stage_1_was_trained_says_nothing_of_stage_2():
 
 
 def test_other_code_is_evaluated_again(tiny_ckpt_1, tmp_path, monkeypatch, capsys):
-    """Another byte in a file of evaluate.source_files."""
+    """Another byte in a file of report.source_files."""
     file, flags = tmp_path / "ddim.py", f"--ckpt {tiny_ckpt_1} --limit 1 --trivial 0 --workers 0 --json"
-    monkeypatch.setattr(evaluate, "source_files", lambda: [file])
+    monkeypatch.setattr(report, "source_files", lambda: [file])
     for text, kept in (("a", False), ("a", True), ("b", False)):
         file.write_text(text)
         assert evaluate.main([*flags.split(), str(tmp_path / "r.json")]) == 0

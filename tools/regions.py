@@ -21,10 +21,10 @@ from cli import Parser, markdown, parse_device, run, whole  # before torch, for 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from checkpoint import read_config
 from data import tasks_with_labels, test_batches, test_readers
+from evaluate import through_vae
 from model import StableMTL
 from tasks import PALETTES, TASKS
 
@@ -61,11 +61,8 @@ def read_out(model, reader, task, limit, batch=8):
     for group in test_batches(reader, [task], batch, 0, limit):
         label, valid = (torch.stack([maps[task][n] for _, maps, *_ in group]).to(device) for n in (0, 1))
         code = codec.encode(label, valid[:, None])
-        pad = (0, -code.shape[-1] % model.factor, 0, -code.shape[-2] % model.factor)
-        back = model.decode_labels(model.encode_labels({task: F.pad(code, pad, mode="replicate")}))[task]
         frames = torch.stack([frames[0] for frames, *_ in group]).to(device)
-        codes = {"model": model.predict(frames, tasks=[task])[task],
-                 "codec": back[..., :code.shape[-2], :code.shape[-1]]}
+        codes = {"model": model.predict(frames, tasks=[task])[task], "codec": through_vae(model, task, code)}
         for who, x in codes.items():
             for ids, one, true, mask in zip(codec.decode(x).cpu(), x, label.cpu(), valid.cpu(), strict=True):
                 counts[who] += classes_per_region(ids[0], true[0], mask, model.factor - 1)
