@@ -11,6 +11,8 @@ Adding a dataset is one file and one line, its class in DATASETS.
 from pathlib import Path
 from pkgutil import resolve_name
 
+from tasks import TASKS
+
 DATASETS = (                           # for    labels                                             native -> used HxW
     "hypersim:Hypersim",               # train  normal, depth, shading, albedo                     768x1024 -> 288x384
     "virtual_kitti_2:VirtualKitti2",   # train  semantic, normal, depth, optical_flow, scene_flow  375x1242 -> 187x621
@@ -36,6 +38,7 @@ def found(root, role, size=None):
     size: (H,W) to which one's own images are resized, by default theirs; public datasets have sizes of their own.
     FileNotFoundError: there is none, or one is empty. ValueError: one's own images need a size, or files contradict.
     """
+    check_folder(root)
     readers = [r for r in READERS.values() if role in r.use and r.there(root)]
     if not readers:
         names = ", ".join(f"{r.name}/" for r in READERS.values() if role in r.use)
@@ -44,20 +47,26 @@ def found(root, role, size=None):
     return [make(r, root, r.use[role], size) for r in readers]
 
 
+def check_folder(root):
+    """FileNotFoundError if the root is no folder."""
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"{root} is no folder: expected one that holds some of {', '.join(READERS)} "
+                                "(docs/data.md)")
+
+
 def sized(root, role=None):
     """Whether all datasets under `root` (that serve as `role`) have sizes of their own, so that no other one acts."""
-    there = [r for r in READERS.values() if role in (None, *r.use) and r.there(root)]
-    return bool(there) and all(r.size for r in there)
+    readers = [r for r in READERS.values() if role in (None, *r.use) and r.there(root)]
+    return bool(readers) and all(r.size for r in readers)
 
 
 def check(root, full=False, size=None):
     """-> (printable lines, whether all is well): for every dataset the samples per task and the first thing that is
     wrong with a label, of the first, middle and last one (full: of all), or what was looked for and not found, which
     is well as long as there is one. size: as in `found`."""
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"{root} is no folder: expected one that holds some of {', '.join(READERS)} "
-                                "(docs/data.md)")
-    lines, faults, own = [], 0, any(r.there(root) and r.place(root) == Path(root) for r in READERS.values())
+    check_folder(root)
+    own = any(r.there(root) and r.place(root) == Path(root) for r in READERS.values())
+    lines, faults = [], 0
     for reader in READERS.values():
         if not reader.there(root):
             if own:     # the root itself is a folder of one's own: no dataset is expected in it
@@ -72,6 +81,9 @@ def check(root, full=False, size=None):
                 faults += 1
                 continue
             lines.append(f"{reader.name} {split}: {len(data)} samples in {data.folder}")
+            if role == "train" and not any(map(len, map(data.labelled, data.tasks))):
+                lines.append(f"    no label: expected some in {', '.join(f'{task}/' for task in TASKS)}")
+                faults += 1
             for task in data.tasks:
                 try:
                     told = trial(data, task, full, role)

@@ -34,8 +34,9 @@ import numpy as np
 
 from checkpoint import digest, stamps
 from readers.exports import decode, endings, note_of
-from readers.formats import image_size, read_image, reading, visible
+from readers.formats import image_size, reading, visible
 from readers.geometry import length, unit_vectors
+from readers.media import read_image
 from readers.reader import Frame, Reader, notice
 from tasks import IGNORE, TASKS
 
@@ -73,7 +74,7 @@ class Folder(Reader):
     suffixes = {task: endings(TASKS[task]) for task in
                 ("semantic", "normal", "depth", "optical_flow", "scene_flow", "shading", "albedo")}
     tasks, mix = tuple(suffixes), dict.fromkeys(suffixes, 1.0)
-    version = 3  # since 2 marks of unknown flow are known, since 3 those of unknown depth
+    version = 4  # since 2 marks of unknown flow are known, since 3 those of unknown depth, since 4 alpha is on white
 
     def __init__(self, root, split, size=None):
         super().__init__(root, split)

@@ -78,6 +78,9 @@ def test_the_exit_code_tells_whether_all_is_well(tmp_path, capsys):
     """data.py --check ended with 0 whatever it had found, so that `data.py --check && train.py` went on."""
     argv = ["--check", "--full", "--data", str(tmp_path)]
     assert data.main(argv) == 1     # no dataset at all
+    write(tmp_path / "folder/images/p0.png", picture(6, 8))
+    assert data.main(argv) == 1     # and no label
+    assert "no label: expected some in semantic/, normal/" in capsys.readouterr().out
     own_folder(tmp_path / "folder")
     assert data.main(argv) == 0
     label = sorted((tmp_path / "folder/depth").iterdir())[0]
