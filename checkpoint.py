@@ -147,9 +147,14 @@ def put(path, data, flush=False):
             temporary.unlink()
 
 
-def _flush(folder):
-    """Force every file of a folder to disk, so that a rename never points at unwritten data."""
+def settle(folder):
+    """Force every file of a folder to disk, so that a rename never points at unwritten data; and let those read weights
+    whom the umask lets, for safetensors writes them for their owner alone."""
+    mask = os.umask(0)      # the only way to see it is to set it
+    os.umask(mask)
     for path in [*folder.rglob("*"), folder]:
+        if path.suffix == ".safetensors":
+            path.chmod(0o666 & ~mask)
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -227,7 +232,7 @@ def save_model(model, out, frozen=None, then=ON):
     try:
         _emptied(temporary)
         model.save(temporary, **({"frozen": frozen} if frozen else {}))      # only a multi stream has such parts
-        _flush(temporary)
+        settle(temporary)
     except (OSError, SafetensorError) as error:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         shutil.rmtree(temporary, ignore_errors=True)
@@ -267,7 +272,7 @@ def save_state(out, about, step, parts, optimizer):
         _emptied(temporary)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
         write_json(temporary / "state.json", {**about, "step": step, "crc32": crc(temporary / "state.safetensors")})
-        _flush(temporary)
+        settle(temporary)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         need, then = sum(t.numel() * t.element_size() for t in tensors.values()), ON if step else "start it again"

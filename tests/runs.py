@@ -120,4 +120,4 @@ def stop_at(monkeypatch, place, step, how=lambda: signal.raise_signal(signal.SIG
     elif place == "within":
         intercept(train, "learning_rate", lambda cfg, s: s == step)
     else:
-        intercept(checkpoint, "_flush", saving)
+        intercept(checkpoint, "settle", saving)

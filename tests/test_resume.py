@@ -1,6 +1,7 @@
 """train.py --resume equals an uninterrupted run, wherever it was stopped; the best checkpoint outlives it."""
 import json
 import math
+import os
 import resource
 import shutil
 from functools import partial
@@ -48,6 +49,16 @@ def test_resume_equals_uninterrupted(go, stage1, undisturbed, tmp_path, monkeypa
     assert len(log_lines(tmp_path / "out")) < len(log_lines(undisturbed[stage]))
     assert go("--resume")[0] == 0
     assert compare(undisturbed[stage], tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_others_may_read_what_the_umask_lets_them(undisturbed, stage):
+    """Weights were for their owner alone, whatever the umask."""
+    folder, mask = undisturbed[stage], os.umask(0)
+    os.umask(mask)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    weights = {path for path in files if path.suffix == ".safetensors"}
+    assert len(weights) > 3 and {path.stat().st_mode & 0o777 for path in weights} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from checkpoint import read_config, write_json
+from checkpoint import read_config, settle, write_json
 from data import TOY_TRAIN, fetch, parse_drop, prepare, tasks_with_labels, train_readers, unreadable
 from evaluate import choose, data_name
 from model import StableMTL
@@ -203,6 +203,7 @@ def save(tiny, about, out):
             made.mkdir()
             save_part(tiny, made)
             write_json(made / "distilled.json", about)
+            settle(made)
             os.replace(made, out)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out} cannot be written ({error}): make room, and distil again") from None
