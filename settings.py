@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,12 +252,18 @@ def inherit(cfg, given):
             raise ValueError(f"{flag_name(name)} {given[name]} contradicts the stage 1 in {source}, which has "
                              f"{before[name] or 'the toy base'}: leave it out, or train another stage 1")
     taken = {name: before[name] for name in INHERITED if name not in given and before.get(name) is not None}
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)} | TOY | {"preset": "toy"}
     for name, value in taken.items():
         setattr(cfg, name, value)
-    told = ", ".join(f"{flag_name(n)} {v}" for n, v in taken.items() if v != defaults[n] and n not in SETTLED[1:])
-    if told:
-        print(f"as the stage 1 in {source}: {told}", file=sys.stderr)
+    if told := unusual(taken):
+        print(f"as the stage 1 in {source}: {', '.join(told)}", file=sys.stderr)
+
+
+def unusual(settings):
+    """["--data my", ...]: those of INHERITED that differ from the default, and that another model may have as well."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)} | TOY | {"preset": "toy"}
+    names = [name for name in INHERITED if name in settings and name not in SETTLED[1:]]
+    given = {flag_name(name): settings[name] for name in names if settings[name] != defaults[name]}
+    return [flag if value is True else f"{flag} {shlex.quote(str(value))}" for flag, value in given.items()]
 
 
 def same_setting(name, a, b):

@@ -365,9 +365,9 @@ def test_real_formats_with_a_file_that_cannot_be_read(go, tmp_path, monkeypatch,
     monkeypatch.setattr(VirtualKitti2, "size", (SIZE[0] + 1, SIZE[1] + 1))      # of no whole latent cells, as it is
     bad = sorted(data.glob("virtual_kitti_2/**/rgb_00000.jpg"))[0]
     bad.write_bytes(bad.read_bytes()[:100])
-    tiny = (f"--steps 1 --data {data} --batch 4 --micro 4 --val-samples 0 --picture-every 0 --workers 0 --threads 1 "
-            f"--cache {tmp_path / 'cache'} --skip-bad --tasks depth,shading --drop virtual_kitti_2:depth")
-    assert go(f"--out {tmp_path / 'teacher'}", tiny)[0] == 0
+    few = "--batch 4 --micro 4 --val-samples 0 --picture-every 0 --workers 0 --threads 1 --tasks depth,shading"
+    like = f"--data {data} --cache {tmp_path / 'cache'} --skip-bad --drop virtual_kitti_2:depth"
+    assert go(f"--steps 1 --out {tmp_path / 'teacher'}", f"{few} {like}")[0] == 0
     flags = f"--ckpt {tmp_path / 'teacher'} --to {tmp_path / 'labels'} --samples 4"
     assert run(lambda: discover.main(flags.split())) == 2
     assert f"virtual_kitti_2 sample 0: {bad}" in (error := capsys.readouterr().err) and "--skip-bad skips" in error
@@ -378,7 +378,9 @@ def test_real_formats_with_a_file_that_cannot_be_read(go, tmp_path, monkeypatch,
     assert row[1].strip() == "depth" and all(float(x) > 0 for x in row[3:6])
     doubt = np.load(tmp_path / "labels/virtual_kitti_2/shading_doubt.npy")
     assert [bool(np.isfinite(d).all()) for d in doubt] == [i != 0 for i in range(6)]
-    code, told, _ = go(f"--pseudo {tmp_path / 'labels'} --steps 6", tiny.replace("--steps 1", "--pseudo-weight 9"))
+    printed = re.search("next: python train.py (.*) --out", out)[1]     # with all that it has to share with its teacher
+    assert set(like.split()) < set(printed.split())
+    code, told, _ = go(f"{printed} --steps 6 --pseudo-weight 9", few)
     assert code == 0 and re.search("; [1-9] samples skipped", told)
 
 

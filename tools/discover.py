@@ -25,7 +25,7 @@ from evaluate import TrainingLabels
 from metrics import GUESSES, METRICS
 from model import StableMTL
 from readers.reader import some
-from settings import check_finished, stage1_settings
+from settings import check_finished, stage1_settings, unusual
 from tasks import TASKS
 from training.cache import fingerprint
 from training.discovery import PseudoLabels, unlabelled
@@ -123,7 +123,8 @@ def main(argv=None):
         if rows:
             table = markdown(rows, ["dataset", "task", "metric", "all", "surest half", "trivial"])
             print("\n".join(["", *table]))
-    print(f"\nnext: python train.py --stage 1 --pseudo {args.to} --out <another folder>")
+    flags = " ".join(["--stage 1", *unusual(known), f"--pseudo {args.to}"])
+    print(f"\nnext: python train.py {flags} --out <another folder>")
     return 0
 
 

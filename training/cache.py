@@ -29,6 +29,7 @@ class LatentCache:
     """
 
     kind, anew, room = "latent cache", "it is built again", "make room, or in training --cache none"
+    otherwise = "name another folder or delete this one"
 
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays, self.places = Path(folder), {}, {r.name: r.folder for r in readers}
@@ -51,7 +52,7 @@ class LatentCache:
             differs += [f"{k} of {name} {was.get(k)}, now {facts[k]}" for k in facts if facts[k] != was.get(k)]
         if differs:
             raise ValueError(f"the {self.kind} {folder} was made for something else ({'; '.join(differs)}): "
-                             "name another folder or delete this one")
+                             + self.otherwise)
         self.about["datasets"] = {**old["datasets"], **new}
 
     def others(self):

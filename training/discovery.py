@@ -70,6 +70,7 @@ class PseudoLabels(LatentCache):
     """
 
     kind, anew, room = "folder of pseudo labels", "and run the same python -m tools.discover again", "make room"
+    otherwise = "name another folder, or work with the base, data, size and number of scenes that its teacher had"
 
     def __init__(self, folder, readers, vae_hash, pairs, teacher):
         super().__init__(folder, [r for r in readers if r.name in pairs], vae_hash, "any")
