@@ -259,9 +259,11 @@ def inherit(cfg, given):
 
 
 def unusual(settings):
-    """["--data my", ...]: those of INHERITED that differ from the default, and that another model may have as well."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Config)} | TOY | {"preset": "toy"}
-    names = [name for name in INHERITED if name in settings and name not in SETTLED[1:]]
+    """["--data my", ...]: those of INHERITED that their preset has not, which another model may have, too."""
+    data, preset = settings.get("data"), PRESETS[settings.get("preset", "toy")]
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)} | preset | {"preset": "toy"}
+    idle = [*SETTLED[1:], *["scenes"] * bool(data), *["size"] * bool(data and readers.sized(data))]
+    names = [name for name in INHERITED if name in settings and name not in idle]
     given = {flag_name(name): settings[name] for name in names if settings[name] != defaults[name]}
     return [flag if value is True else f"{flag} {shlex.quote(str(value))}" for flag, value in given.items()]
 

@@ -380,8 +380,8 @@ def test_real_formats_with_a_file_that_cannot_be_read(go, tmp_path, monkeypatch,
     assert [bool(np.isfinite(d).all()) for d in doubt] == [i != 0 for i in range(6)]
     printed = re.search("next: python train.py (.*) --out", out)[1]     # with all that it has to share with its teacher
     assert set(like.split()) < set(printed.split())
-    code, told, _ = go(f"{printed} --steps 6 --pseudo-weight 9", few)
-    assert code == 0 and re.search("; [1-9] samples skipped", told)
+    code, told, error = go(f"{printed} --steps 6 --pseudo-weight 9", few)
+    assert code == 0 and re.search("; [1-9] samples skipped", told), error
 
 
 @pytest.mark.parametrize(("flags", "says"), [
