@@ -339,6 +339,10 @@ def check(cfg, given=()):
         lora_config()       # for its ValueError without peft
     if cfg.init:
         check_finished(cfg.init, 1, "--init starts from a finished stage 1")
+    for name in ("data", "base", "cache", "init", "pseudo", "teacher"):     # what goes on may do so from another folder
+        path = getattr(cfg, name)
+        if path and (os.path.isdir(path) or name == "cache" and path == cfg.cache_folder):
+            setattr(cfg, name, os.path.abspath(path))
     return cfg
 
 

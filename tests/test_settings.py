@@ -124,6 +124,17 @@ def test_stage_two_takes_over_the_data_of_stage_one(go, tmp_path):
     assert (train["scenes"], train["size"], train["cache"]) == (2, "24x16", "none")
 
 
+def test_a_run_goes_on_from_another_folder(tmp_path, monkeypatch):
+    """Paths were kept as typed: stage 2, --resume and evaluate.py looked for --data my below wherever they began."""
+    for name in ("my", "base"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    cfg = settings.parse_args("--data my --base base --cache new --size 16x24".split())
+    assert [cfg.data, cfg.base, cfg.cache] == [str(tmp_path / name) for name in ("my", "base", "new")]
+    cfg = settings.parse_args("--base org/name --cache none".split())
+    assert [cfg.data, cfg.base, cfg.cache] == ["", "org/name", "none"]
+
+
 @pytest.mark.parametrize("flags, told", [
     ("--stage 2 --tasks normal", "--tasks normal contradicts"),
     ("--stage 2 --palette corners", "--palette corners contradicts"),
