@@ -104,7 +104,8 @@ def _runs(folder):
         print(f"{folder}: {len(others)} other files left out: {names}", file=sys.stderr)
 
     def natural(path):
-        return [int(x) if x.isdecimal() else x for x in re.split("([0-9]+)", path.stem.lower())], path.name
+        parts = re.split("([0-9]+)", path.stem.lower())
+        return [int(x) if x.isascii() and x.isdecimal() else x for x in parts], path.name
 
     runs, expected = [], None
     for path in sorted(paths, key=natural):
