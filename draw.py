@@ -319,12 +319,13 @@ def attention_table(log, tasks):
     {"tasks": [...], "mean": {main: {task: weight}}, "attention": {main: {block: {task: weight}}}}.
 
     weight: mean over pixels and heads of the attention that predicting `main` pays to the auxiliary stream of `task`;
-    each row sums to 1. Blocks are in running order; "mean" is over blocks.
+    each row sums to 1. Blocks are in running order; "mean" is over blocks. Of a block's weights for a task the first
+    count: with confidence, the mirror image's come later.
     """
     attention = {}
     for block, main, weights in log:
         short = re.sub(r"_blocks?|attentions\.|\.transformer_blocks\.0$", "", block)
-        attention.setdefault(main, {})[short] = weights
+        attention.setdefault(main, {}).setdefault(short, weights)
     attention = {t: attention[t] for t in tasks if t in attention}
     mean = {main: {t: fmean(row[t] for row in rows.values()) for t in tasks if t != main}
             for main, rows in attention.items()}
