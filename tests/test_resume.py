@@ -287,6 +287,24 @@ def test_a_lengthened_run_remembers_where_it_ended(go, tmp_path, monkeypatch):
     assert best and best == {p: p.read_bytes() for p in best}
 
 
+def test_a_lengthened_run_that_is_killed_remembers_where_it_ended(go, tmp_path, monkeypatch):
+    """The same if it is killed before its next checkpoint: the second --resume forgot that loss."""
+    losses = iter([3, 1, 1, 1, 4, 5])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: (next(losses), []))
+    assert go(f"--tasks {THREE} --save-every 4 --val-samples 1 --steps 3")[0] == 0
+    best = {p: p.read_bytes() for p in (tmp_path / "out/best").rglob("*.safetensors")}
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(train, "optimizer_step", killed)
+        assert go("--resume --steps 6")[0] == 130
+    code, said, _ = go("--resume")
+    assert code == 0 and "lowest held-out loss: 1.0000 at step 3" in said
+    assert saved(tmp_path / "out")["held_out"] == {"0": 3, "3": 1, "4": 4, "6": 5}
+    assert best and best == {p: p.read_bytes() for p in best}
+
+
 def test_best_is_never_of_the_run_before(go, tmp_path):
     """--overwrite without held-out samples leaves no best/ of what it replaced."""
     assert go(f"--tasks {THREE} --steps 1 --val-samples 1")[0] == 0 and (tmp_path / "out/best").is_dir()
