@@ -489,8 +489,10 @@ def train(rank, world_size, device, cfg, saved, tensors):
               file=sys.stderr)
     elif chief:
         minutes = (time.time() - start) / 60
-        print(done_already(cfg, model) if saved and saved["step"] == step else
-              f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world_size} processes of "
+        before = saved["step"] if saved else 0
+        made = f"the last {step - before} of {step} steps" if before else f"{step} steps"
+        print(done_already(cfg, model) if before == step else
+              f"stage {cfg.stage}: {made} in {minutes:.1f} min on {device}, {world_size} processes of "
               f"{torch.get_num_threads()} threads; {len(set(skipped))} samples skipped; model in {out}")
         if best := best_step(about):
             print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")

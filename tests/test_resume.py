@@ -259,12 +259,14 @@ def test_a_stage_2_stopped_before_it_saved_anything(go, second, monkeypatch):
 
 def test_lengthened_run_equals_uninterrupted(go, tmp_path):
     """A finished run of two steps and --resume --steps 4 equals four steps at once, for the exponential schedule does
-    not read --steps; the record says so. Fewer steps than are done are refused."""
+    not read --steps; the record says so, and the last line how many were made now. Fewer steps than are done are
+    refused."""
     given = f"--tasks {THREE} --schedule exponential --save-every 2"
     assert go(f"{given} --steps 4 --out {tmp_path / 'whole'}")[0] == 0
-    assert go(f"{given} --steps 2")[0] == 0
-    code, _, error = go("--resume --steps 4")
-    assert code == 0 and "cosine" not in error
+    code, said, _ = go(f"{given} --steps 2")
+    assert code == 0 and said.startswith("stage 1: 2 steps in ")
+    code, said, error = go("--resume --steps 4")
+    assert code == 0 and said.startswith("stage 1: the last 2 of 4 steps in ") and "cosine" not in error
     assert compare(tmp_path / "whole", tmp_path / "out") == []
     config = saved(tmp_path / "out")
     assert config["train"]["steps"] == 4 and [(r["step"], r["steps"]) for r in config["resumed"]] == [(2, [2, 4])]
