@@ -303,7 +303,8 @@ def predict_testset(args):
     written = [t for t in asked if any(fits(TASKS[t], form) for form in forms)]
     readers = test_sets(data, size, split, written, whose, limit=args.limit)
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
-                               "stage": 2 if model.multi else 1, "key": digest(map_dependencies(args, model))},
+                               "stage": 2 if model.multi else 1, "key": digest(map_dependencies(args, model)),
+                               "test_sets": {r.name: digest([r.version, r.identity()]) for r in readers}},
                       args.overwrite)
     tally, skipped = Counter(), []
     try:
