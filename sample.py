@@ -33,7 +33,7 @@ from cli import Parser, number, parse_device, run, steady, whole, writable  # be
 from tqdm import tqdm
 
 from baselines import load as load_model
-from checkpoint import crc, digest, read_config
+from checkpoint import crc, digest, read_config, stamps
 from draw import attention_table
 from evaluate import choose, data_name, source_files, test_sets
 from inference import infer, predictions
@@ -327,11 +327,9 @@ def predict_testset(args):
 def map_dependencies(args, model):
     """What maps follow from beside their frames, as json: code, flags and weights, these by size and time, since
     checksums would take long."""
-    def stated(folder, *patterns):
-        files = sorted(p for pattern in patterns for p in Path(folder).glob(pattern))
-        return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    weights = stated(args.ckpt, "model.json", "*.safetensors", "*/*model*.safetensors")
-    decoder = [args.decoder, stated(args.decoder, "*")] if args.decoder else []
+    names = "model.json", "*.safetensors", "*/*model*.safetensors"
+    weights = stamps((p for name in names for p in args.ckpt.glob(name)), args.ckpt)
+    decoder = [args.decoder, stamps(Path(args.decoder).glob("*"), args.decoder)] if args.decoder else []
     camera = astuple(args.camera) if args.camera else None
     code = [crc(path) for path in sorted(source_files())]
     return [code, weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder,
