@@ -411,7 +411,7 @@ class Records:
 
     def __init__(self, path, count, numbers):
         self.path, self.count, self.bytes = Path(path), count, 2 * numbers
-        self.file = None
+        self.file, self.full = None, False
 
     def _open(self):
         if self.file is None:
@@ -430,7 +430,7 @@ class Records:
 
     def write(self, k, vector):
         """Keep a (numbers,) float16 vector as record k, if there is room for it."""
-        if not 0 <= k < self.count:
+        if self.full or not 0 <= k < self.count:
             return
         data = vector.tobytes()
         try:
@@ -438,4 +438,4 @@ class Records:
         except OSError as error:
             print(f"notice: {self.path} keeps no more ({error.strerror}); what is missing is computed anew each time",
                   file=sys.stderr)
-            self.count = 0
+            self.full = True

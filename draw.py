@@ -148,13 +148,13 @@ def _figure(width, height):
     return figure
 
 
-def draw_curves(panels, columns=4):
+def draw_curves(panels):
     """Charts of quantities, from zero up, over whole numbers -> matplotlib figure.
 
     panels: [(title, x label, y label, {name: [curve, ...]})], a curve being [(x, y), ...]. A name has one colour in all
     panels; curves of few points show them.
     """
-    columns = min(columns, len(panels))
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure, lines = _figure(3.5 * columns, 2.9 * rows + 0.4), {}
     figure.get_layout_engine().set(w_pad=0.1)
@@ -319,19 +319,20 @@ def attention_table(log, tasks):
     {"tasks": [...], "mean": {main: {task: weight}}, "attention": {main: {block: {task: weight}}}}.
 
     weight: mean over pixels and heads of the attention that predicting `main` pays to the auxiliary stream of `task`;
-    each row sums to 1. Blocks are in running order; "mean" is over blocks.
+    each row sums to 1. Blocks are in running order; "mean" is over blocks. Of a block's weights for a task the first
+    count: with confidence, the mirror image's come later.
     """
     attention = {}
     for block, main, weights in log:
         short = re.sub(r"_blocks?|attentions\.|\.transformer_blocks\.0$", "", block)
-        attention.setdefault(main, {})[short] = weights
+        attention.setdefault(main, {}).setdefault(short, weights)
     attention = {t: attention[t] for t in tasks if t in attention}
     mean = {main: {t: fmean(row[t] for row in rows.values()) for t in tasks if t != main}
             for main, rows in attention.items()}
     return {"tasks": list(tasks), "mean": mean, "attention": attention}
 
 
-def draw_attention(table, columns=4):
+def draw_attention(table):
     """The table as heat maps in percent, averaged over blocks, then of each main task's blocks -> matplotlib figure."""
     tasks = table["tasks"]
     panels = {"mean of the blocks": table["mean"]}
@@ -339,7 +340,7 @@ def draw_attention(table, columns=4):
     even = 100 / (len(tasks) - 1)
     most = max(100 * w for rows in panels.values() for row in rows.values() for w in row.values())
     peak = min(100, max(2 * even, most))        # the darkest colour is at least twice an even share
-    columns = min(columns, len(panels))
+    columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     width, height = 0.9 + 0.32 * len(tasks), 1.4 + 0.22 * max(map(len, panels.values()))
     figure = _figure(max(7, 1 + columns * width), lines * height)

@@ -33,7 +33,7 @@ from cli import Parser, number, parse_device, run, steady, whole, writable  # be
 from tqdm import tqdm
 
 from baselines import load as load_model
-from checkpoint import crc, digest, read_config
+from checkpoint import crc, digest, read_config, stamps
 from draw import attention_table
 from evaluate import choose, data_name, test_sets
 from inference import infer, predictions
@@ -105,7 +105,8 @@ def _runs(folder):
         print(f"{folder}: {len(others)} other files left out: {names}", file=sys.stderr)
 
     def natural(path):
-        return [int(x) if x.isdecimal() else x for x in re.split("([0-9]+)", path.stem.lower())], path.name
+        parts = re.split("([0-9]+)", path.stem.lower())
+        return [int(x) if x.isascii() and x.isdecimal() else x for x in parts], path.name
 
     runs, expected = [], None
     for path in sorted(paths, key=natural):
@@ -303,7 +304,8 @@ def predict_testset(args):
     written = [t for t in asked if any(fits(TASKS[t], form) for form in forms)]
     readers = test_sets(data, size, split, written, whose, limit=args.limit)
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,
-                               "stage": 2 if model.multi else 1, "key": digest(map_dependencies(args, model))},
+                               "stage": 2 if model.multi else 1, "key": digest(map_dependencies(args, model)),
+                               "test_sets": {r.name: digest([r.version, r.identity()]) for r in readers}},
                       args.overwrite)
     tally, skipped = Counter(), []
     try:
@@ -326,11 +328,9 @@ def predict_testset(args):
 def map_dependencies(args, model):
     """What maps follow from beside their frames, as json: code, flags and weights, these by size and time, since
     checksums would take long."""
-    def stated(folder, *patterns):
-        files = sorted(p for pattern in patterns for p in Path(folder).glob(pattern))
-        return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    weights = stated(args.ckpt, "model.json", "*.safetensors", "*/*model*.safetensors")
-    decoder = [args.decoder, stated(args.decoder, "*")] if args.decoder else []
+    names = "model.json", "*.safetensors", "*/*model*.safetensors"
+    weights = stamps((p for name in names for p in args.ckpt.glob(name)), args.ckpt)
+    decoder = [args.decoder, stamps(Path(args.decoder).glob("*"), args.decoder)] if args.decoder else []
     camera = astuple(args.camera) if args.camera else None
     code = [crc(path) for path in sorted(source_files())]
     return [code, weights, model.multi is None, args.size, model.size, args.vae_tiling, args.device.type, *decoder,

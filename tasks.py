@@ -90,7 +90,7 @@ def _signed_max(label, valid):
     return label / torch.where(peak > 0, peak, torch.ones_like(peak))
 
 
-def _percentiles(depth, valid, low=0.02, high=0.98):
+def _percentiles(depth, valid):
     """2nd and 98th percentile over the valid pixels of each image -> two (B,1,1,1) tensors."""
     out = []
     for d, v in zip(depth, valid, strict=True):
@@ -101,7 +101,7 @@ def _percentiles(depth, valid, low=0.02, high=0.98):
             continue
         d = d.sort().values
         pair = []
-        for q in (low, high):
+        for q in (0.02, 0.98):
             at = q * (d.numel() - 1)
             i = int(at)
             j = min(i + 1, d.numel() - 1)
@@ -152,10 +152,6 @@ def _decode_unit(code):
 def _encode_flow(label, valid):
     code = _signed_max(label, valid)
     return torch.cat([code, code[:, :1]], 1)
-
-
-def _encode_scene_flow(label, valid):
-    return _signed_max(label, valid)
 
 
 def _encode_intensity(label, valid):
@@ -340,7 +336,7 @@ TASKS = {t.name: t for t in [
          say=partial(_say_motion, "uv", "pixels")),
     # metres (x, y, z) of the point's motion relative to the camera; each channel's scale is lost
     Task("scene_flow", "scene flow", 2, 3, "metres (x, y, z), OpenCV axes, up to one positive scale per channel", "epe",
-         _encode_scene_flow, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1),
+         _signed_max, lambda code: code.float(), _colour_flow, hflip=(-1, 1, 1), vflip=(1, -1, 1),
          geometry=MOTION_3D, scale=_flow_scale, tell=_tell_scene_flow, key=_key_scene_flow,
          say=partial(_say_motion, "xyz", "metres")),
     # grey irradiance

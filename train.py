@@ -410,7 +410,7 @@ def train(rank, world_size, device, cfg, saved, tensors):
                 save_state(out, about | scaling, step, parts, optimizer)    # first: from here --resume can do the rest
                 save_model(model, out, frozen_from)
             # where the run ends, or ended before it was lengthened, and not where Ctrl-C happened to fall
-            ends = cfg.steps, saved and saved["train"]["steps"]
+            ends = cfg.steps, *(r["step"] for r in about["resumed"] if r["step"] == r["steps"][0])
             if held_out and (step % cfg.save_every == 0 or step in ends):
                 loss, bad = held_out_loss(model, objective, held_out, workers, device, autocast)
                 skipped.extend(bad)
@@ -489,8 +489,10 @@ def train(rank, world_size, device, cfg, saved, tensors):
               file=sys.stderr)
     elif chief:
         minutes = (time.time() - start) / 60
-        print(done_already(cfg, model) if saved and saved["step"] == step else
-              f"stage {cfg.stage}: {step} steps in {minutes:.1f} min on {device}, {world_size} processes of "
+        before = saved["step"] if saved else 0
+        made = f"the last {step - before} of {step} steps" if before else f"{step} steps"
+        print(done_already(cfg, model) if before == step else
+              f"stage {cfg.stage}: {made} in {minutes:.1f} min on {device}, {world_size} processes of "
               f"{torch.get_num_threads()} threads; {len(set(skipped))} samples skipped; model in {out}")
         if best := best_step(about):
             print(f"lowest held-out loss: {about['held_out'][best]:.4f} at step {best}, in {out / 'best'}")

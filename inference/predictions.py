@@ -22,7 +22,8 @@ from readers.reader import some
 from tasks import IGNORE, TASKS
 
 SAME_CROP = 1.005   # the least that a whole image and its crop differ by in aspect ratio is 1.0075
-NOTE = {"data": str, "split": str, "size": (None, [int, int]), "checkpoint": str, "stage": int, "key": str}
+NOTE = {"data": str, "split": str, "size": (None, [int, int]), "checkpoint": str, "stage": int, "key": str,
+        "test_sets": (None, {str: str})}
 
 
 def read_note(folder):
@@ -37,12 +38,15 @@ def read_note(folder):
 # ---- writing ----
 
 def begin(folder, note, overwrite):
-    """Make the folder ready for predictions of this note: those made from the same stay. FileExistsError if it holds
-    anything else, unless overwrite: then the predictions of another note make room."""
+    """Make the folder ready for predictions of this note: those made from the same stay, of other test sets too.
+    FileExistsError if it holds anything else, unless overwrite: then the predictions of another note make room."""
     folder, old = Path(folder), read_note(folder)
+    known, now = old.get("test_sets") or {}, note["test_sets"]
+    alike = all(old.get(k) == x for k, x in note.items() if k != "test_sets")
+    alike = alike and all(known[name] == now[name] for name in known.keys() & now.keys())
     if folder.is_dir() and any(folder.iterdir()) and not old:
         raise FileExistsError(f"{folder} holds other things than predictions of a test set: name another --output")
-    if old and (overwrite or old != note):
+    if old and (overwrite or not alike):
         if not overwrite:
             raise FileExistsError(f"{folder} holds predictions of {old['checkpoint']} on the {old['split']} split of "
                                   f"{old['data']}, made with other weights, data or settings: name another --output, "
@@ -51,8 +55,9 @@ def begin(folder, note, overwrite):
             if path.is_dir() and any((path / t).is_dir() for t in TASKS):
                 shutil.rmtree(path)
         (folder / "results.json").unlink(missing_ok=True)
+        known = {}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "made_from.json", note)
+    write_json(folder / "made_from.json", note | {"test_sets": known | now})
 
 
 def write(model, reader, tasks, folder, forms, batch, rows=None, limit=None, skip_bad=False):

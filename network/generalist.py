@@ -179,13 +179,10 @@ class Generalist(StableMTL):
         shape, seeds, out = (self.unet.config.out_channels, *grid), self.seeds or range(len(z_i)), {}
         for part in passes(tasks, z_i, rows):
             noise = torch.stack([draw(f"{seed} {t}", shape, z_i.device)[0] for t in part for seed in seeds])
-            step = partial(self._step, *self._pairs(z_i, z_j, part), part)
+            step = partial(self._run, self.unet, *self._pairs(z_i, z_j, part), part)
             x0 = ddim(step, noise, self.axes["ddim_steps"], self.axes["input_scale"], LIMITS[self.space])
             out |= by_task(x0, part)
         return out
-
-    def _step(self, z_i, z_j, tasks, x, t):
-        return self._run(self.unet, z_i, z_j, tasks, x, t)
 
     @torch.no_grad()
     def predict(self, image, next_image=None, tasks=None, rows=None):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sample
 from inference import confidence
 from inference.confidence import SHARES, Sparsification, agreement, difference, turned
 from inference.infer import mirror_maps
@@ -61,6 +62,14 @@ def test_a_model_that_no_mirror_deceives_is_sure():
         assert agreement(TASKS[t], there[t][0], back[t][0]).min() > 0.999
     right = torch.stack([torch.ones(12, 18), torch.zeros(12, 18)])
     assert agreement(TASKS["optical_flow"], right, turned(TASKS["optical_flow"], right[None])[0]).max() == 0.5
+
+
+def test_attention_is_not_the_mirror_images(tiny_ckpt, tmp_path):
+    """Beside --confidence, --attention wrote the weights of that second prediction."""
+    flags, table = f"--ckpt {tiny_ckpt} --toy real:3 --attention", "real-3/attention.json"
+    for out, more in (("alone", ""), ("both", "--confidence")):
+        assert sample.main(f"{flags} --output {tmp_path / out} {more}".split()) == 0
+    assert (tmp_path / "both" / table).read_text() == (tmp_path / "alone" / table).read_text()
 
 
 def test_what_a_task_leaves_open_is_no_disagreement():

@@ -14,6 +14,7 @@ import evaluate
 import sample
 from cli import run
 from data import test_batches as samples
+from inference import predictions
 from inference.infer import restore
 from inference.predictions import Predictions
 from readers.diode import Diode
@@ -321,6 +322,38 @@ def test_a_test_set_is_finished_where_it_stopped(tiny_ckpt, tmp_path, capsys):
     (tmp_path / "q/thesis.txt").write_text("x")
     code, _, error = go(f"--output {tmp_path / 'q'}")
     assert code == 2 and "holds other things than predictions" in error
+
+
+def test_predictions_of_files_that_changed_are_not_kept(own, tiny_ckpt, tmp_path, capsys):
+    """They were, and scored against the new data. Further tasks of the same images are added, and --overwrite makes all
+    anew."""
+    root, folder = shutil.copytree(own, tmp_path / "my"), tmp_path / "p"
+
+    def go(more):
+        flags = f"--ckpt {tiny_ckpt} --testset {root} --output {folder} {more}"
+        return (run(lambda: sample.main(flags.split())), *capsys.readouterr())
+    assert go("--tasks depth")[0] == go("--tasks optical_flow")[0] == 0
+    path = folder / "folder/depth/s.1.npy"
+    before = path.read_bytes()
+    shutil.copy(root / "images/s.2.png", root / "images/s.1.png")
+    code, _, error = go("--tasks depth")
+    assert code == 2 and "made with other weights, data or settings" in error and path.read_bytes() == before
+    code, said, _ = go("--tasks depth --overwrite")
+    assert code == 0 and "3 samples of folder predicted, 0 kept" in said and path.read_bytes() != before
+    assert go("--tasks depth")[1].startswith("0 samples of folder predicted, 3 kept")
+
+
+def test_a_note_is_about_all_test_sets_in_its_folder(tmp_path):
+    """Also about those that the last command did not ask for."""
+    def begin(overwrite=False, **sets):
+        note = {"data": "d", "split": "test", "size": None, "checkpoint": "c", "stage": 1, "key": "k"}
+        predictions.begin(tmp_path, note | {"test_sets": sets}, overwrite)
+        return predictions.read_note(tmp_path)["test_sets"]
+    assert begin(a="1") == {"a": "1"}
+    assert begin(b="1") == begin(a="1") == {"a": "1", "b": "1"}
+    with pytest.raises(FileExistsError, match="made with other weights, data or settings"):
+        begin(a="2")
+    assert begin(True, a="2") == {"a": "2"}
 
 
 def test_what_no_format_fits_is_not_counted(tiny_ckpt, tmp_path, capsys):

@@ -270,12 +270,14 @@ def test_a_stage_2_stopped_before_it_saved_anything(go, second, monkeypatch):
 
 def test_lengthened_run_equals_uninterrupted(go, tmp_path):
     """A finished run of two steps and --resume --steps 4 equals four steps at once, for the exponential schedule does
-    not read --steps; the record says so. Fewer steps than are done are refused."""
+    not read --steps; the record says so, and the last line how many were made now. Fewer steps than are done are
+    refused."""
     given = f"--tasks {THREE} --schedule exponential --save-every 2"
     assert go(f"{given} --steps 4 --out {tmp_path / 'whole'}")[0] == 0
-    assert go(f"{given} --steps 2")[0] == 0
-    code, _, error = go("--resume --steps 4")
-    assert code == 0 and "cosine" not in error
+    code, said, _ = go(f"{given} --steps 2")
+    assert code == 0 and said.startswith("stage 1: 2 steps in ")
+    code, said, error = go("--resume --steps 4")
+    assert code == 0 and said.startswith("stage 1: the last 2 of 4 steps in ") and "cosine" not in error
     assert compare(tmp_path / "whole", tmp_path / "out") == []
     config = saved(tmp_path / "out")
     assert config["train"]["steps"] == 4 and [(r["step"], r["steps"]) for r in config["resumed"]] == [(2, [2, 4])]
@@ -295,6 +297,24 @@ def test_a_lengthened_run_remembers_where_it_ended(go, tmp_path, monkeypatch):
     code, said, _ = go("--resume --steps 5")
     assert code == 0 and "lowest held-out loss: 1.0000 at step 3" in said
     assert saved(tmp_path / "out")["held_out"] == {"0": 3, "2": 2, "3": 1, "4": 4, "5": 5}
+    assert best and best == {p: p.read_bytes() for p in best}
+
+
+def test_a_lengthened_run_that_is_killed_remembers_where_it_ended(go, tmp_path, monkeypatch):
+    """The same if it is killed before its next checkpoint: the second --resume forgot that loss."""
+    losses = iter([3, 1, 1, 1, 4, 5])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: (next(losses), []))
+    assert go(f"--tasks {THREE} --save-every 4 --val-samples 1 --steps 3")[0] == 0
+    best = {p: p.read_bytes() for p in (tmp_path / "out/best").rglob("*.safetensors")}
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(train, "optimizer_step", killed)
+        assert go("--resume --steps 6")[0] == 130
+    code, said, _ = go("--resume")
+    assert code == 0 and "lowest held-out loss: 1.0000 at step 3" in said
+    assert saved(tmp_path / "out")["held_out"] == {"0": 3, "3": 1, "4": 4, "6": 5}
     assert best and best == {p: p.read_bytes() for p in best}
 
 

@@ -1,4 +1,5 @@
 """training/cache.py: the auxiliary streams of stage 2 that are kept equal those that the model computes."""
+import os
 import shutil
 from functools import partial
 
@@ -77,6 +78,26 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
         multi.unet.conv_in.bias += 1
     fetch(StreamCache(tmp_path, toys, multi, 1e9))
     assert len(list(tmp_path.glob("streams-*"))) == 2
+
+
+def test_a_full_disk_leaves_the_streams_that_are_kept(tmp_path, toys, multi, monkeypatch, capsys):
+    """With the first that found no room all those before were computed anew, too. What has no room is told once, and
+    computed each time."""
+    store, z, computed, streams = StreamCache(tmp_path, toys, multi, 1e9), tiny.latents(1, (8, 12)), [], multi.streams
+
+    def fetch(index, flip):
+        return store.fetch([("rooms", index, flip)], ("depth",), *z)
+    first = fetch(0, False)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(multi, "streams", lambda *args: computed.append(1) or streams(*args))
+    for _ in range(2):
+        assert same(fetch(0, False), first) and fetch(0, True) and fetch(1, False)
+    assert len(computed) == 4
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "rooms.f16 keeps no more (No space left on device); what is missing is" in said
 
 
 def test_streams_of_latents_that_are_made_anew_are_deleted(tmp_path, toys, multi):

@@ -108,7 +108,7 @@ def test_what_a_model_said_is_kept(finished):
     """Training and evaluation, where the study says it is; it was deleted while it was written."""
     for name, steps in (("single-task-albedo", 2), ("single", 4), ("multi", 2)):
         said = (finished[0] / "seed0" / name / "output.txt").read_text()
-        assert f" 0/{steps} [" in said and f": {steps} steps in" in said and "| real | albedo |" in said
+        assert f" 0/{steps} [" in said and f" {steps} steps in" in said and "| real | albedo |" in said
 
 
 def test_it_writes_tables_and_pictures(finished):

@@ -26,7 +26,7 @@ ROWS = {name for name, v in VARIANTS.items() if v.program == "train.py"}
 
 
 def parsed(out, flags=""):
-    return study.parse(f"--suite systems --out {out} --steps 14 --steps2 5 {flags}".split())
+    return study.parse(["--suite", "systems", "--out", str(out), *f"--steps 14 --steps2 5 {flags}".split()])
 
 
 # ---- a model that was stopped ----
@@ -50,8 +50,8 @@ def test_what_a_kill_left_is_resumed(tmp_path, there, resumes):
 
 def test_rows_are_what_train_takes(tmp_path):
     """Every row of train.py parses, tasks and systems as told; what a student starts from is trained before it, and is
-    of its own system."""
-    args, seen = parsed(tmp_path, "--only all --seeds 1"), {}
+    of its own system. A space in --out failed, which their flags were split at."""
+    args, seen = parsed(tmp_path / "of systems", "--only all --seeds 1"), {}
     for job in runs(args):
         assert job.parent is None or job.parent in {earlier.out for earlier in seen.values()}
         seen[job.variant] = job

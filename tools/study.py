@@ -299,7 +299,7 @@ def accepted(flags, args):
                "tools.discover": (discover.parse, ["--ckpt", nowhere])}
     for name in args.only:
         row = args.suite.variants[name]
-        own = row.flags.format(task=args.tasks[0], parent=f"{nowhere}/parent", out=nowhere, fifth=1).split()
+        own = row.filled(task=args.tasks[0], parent=f"{nowhere}/parent", out=nowhere, fifth=1)
         try:
             if row.program == "tools.oracle":
                 own = for_oracle(own, flags)

@@ -99,13 +99,13 @@ def verdict(differences):
     return "reproduced" if mean > 0 else "not reproduced"
 
 
-def seeds_needed(differences, most=1000):
+def seeds_needed(differences):
     """An estimate of how many seeds it takes to decide: the fewest whose 95% interval would exclude 0 if the mean and
-    the spread of these differences stayed. None: more than `most`, or a single seed, which tells no spread."""
+    the spread of these differences stayed. None: more than 1000, or a single seed, which tells no spread."""
     if len(differences) < 2:
         return None
     mean, deviation = abs(fmean(differences)), stdev(differences)
-    return next((n for n in range(2, most + 1) if mean > T95[min(n, 10) - 2] * deviation / n ** 0.5), None)
+    return next((n for n in range(2, 1001) if mean > T95[min(n, 10) - 2] * deviation / n ** 0.5), None)
 
 
 def advances(rows, zero, tasks, variant, where):
@@ -324,11 +324,11 @@ def draw_isolation(args, result):
                         "gain from isolation, %")
 
 
-def draw_attended(args, scenes=16):
+def draw_attended(args):
     """{variant: figure} of the multi streams, the paper's Fig. 9: which stream each task attends to, per block, mean
-    over scenes of the unseen world and over seeds."""
+    over 16 scenes of the unseen world and over seeds."""
     *_, world = test_readers(size=parse_size(args.settings["size"]))
-    samples, weights = [world.load(i, (), with_next=True) for i in range(min(scenes, args.limit))], {}
+    samples, weights = [world.load(i, (), with_next=True) for i in range(min(16, args.limit))], {}
     frames = [torch.stack([tensor_image(s[key]) for s in samples]) for key in ("image", "next")]
     for job in runs(args):
         if job.finished and "--stage 2" in job.row.flags:      # not of streams that hold the truth

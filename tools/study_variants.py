@@ -22,6 +22,10 @@ class Variant(NamedTuple):
         """What makes it this variant, in one line; settings that are as usual are left out."""
         return " ".join(self[:4]) + "".join(f" {x}" for x in self[4:] if x not in ("", "cache"))
 
+    def filled(self, **values):
+        """The flags as a list, with these in their braces."""
+        return [word.format(**values) for word in self.flags.split()]
+
 
 class Claim(NamedTuple):
     """That some variant has a higher Delta_m than another. "a + b": the sum of two, so that the difference of two
@@ -213,7 +217,7 @@ class Run(NamedTuple):
     @property
     def flags(self):
         """Of its program, as a list."""
-        return self.row.flags.format(task=self.task, parent=self.parent, out=self.out, fifth=self.steps // 5).split()
+        return self.row.filled(task=self.task, parent=self.parent, out=self.out, fifth=self.steps // 5)
 
     def batch(self, args):
         """Images per step: the row's own --batch, or the study's."""

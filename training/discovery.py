@@ -73,14 +73,14 @@ class PseudoLabels(LatentCache):
     otherwise = "name another folder, or work with the base, data, size and number of scenes that its teacher had"
 
     def __init__(self, folder, readers, vae_hash, pairs, teacher):
-        super().__init__(folder, [r for r in readers if r.name in pairs], vae_hash, "any")
+        self.readers = [r for r in readers if r.name in pairs]
+        super().__init__(folder, self.readers, vae_hash, "any")
         old = read_json(self.folder / "cache.json", "", ABOUT) if (self.folder / "cache.json").is_file() else {}
         for what, key, now in (("pairs", "cells", pairs), ("teacher", "teacher", teacher)):
             if old.get(key, now) != now:
                 raise ValueError(f"{folder} holds pseudo labels of other {what} ({old[key]}, now {now}): name another "
                                  "folder or delete this one")
         self.about |= {"cells": pairs, "teacher": teacher}
-        self.readers = [r for r in readers if r.name in pairs]
 
     def layout(self, reader, model):
         h, w = (s // model.factor for s in reader.size)
