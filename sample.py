@@ -39,7 +39,7 @@ from evaluate import choose, data_name, test_sets
 from inference import infer, predictions
 from inference.infer import LARGEST, check_pair, in_pixels, restore, restore_confidence
 from inference.photometric import Camera
-from inference.report import source_files
+from inference.report import source_files, weight_files
 from inference.results import Result, array_files, fingerprint, finished, own_folder, write
 from inference.video import Place, check_film, write_clips
 from network.loading import checkpoint_folder, read_model_json
@@ -328,8 +328,8 @@ def predict_testset(args):
 def map_dependencies(args, model):
     """What maps follow from beside their frames, as json: code, flags and weights, these by size and time, since
     checksums would take long."""
-    names = "model.json", "*.safetensors", "*/*model*.safetensors"
-    weights = stamps((p for name in names for p in args.ckpt.glob(name)), args.ckpt)
+    files = [*args.ckpt.glob("model.json"), *weight_files(args.ckpt, 2 if model.multi else 1)]
+    weights = stamps(files, args.ckpt)
     decoder = [args.decoder, stamps(Path(args.decoder).glob("*"), args.decoder)] if args.decoder else []
     camera = astuple(args.camera) if args.camera else None
     code = [crc(path) for path in sorted(source_files())]

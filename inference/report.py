@@ -61,12 +61,16 @@ def flags_of(args):
     return {k: v for k, v in vars(args).items() if k not in idle}
 
 
-def weights_of(folder, stage):
-    """Eight hexadecimal digits for the weights of a stage in a checkpoint's folder."""
+def weight_files(folder, stage):
+    """The files of the weights of a stage in a checkpoint's folder, and no other in it, best/ or a decoder's."""
     parts = ["tokens.safetensors", "stem.safetensors", "model.safetensors", "vae/*", "unet/*"]
     parts += ["main_unet/*", "task_attention.safetensors"] if stage == 2 else []
-    files = [path for part in parts for path in sorted(Path(folder).glob(part)) if path.is_file()]
-    return digest([crc(path) for path in files])
+    return [path for part in parts for path in sorted(Path(folder).glob(part)) if path.is_file()]
+
+
+def weights_of(folder, stage):
+    """Eight hexadecimal digits for them."""
+    return digest([crc(path) for path in weight_files(folder, stage)])
 
 
 def source_files():

@@ -166,8 +166,9 @@ def test_results_of_other_weights_are_not_reused(tiny_ckpt, tmp_path, stage):
         return report.fingerprints(report.result_dependencies(args, copy, size), [reader], [])[reader.name]
     first = key()
     (copy / "results.json").write_text("{}")
-    (copy / "best").mkdir()
-    (copy / "best/config.json").write_text("{}")
+    for name in ("best", "decoder"):
+        (copy / name).mkdir()
+        (copy / name / "config.json").write_text("{}")
     args.json, args.rows, args.batch = "elsewhere", 1, 3
     others = key((16, 24)), key(reader=ToyWorld("rooms", "test", 3)), key(reader=ToyWorld("rooms", "val", 2))
     assert key() == first and len({first, *others}) == 4
