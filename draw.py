@@ -186,13 +186,13 @@ def draw_intervals(rows, panels, xlabel):
         shares[title] = [(high - low) / whole for low, high in parts]
     widths = [width for parts in shares.values() for width in (*parts, 0.03)]       # a blank follows each panel
     grid = figure.add_gridspec(1, len(widths), width_ratios=widths, wspace=0.02)
-    places = iter(range(len(widths)))
+    places, most = iter(range(len(widths))), {}
     for title, table in panels.items():
         parts = [figure.add_subplot(grid[next(places)], xlim=ends) for ends in limits[title]]
         next(places)
         for axes, share in zip(parts, shares[title], strict=True):
             _plot_rows(axes, rows, table)
-            axes.locator_params(axis="x", nbins=max(1, round(6 * share)))       # numbers that do not touch
+            most[axes] = max(2, round(6 * share))
             axes.tick_params(labelleft=axes is figure.axes[0])
         parts[0].set_title(title, loc="left", pad=10)
         _label_axis(parts, xlabel)
@@ -200,6 +200,7 @@ def draw_intervals(rows, panels, xlabel):
     for axes in figure.axes:
         named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(named.values(), named, loc="outside upper center", ncols=2, frameon=False)
+    _space_numbers(figure, most)
     return figure
 
 
@@ -236,10 +237,10 @@ def _plot_rows(axes, rows, table):
 
 
 def _label_axis(parts, xlabel):
-    """Ticks and label of one panel's x axis; if it is cut, also slanted strokes at the cut and a note."""
+    """Numbers and label of one panel's x axis; if it is cut, also slanted strokes at the cut and a note."""
     widths = [high - low for low, high in (axes.get_xlim() for axes in parts)]
-    for axes, width in zip(parts, widths, strict=True):
-        axes.locator_params(axis="x", nbins=max(2, round(6 * width / sum(widths))))
+    for axes in parts:
+        axes.xaxis.set_major_formatter("{x:.10g}")      # a factor beside the axis would lie on its label
     for left, right in pairwise(parts):
         xlabel += f"\naxis cut from {left.get_xlim()[1]:.2g} to {right.get_xlim()[0]:.2g}"
         left.spines.right.set_visible(False)
@@ -248,7 +249,27 @@ def _label_axis(parts, xlabel):
         for axes, x in ((left, 1), (right, 0)):
             axes.plot([x, x], [0, 1], marker=[(-0.5, -1), (0.5, 1)], markersize=9, color="black", ls="none",
                       clip_on=False, transform=axes.transAxes)
-    parts[widths.index(max(widths))].set_xlabel(xlabel)
+    widest = widths.index(max(widths))
+    parts[widest].set_xlabel(xlabel, loc="center" if len(parts) == 1 else ("left", "right")[widest])
+
+
+def _space_numbers(figure, most):
+    """Ticks of axes side by side, {axes: at most so many steps}; fewer where numbers touch one another or those of the
+    axes beside them."""
+    crowded = True
+    while crowded:
+        for axes, steps in most.items():
+            axes.locator_params(axis="x", nbins=steps, min_n_ticks=min(steps, 2))
+        figure.draw_without_rendering()
+        numbers = []
+        for axes in most:
+            low, high = axes.get_xlim()
+            labels = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            numbers += [(axes, label.get_window_extent()) for x, label in labels if low <= x <= high]
+        close = [pair for pair in pairwise(numbers) if pair[0][1].x1 + 4 > pair[1][1].x0]
+        crowded = {axes for pair in close for axes, _ in pair if most[axes] > 1}
+        for axes in crowded:
+            most[axes] -= 1
 
 
 def draw_scatter(title, points, xlabel, ylabel):

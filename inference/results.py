@@ -6,14 +6,17 @@ nothing in the folder counts; without it the folder is somebody else's, and stay
 import io
 import json
 import os
+import sys
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from checkpoint import digest, put, read_json
 from draw import COMPARED, cell, compare, draw_attention, draw_panel
@@ -54,6 +57,14 @@ def _claim(folder, item):
     """Note whose folder it is, before anything else is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     put_json(folder / "made_from.json", {"input": item.source})
+
+
+@cache
+def _tell_replaced(output):
+    """Say, once for all inputs, that maps in this folder make room for others."""
+    tqdm.write(f"notice: maps in {output} were made by other settings or another checkpoint, or of other frames; new "
+               "ones replace them, and all that came with them (confidence, scales, attention) goes: another --output "
+               "keeps both", file=sys.stderr)
 
 
 def fingerprint(frames, settings):
@@ -101,7 +112,7 @@ class Result:
 def write(folder, item, key, frames, result, forms=("npy",)):
     """The Result of a sample.Input with its frames, 1 or 2 of (H,W,3) uint8. forms: of the arrays, of exports.FORMATS.
 
-    Maps of another input or checkpoint do not stay.
+    Maps of another input, checkpoint or other settings do not stay, and a notice on stderr says so.
     """
     (_, before, there), size = made_from(folder), frames[0].shape[:2]
     arrays = array_files(TASKS, FORMATS)
@@ -111,6 +122,8 @@ def write(folder, item, key, frames, result, forms=("npy",)):
     if item.frame:      # the frames' common folder belongs to this video, too
         _claim(folder.parent, item)
     _claim(folder, item)
+    if before not in (None, key):
+        _tell_replaced(folder.parent.parent if item.frame else folder.parent)
     for name in ours - files:
         (folder / name).unlink(missing_ok=True)
     cells = [(name, cell(f)) for name, f in zip(("image", "second frame"), frames, strict=False)]

@@ -261,6 +261,25 @@ def test_intervals_show_mean_deviation_and_seeds():
     assert widths[0] + widths[1] == pytest.approx(widths[2] + widths[3], rel=0.02)
 
 
+@pytest.mark.parametrize("table", [
+    [[-0.0115, -0.0112], [0.0], [0.0002, -0.0001], [0.0004, 0.0001]],
+    [[-2.1e-6, -2e-6], [0.0], [1e-7], [-1.01e-5, -1e-5]],
+    [[-14.0, -12.7], [-1.4, -0.9], [0.0], [0.6, 0.05]]])
+def test_numbers_of_an_axis_do_not_touch(table):
+    """Of tiny effects they ran into one another ("-0.0114-0.0112"), a factor 1e-6 lay on the label, and the labels of
+    two panels on each other. Each part has a number still."""
+    panels = {"The unseen world": table, "Held-out scenes of the training worlds": table[::-1]}
+    figure = draw.draw_intervals([f"multi stream, variant {i}" for i in range(4)], panels,
+                                 "Delta_m %, single stream continued: 0")
+    said = readable(figure)
+    assert sum("single stream continued: 0\naxis cut from" in text for text in said) == 2
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        shown = [label.get_text() for x, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+                 if low <= x <= high]
+        assert 1 <= len(shown) == len(set(shown)) and not axes.xaxis.offsetText.get_text()
+
+
 @pytest.mark.parametrize("table", [[[0.0], [3.0]], [[], []], [[0.0], [0.0], [0.0]], [[0.0, 0.0], [], [-1.0, 2.0]],
                                    [[0.0], [100.0], [101.0]], [[0.0], [1.0], [2.0], [50.0], [90.0]]])
 def test_intervals_of_few_values(table):

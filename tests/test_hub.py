@@ -23,6 +23,7 @@ from cli import run
 from model import StableMTL
 from network.loading import SHARED, on_hub
 from tools import convert, distil
+from tools import hub as hub_tool
 
 QUICK = "--limit 1 --trivial 0 --workers 0 --batch 1"
 
@@ -232,6 +233,8 @@ def test_a_trained_checkpoint_goes_to_the_hub_and_back(hub, stage1, capsys):
     own = {"README.md", "config.json", "model.json", "results.json", "tokens.safetensors"}
     assert files.keys() == own | parts
     card = files.pop("README.md").decode()
+    for name in ("config.json", "results.json"):        # these tell the folders of these tests
+        assert json.loads(files.pop(name)) == hub_tool.without_folders(json.loads(Path("out", name).read_text()))
     assert all(content == Path("out", name).read_bytes() for name, content in files.items())
     assert len(table) > 3 and all(line in card for line in table)
     for said in ("semantic, depth, optical flow", "license: other", "1 steps of 4, seed 0", "procedural worlds (",
@@ -268,6 +271,47 @@ def test_the_card_tells_of_this_model(hub, stage1, capsys):
         assert {name for name in files if "results" in name} == (shared - {"results.json"} if why else shared)
         assert ("At most 1 samples of each test set" in card) == (report is whole)
         assert not [name for name in files if "main_unet" in name or "task_attention" in name]
+
+
+@pytest.mark.parametrize("text, told", [
+    ("/home/J Smith/kitti", "kitti"), ("/data", "data"), ("/home/me/kitti/", "kitti/"), ("../kitti", "../kitti"),
+    ("kitti: /home/me/My kitti/a b.png is empty (0 bytes)", "kitti: a b.png is empty (0 bytes)"),
+    ("wild: 'depth'=\"/home/me/a.npy\" and /mnt/b.npy differ", "wild: 'depth'=\"a.npy\" and b.npy differ"),
+    ("https://arxiv.org/abs/1 a/b, 3 / 4 img/s", "https://arxiv.org/abs/1 a/b, 3 / 4 img/s"),
+    ({"a": ["/x/y", 1, None]}, {"a": ["y", 1, None]}),
+])
+def test_of_absolute_paths_the_last_name_is_left(text, told):
+    """In sentences, too; what has a slash without being such a path stays."""
+    assert hub_tool.without_folders(text) == told
+
+
+def test_paths_of_this_machine_stay_here(hub, stage1, capsys):
+    """The public results.json said where the data lie, config.json where the base and the cache do, the card as well.
+    The files here stay as they are, and what comes back loads, and knows its results."""
+    mine = "/home/john/secret"
+    shutil.copytree(stage1, "out")
+    assert evaluate.main(f"--ckpt out {QUICK}".split()) == 0
+    for name, parts, told in (
+            ("config.json", ("train", "stage1"), {"data": f"{mine}/kitti", "base": f"{mine}/sd2", "cache": mine,
+                                                  "out": f"{mine}/out", "init": mine, "pseudo": mine, "teacher": mine}),
+            ("results.json", ("", "flags"), {"data": f"{mine}/kitti", "skipped": [f"kitti: {mine}/1.png is empty"]})):
+        content = json.loads(Path("out", name).read_text())
+        for part in parts:
+            where = content[part] if content.get(part) else content
+            where |= told
+        Path("out", name).write_text(json.dumps(content))
+    before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    code, files = pushed(hub, "--ckpt out")
+    assert code == 0 and not [name for name, content in files.items() if b"john" in content]
+    assert before == {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
+    assert json.loads(files["config.json"])["train"]["base"] == "sd2"
+    assert json.loads(files["results.json"])["skipped"] == ["kitti: 1.png is empty"]
+    card = files["README.md"].decode()
+    assert "derive from sd2 and" in card and "base_model" not in card
+    assert torch.equal(weights(StableMTL.from_pretrained("my/model")), weights(StableMTL.load("out")))
+    back = hub.cache / "my/model/main"
+    assert not hub_tool.faults(back / "results.json", back)
+    assert evaluate.main(f"--ckpt my/model --data toy {QUICK}".split()) == 0
 
 
 @pytest.mark.parametrize("config, licence, says", [

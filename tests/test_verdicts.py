@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tools import study
-from tools.study_report import attended, draw_isolation, draw_losses, seeds_needed, verdict
+from tools.study_report import attended, claim_table, draw_isolation, draw_losses, seeds_needed, spread, verdict
 from tools.study_variants import runs
 
 
@@ -20,6 +20,15 @@ def test_verdict():
     for n in [k for k in range(2, 11) for _ in range(20)]:
         d = [rng.gauss(0.7, 0.5) for _ in range(n)]
         assert (verdict(d) != "undecided") == (stats.ttest_1samp(d, 0).pvalue < 0.05)
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    """A tiny loss was printed as -0.00, a tiny gain as +0.00."""
+    claim = {"claim": "it helps", "where": "unseen", "paper": 1.5, "verdict": "not reproduced"}
+    *_, row = claim_table({"claims": [claim | {"differences": [-0.001, -0.002], "seeds needed": 3}]})
+    assert row == "| it helps | unseen | 0.00 ± 0.00071 | +1.50 | not reproduced |"
+    told = [spread([x], "+.2f") for x in (-0.004, 0.0, 0.004, -0.006, 0.006)]
+    assert told == ["0.00", "0.00", "0.00", "-0.01", "+0.01"] and spread([-0.0]) == "0"
 
 
 def test_what_the_attention_does_at_the_end():

@@ -1,5 +1,6 @@
 """Videos: films hold one scale of colours, memory does not grow, and the flicker is what its definition says."""
 import json
+import re
 import shutil
 from functools import lru_cache, partial
 
@@ -187,6 +188,21 @@ def test_pixels_scale_the_array_or_say_why_not(go, shots, tmp_path, monkeypatch)
     assert np.array_equal(np.load(tmp_path / "out/f0/optical_flow.npy"), plain)
     go(*pair, *FLOWS)
     assert not (tmp_path / "out/f0/scales.json").exists()
+
+
+def test_maps_of_other_settings_go_with_a_notice(go, shots, clip, tmp_path):
+    """Without --pixels, the maps, confidences and scales made with it were deleted without a word. One notice for all
+    inputs names the folder; what is only added to, or made again, gives none."""
+    inputs = shots, clip
+    for flags in (("--pixels",), ("--pixels", "--confidence"), ("--pixels", "--overwrite")):
+        code, _, told = go(*inputs, *FLOWS, *flags)
+        assert code == 0 and "notice" not in told
+    lost = [tmp_path / "out" / name for name in ("f0/scales.json", "clip/000001/confidence_depth.npy")]
+    assert all(path.exists() for path in lost)
+    _, said, told = go(*inputs, *FLOWS)
+    assert said.startswith("10 predicted") and not any(path.exists() for path in lost)
+    assert told.count("notice") == 1 and re.search(f"notice: maps in {tmp_path / 'out'} were .*another --output", told)
+    assert "notice" not in go(*inputs, *FLOWS)[2]
 
 
 def test_the_note_of_a_flow_states_its_unit(go, shots, tmp_path, monkeypatch):

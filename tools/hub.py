@@ -2,17 +2,22 @@
 
 `python -m tools.convert --push org/name --ckpt out/` calls `push`; the way back is StableMTL.from_pretrained.
 """
+import json
+import re
 import sys
 from pathlib import Path
 
 import evaluate
 import toy
-from checkpoint import read_config, read_lines
+from checkpoint import read_config, read_json, read_lines
 from inference.report import read_report, weights_of
 from network.generalist import STABLEMTL
-from network.loading import HUB_ID, SHARED, read_checkpoint, reason
+from network.loading import HUB_ID, SHARED, on_hub, read_checkpoint, reason
 from tasks import TASKS
 
+# of an absolute path in a text, wherever it starts, all but its last name; a folder's name may have spaces inside
+NAME = r"""[^/\s:,;"'()]+"""
+FOLDERS = re.compile(rf"""(?<![^\s=:,;"'`(\[])/(?:{NAME}(?: {NAME})*/)*(?=[^/\s])""")
 RAIL = "CreativeML Open RAIL++-M"
 CARD = """---
 {header}
@@ -54,7 +59,8 @@ maps["{first}"]
 
 
 def push(ckpt, repository):
-    """Upload the checkpoint in the folder `ckpt` with its card, without what only training needs -> the address.
+    """Upload the checkpoint in the folder `ckpt` with its card, without what only training needs and without the paths
+    of this machine -> the address.
 
     A new repository is public; one made before stays as private as it is. Token and so on are huggingface_hub's.
     FileNotFoundError, ValueError: the checkpoint is not whole, or the name is none; OSError: the hub did not take it.
@@ -62,8 +68,8 @@ def push(ckpt, repository):
     if not HUB_ID.fullmatch(repository):
         raise ValueError(f"--push {repository}: expected a name on the hub, org/name")
     folder, spec = Path(ckpt), read_checkpoint(ckpt)["spec"]
-    files = {path.relative_to(folder).as_posix(): str(path) for path in files_of(folder, spec)}
-    files["README.md"] = card(folder, spec, repository).encode()
+    files = {path.relative_to(folder).as_posix(): shared(path, folder) for path in files_of(folder, spec)}
+    files["README.md"] = without_folders(card(folder, spec, repository)).encode()
     from huggingface_hub import CommitOperationAdd, HfApi
     try:
         address = HfApi().create_repo(repository, exist_ok=True)
@@ -81,6 +87,25 @@ def files_of(folder, spec):
     paths = sorted(path for pattern in SHARED for path in folder.glob(pattern))
     gone = () if spec["multi"] else ("main_unet", "task_attention.safetensors")
     return [path for path in paths if path.relative_to(folder).parts[0] not in gone and not outdated(path, folder)]
+
+
+def shared(path, folder):
+    """A file as it is uploaded: itself, by its path, or the bytes of a config or report that names folders of this
+    machine. Those of vae/ and unet/ count as weights, and name none (network.loading.save_part)."""
+    if path.parent != folder or path.suffix != ".json":
+        return str(path)
+    value = read_json(path, "", (dict, list))
+    told = without_folders(value)
+    return str(path) if told == value else json.dumps(told, indent=1).encode()
+
+
+def without_folders(value):
+    """A text, or all texts of a parsed json, with the last name alone of each absolute path."""
+    if isinstance(value, dict):
+        return {key: without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one) for one in value]
+    return FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def outdated(path, folder):
@@ -116,7 +141,7 @@ def card(folder, spec, repository):
     steps = f"{axes['ddim_steps']} DDIM steps" if axes["objective"] == "diffuse" else "one step"
     tags = ", ".join(["stablemtl", *spec["tasks"]])
     header = [f"license: {licence}", "pipeline_tag: image-to-image", f"tags: [{tags}]"]
-    if licence != "apache-2.0" and base and not Path(base).exists():
+    if licence != "apache-2.0" and on_hub(base):
         header.append(f"base_model: {base}")
     stages = [f"- {evaluate.trained(settings)}" for settings in (config["stage1"], config["train"]) if settings]
     size = "{} x {} (height x width)".format(*config["size"] or "??")

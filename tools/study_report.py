@@ -167,11 +167,14 @@ def summary(args):
 # ---- tables ----
 
 def spread(values, form=".4g"):
-    """Mean and, of several, standard deviation, as text."""
+    """Mean and, of several, standard deviation, as text; a mean that rounds to zero has no sign."""
     values = list(values)
     if not values:
         return ""
-    return f"{fmean(values):{form}}" + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
+    mean = f"{fmean(values):{form}}"
+    if float(mean) == 0:
+        mean = mean.lstrip("+-")
+    return mean + (f" ± {stdev(values):.2g}" if len(values) > 1 else "")
 
 
 def made(result):
