@@ -410,7 +410,7 @@ def train(rank, world_size, device, cfg, saved, tensors):
                 save_state(out, about | scaling, step, parts, optimizer)    # first: from here --resume can do the rest
                 save_model(model, out, frozen_from)
             # where the run ends, or ended before it was lengthened, and not where Ctrl-C happened to fall
-            ends = cfg.steps, *(r["step"] for r in about["resumed"] if r["step"] == r["steps"][0])
+            ends = cfg.steps, *(r["step"] for r in about["resumed"] if r["step"] == r.get("steps", [0])[0])
             if held_out and (step % cfg.save_every == 0 or step in ends):
                 loss, bad = held_out_loss(model, objective, held_out, workers, device, autocast)
                 skipped.extend(bad)

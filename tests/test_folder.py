@@ -14,7 +14,7 @@ from runs import saved
 
 import cli
 import train
-from readers import check, folder, found, media
+from readers import check, folder, found
 from readers.folder import Folder, split_by_name
 from tasks import CITYSCAPES, TASKS
 
@@ -392,19 +392,6 @@ def test_damaged_images_do_not_count_for_the_size(tmp_path):
     (tmp_path / "images/1.png").write_bytes(b"x")
     with pytest.raises(ValueError, match="images/.*is not a readable image"):
         Folder(tmp_path, "train")
-
-
-def test_training_reads_images_as_prediction_does(tmp_path):
-    """What is transparent is on white for both. (Training saw what lay beneath.) 16 bits become 8 alike."""
-    images(tmp_path, (20, 30), (20, 30))
-    rgba = np.full((20, 30, 4), 9, np.uint8)
-    rgba[:5, :, 3], rgba[5:10, :, 3] = 0, 255
-    Image.fromarray(rgba).save(tmp_path / "images/0.png")
-    cv2.imwrite(str(tmp_path / "images/1.png"), np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)
-    reader = Folder(tmp_path, "train")
-    for i in range(2):
-        assert np.array_equal(reader.load(i, [])["image"], media.read_image(tmp_path / f"images/{i}.png"))
-    assert reader.load(0, [])["image"][[0, 7], 0, 0].tolist() == [255, 9]
 
 
 def test_sizes_are_read_from_headers(tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from raw import write
 
+from readers.folder import Folder
 from readers.media import frame_reader, read_animation, read_image, read_video
 
 rng = np.random.default_rng(0)
@@ -188,3 +190,17 @@ def test_what_is_no_video_is_named(tmp_path):
     (tmp_path / "x.mp4").write_bytes(b"no video" * 99)
     with pytest.raises(ValueError, match=r"x\.mp4 cannot be decoded as a video"):
         next(read_video(tmp_path / "x.mp4"))
+
+
+def test_training_reads_images_as_prediction_does(tmp_path):
+    """What is transparent is on white for both. (Training saw what lay beneath.) 16 bits become 8 alike."""
+    rgba = np.full((20, 30, 4), 9, np.uint8)
+    rgba[:5, :, 3], rgba[5:10, :, 3] = 0, 255
+    for i, pixels in enumerate((rgba, np.arange(600, dtype=np.uint16).reshape(20, 30) * 109)):
+        write(tmp_path / f"depth/{i}.npy", np.ones((20, 30)))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+    reader = Folder(tmp_path, "train")
+    for i in range(2):
+        assert np.array_equal(reader.load(i, [])["image"], read_image(tmp_path / f"images/{i}.png"))
+    assert reader.load(0, [])["image"][[0, 7], 0, 0].tolist() == [255, 9]

@@ -150,7 +150,7 @@ MISTAKES = [(f"train {NEW} {flags}", says) for flags, says in {
     "--drop rooms:shading": "no training labels for shading",
     "--base nowhere": "could not load.*existing diffusers folder",
     "--base part": "incomplete: no unet",
-    "--base broken": "could not load --base broken: unet:",
+    "--base broken": "could not load --base .*broken: unet:",
     "--data nowhere": "nowhere is no folder",
     "--data none": "no train dataset in",
     "--data empty_root": "no virtual_kitti_2 train samples: expected .* is empty",

@@ -155,7 +155,7 @@ def test_two_zero_lines_are_never_mixed(made_up):
                     assert own == pytest.approx(by_hand(args, seed, name, "stl", where, tasks))
     lines = study_report.world_table({"tasks": args.tasks, "variants": variants}, SUITE, "unseen")
     cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:4]] for line in lines[2:]}
-    assert cells["STL trunk"][1].startswith("+0.00") and cells["single-task UNets"] == ["+0.00 ± 0", ""]
+    assert cells["STL trunk"][1].startswith("0.00") and cells["single-task UNets"] == ["0.00 ± 0", ""]
     assert cells["StableMTL-S"][1] == "" and all(cells["JTR, 3 tasks"])
 
 
