@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 
-import cv2
 import numpy as np
 import pytest
 from kill import log_lines
