@@ -451,11 +451,11 @@ def gathered(done, names, keys):
             "unfinished": [name for name in names if name not in done]}
 
 
-def with_the_vae(args, folder, stage, home, size, readers, train):
+def with_the_vae(args, folder, stage, home, size, weights, readers, train):
     """{test set: {task: metrics}}: the same without --decoder, as far as it was evaluated before."""
     plain = argparse.Namespace(**{**vars(args), "decoder": None})
     report = read_report(results_file(plain, folder, stage, home))
-    keys = fingerprints(result_dependencies(plain, folder, size), readers, train)
+    keys = fingerprints(result_dependencies(plain, folder, size, weights), readers, train)
     return {name: report["results"][name] for name in current(report, keys)}
 
 
@@ -511,7 +511,8 @@ def main(argv=None):
     baseline, counts = read_baseline(args.baseline, planned) if args.baseline else ({}, {})
 
     # ---- one test set after the other ----
-    keys = fingerprints(result_dependencies(args, folder, size), readers, train)
+    weights = weights_of(folder, stage)
+    keys = fingerprints(result_dependencies(args, folder, size, weights), readers, train)
     if args.predictions:
         keys = {r.name: keys[r.name] + model.state(r) for r in readers}
     valid = {name for name in current(old, keys) if name in old["trivial"]}
@@ -521,14 +522,14 @@ def main(argv=None):
                    [s for s in old["skipped"] if s.startswith(f"{name}:")]) for name in valid}
     report = {"checkpoint": whose, "stage": stage, "codec": args.codec, "split": args.split, "data": args.data,
               "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"],
-              "flags": flags_of(args), "weights": weights_of(folder, stage), "stage1": config["stage1"],
+              "flags": flags_of(args), "weights": weights, "stage1": config["stage1"],
               "precision": precision(args.device)}
     if args.predictions:
         report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
     before, both = {}, args.codec and args.decoder
     if args.decoder:
         report["vae"] = before = {name: r for name, r in (old.get("vae") or {}).items() if name in kept}
-        before |= with_the_vae(args, folder, stage, home, size, readers, train)
+        before |= with_the_vae(args, folder, stage, home, size, weights, readers, train)
     world_size = 1 if args.predictions else cli.shares(model, args.processes)
     workers = args.workers if world_size == 1 else 0
     how = {name: getattr(args, name) for name in ("limit", "rows", "skip_bad", "codec", "confidence", "pixels",

@@ -80,13 +80,14 @@ def source_files():
     return [*imported & {*top.glob("*.py")}, *(path for room in rooms for path in top.joinpath(room).glob("*.py"))]
 
 
-def result_dependencies(args, folder, size):
-    """Everything but its samples that the numbers of a test set depend on."""
+def result_dependencies(args, folder, size, weights):
+    """Everything but its samples that the numbers of a test set depend on. weights: of the folder, as weights_of says
+    it; to read them takes seconds."""
     files = [*folder.glob("model.json"), *source_files()]
     if args.decoder:
         files += Path(args.decoder).glob("*.*")     # none of a hub id
     versions = torch.__version__, version("diffusers"), precision(args.device)
-    return [flags_of(args), size, versions, weights_of(folder, args.stage), [crc(path) for path in sorted(files)]]
+    return [flags_of(args), size, versions, weights, [crc(path) for path in sorted(files)]]
 
 
 def fingerprints(common, readers, train):

@@ -163,7 +163,8 @@ def test_results_of_other_weights_are_not_reused(tiny_ckpt, tmp_path, stage):
     world = ToyWorld("rooms", "test", 2)
 
     def key(size=(32, 48), reader=world):
-        return report.fingerprints(report.result_dependencies(args, copy, size), [reader], [])[reader.name]
+        common = report.result_dependencies(args, copy, size, report.weights_of(copy, stage))
+        return report.fingerprints(common, [reader], [])[reader.name]
     first = key()
     (copy / "results.json").write_text("{}")
     for name in ("best", "decoder"):
