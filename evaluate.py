@@ -290,7 +290,7 @@ def compared(task, result, before):
 
 
 def change(now, was):
-    return f"{100 * (now / was - 1):+.2f}%" if was else ""
+    return f"{100 * (now / was - 1):+z.2f}%" if was else ""
 
 
 def decoders(results, before):
@@ -307,7 +307,7 @@ def decoders(results, before):
             for k in (k for k in names if k in was | now):
                 cells = {who: f"{r[k]:.4g}" for who, r in (("VAE's decoder", was), ("small decoder", now)) if k in r}
                 if len(cells) == 2:
-                    cells["change"] = f"{now[k] - was[k]:+.2f} dB" if k == "PSNR" else change(now[k], was[k])
+                    cells["change"] = f"{now[k] - was[k]:+z.2f} dB" if k == "PSNR" else change(now[k], was[k])
                 rows.append({"test set": name, "task": task, "metric": names[k], **cells, "images": str(now["images"])})
     return markdown(rows, ["test set", "task", "metric", "VAE's decoder", "small decoder", "change", "images"])
 
@@ -570,7 +570,7 @@ def main(argv=None):
                          f"{results[d][t]['images']}: evaluate both with the same --limit and --split")
     if mine := shared(by_task(results), baseline):
         report["delta_m"] = delta_m(mine, shared(baseline, mine), {t: METRICS[TASKS[t].metric].lower for t in TASKS})
-        print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+.2f} %")
+        print(f"\nDelta_m against {args.baseline} over {len(mine)} tasks: {report['delta_m']:+z.2f} %")
         if where:
             write_report(where, report, folder, args.json)
     if root:

@@ -257,7 +257,7 @@ def _say_normal(value, scaled=False):
     """The vector, and its angle to the optical axis: 0 degrees is a wall seen frontally, 90 one seen from its edge."""
     x, y, z = map(float, value)
     angle = math.degrees(math.atan2(math.hypot(x, y), z))
-    return f"x {x:+.2f}, y {y:+.2f}, z {z:+.2f}: {angle:.0f} degrees from frontal"
+    return f"x {x:+z.2f}, y {y:+z.2f}, z {z:+z.2f}: {angle:.0f} degrees from frontal"
 
 
 def _say_depth(value, scaled=False):
@@ -265,7 +265,7 @@ def _say_depth(value, scaled=False):
 
 
 def _say_motion(axes, unit, value, scaled=False):
-    numbers = ", ".join(f"{axis} {x:+.2f}" for axis, x in zip(axes, value, strict=True))
+    numbers = ", ".join(f"{axis} {x:+z.2f}" for axis, x in zip(axes, value, strict=True))
     return f"{numbers} {unit}" if scaled else f"{numbers}, up to scale"
 
 

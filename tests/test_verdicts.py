@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from evaluate import change
 from tools import study
 from tools.study_report import attended, claim_table, draw_isolation, draw_losses, seeds_needed, spread, verdict
 from tools.study_variants import runs
@@ -29,6 +30,7 @@ def test_what_rounds_to_zero_has_no_sign():
     assert row == "| it helps | unseen | 0.00 ± 0.00071 | +1.50 | not reproduced |"
     told = [spread([x], "+.2f") for x in (-0.004, 0.0, 0.004, -0.006, 0.006)]
     assert told == ["0.00", "0.00", "0.00", "-0.01", "+0.01"] and spread([-0.0]) == "0"
+    assert [change(now, 2) for now in (1.99999, 2, 2.00001, 1.98)] == ["+0.00%", "+0.00%", "+0.00%", "-1.00%"]
 
 
 def test_what_the_attention_does_at_the_end():
