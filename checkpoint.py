@@ -105,7 +105,8 @@ CONFIG = {"train": (None, SETTINGS), "stage1": (None, SETTINGS), "size": (None, 
           "imported": (None, {"base": str}), "tasks": (None, [str]), "palette": (None, str)}
 SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
           "_growth_tracker": int}       # of torch's GradScaler
-STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int, "scaler": (None, SCALER)}
+STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int, "scaler": (None, SCALER),
+         "files": (None, {str: (str, None)})}
 STATES = "state", "state.tmp", "state.prev"     # newest first; .tmp: complete, but killed before its renaming
 RELEASED_SIZE = [288, 384]      # H x W of Hypersim's training images: the size of imported weights, which say none
 
@@ -119,6 +120,13 @@ def read_config(folder):
     if config.get("imported") and not config["size"]:
         config["size"] = RELEASED_SIZE
     return config
+
+
+def stage1_settings(folder):
+    """Settings of the stage 1 in a checkpoint; None if it does not say (imported weights, no checkpoint)."""
+    config = read_config(folder)
+    train = config["train"]
+    return config["stage1"] if train and train["stage"] == 2 else train
 
 
 def write_json(path, value):

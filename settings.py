@@ -15,7 +15,7 @@ import baselines
 import cli
 import readers
 import toy
-from checkpoint import STATE, not_ours, read_config, read_json, state_file
+from checkpoint import STATE, not_ours, read_config, read_json, stage1_settings, state_file
 from model import SECOND_FRAMES
 from network.attention import ATTENTIONS, MASKS, QUERY_INITS
 from network.generalist import CONDITIONS, OBJECTIVES, SPACES, STABLEMTL
@@ -47,7 +47,8 @@ class Config:
     preset: str = setting("auto", "defaults: toy, toy-gpu (larger images, wider UNet, longer) or paper; "
                           "auto = paper with --base and --data, else toy", ("auto", "toy", "toy-gpu", "paper"))
     # data
-    data: str = setting("", "root folder of the real datasets (docs/data.md); empty = the toy worlds")
+    data: str = setting("", "root folder of the real datasets (docs/data.md); empty = the toy worlds; with --resume, "
+                            "where the same data is now")
     base: str = setting("", "diffusers folder or hub id of Stable Diffusion 1.x/2.x shape; empty = the toy base")
     cache: str = setting("auto", "folder of the latent cache; auto = <out>/cache on the toy worlds, none with --data; "
                          "none = encode on the fly")
@@ -174,8 +175,8 @@ SETTLED = ("base", "tasks", "palette", "second_frame", *AXES)      # of these, w
 # settings that mean nothing to the other systems
 OURS = ("base", "palette", "widths", "second_frame", *AXES, "pseudo", "pseudo_mask", "pseudo_weight", "init",
         "isolation", "loss", "compile", "checkpointing")
-# what --resume may set anew; all but the first two are None unless given, and stay what they were
-ANYTIME = "resume", "out", "micro", "processes", "threads", "workers", "steps", "track"
+# what --resume may set anew; but for --out it stays what it was unless given
+ANYTIME = "resume", "out", "data", "micro", "processes", "threads", "workers", "steps", "track"
 
 
 # ---- the command line ----
@@ -202,7 +203,7 @@ def parse_args(argv=None, description=None):
         if other:
             raise ValueError(f"--resume continues the run in {cfg.out} with its own settings: leave out "
                              f"{', '.join(other)}")
-        return cfg
+        return from_anywhere(cfg)
     inherit(cfg, given)
     return check(cfg, given)
 
@@ -219,13 +220,6 @@ def default_told(field):
 
 def flag_name(name):
     return "--" + name.replace("_", "-")
-
-
-def stage1_settings(folder):
-    """Settings of the stage 1 in a checkpoint; None if it does not say (imported weights, no checkpoint)."""
-    config = read_config(folder)
-    train = config["train"]
-    return config["stage1"] if train and train["stage"] == 2 else train
 
 
 def settled(folder):
@@ -339,7 +333,12 @@ def check(cfg, given=()):
         lora_config()       # for its ValueError without peft
     if cfg.init:
         check_finished(cfg.init, 1, "--init starts from a finished stage 1")
-    for name in ("data", "base", "cache", "init", "pseudo", "teacher"):     # what goes on may do so from another folder
+    return from_anywhere(cfg)
+
+
+def from_anywhere(cfg):
+    """The Config with absolute paths: what goes on may do so from another folder."""
+    for name in ("data", "base", "cache", "init", "pseudo", "teacher"):
         path = getattr(cfg, name)
         if path and (os.path.isdir(path) or name == "cache" and path == cfg.cache_folder):
             setattr(cfg, name, os.path.abspath(path))

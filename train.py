@@ -19,14 +19,12 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,16 +38,17 @@ from tqdm import tqdm
 import baselines
 import toy
 from baselines.teacher import with_true_labels
-from checkpoint import locked, misfit, open_log, read_config, read_state, restore, save_model, save_state, write_json
+from checkpoint import locked, misfit, open_log, read_state, restore, save_model, save_state, write_json
 from data import Mixture, loader, parse_drop, tasks_with_labels, train_readers
 from model import StableMTL, from_base, load_base
 from network import stock
 from network.attention import WATCHED, watched
 from network.generalist import Generalist
 from network.memory import AdamBf16, add_lora, freeze_in_bf16
-from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stage1_settings, stages_in
+from settings import ANYTIME, KINDS, Config, axes, parse_args, parse_loss, parse_widths, stages_in
 from tasks import TASKS, parse_tasks, registry
 from toy.make import make, new_unet
+from training.about import about_run, check_data
 from training.cache import LatentCache, StreamCache, fingerprint
 from training.discovery import read_pseudo
 from training.losses import LatentObjective, accumulate, sync_gradients
@@ -250,15 +249,6 @@ def compile_blocks(model):
     return model
 
 
-def commit():
-    """The code's git commit, or None outside a checkout or where git is not installed."""
-    if not shutil.which("git"):
-        return None
-    git = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 # ---- the run ----
 
 def main(argv=None):
@@ -272,10 +262,13 @@ def main(argv=None):
         saved, tensors = read_state(Path(cfg.out))
         if wrong := misfit(saved["train"], KINDS, "train"):
             raise ValueError(f"{cfg.out}/state/state.json cannot be continued: {wrong}")
-        known = {f.name for f in dataclasses.fields(Config)}
-        anew = {name: value for name in ANYTIME if (value := getattr(cfg, name)) is not None}
+        known = {f.name: f.default for f in dataclasses.fields(Config)}
+        anew = {k: getattr(cfg, k) for k in ANYTIME if k == "out" or getattr(cfg, k) != known[k]}
         cfg = Config(**{k: v for k, v in saved["train"].items() if k in known} | anew)
         check_length(cfg, saved)
+        if cfg.data and not os.path.isdir(cfg.data):
+            raise FileNotFoundError(f"the run in {cfg.out} learns from {cfg.data}, which is no folder any more: say "
+                                    "where its data is now, --resume --data <folder>")
     find_tracker(cfg.track)     # better missed now than after the data is read
     for folder in filter(None, (cfg.out, cfg.cache_folder)):
         cli.writable(folder, folder=True)
@@ -337,6 +330,8 @@ def train(rank, world_size, device, cfg, saved, tensors):
     cfg.tasks, cfg.palette, cfg.second_frame = ",".join(model.tasks), model.palette, model.second_frame
     everything = readers
     readers = [r for r in readers if set(r.tasks) & set(model.tasks)]
+    if saved:
+        check_data(cfg, saved, readers)
     check_size(cfg, model, readers)
     codecs = model.codecs
     model.to(device)
@@ -567,30 +562,6 @@ def labelled_tasks(cfg, readers):
 def not_dropped(tasks, readers, drop):
     """Those of the tasks that some reader has labels for, beside {dataset: tasks} that --drop leaves out."""
     return [t for t in tasks if any(tasks_with_labels(r, {t} - drop.get(r.name, set())) for r in readers)]
-
-
-KEPT = "commit", "versions", "stage1", "imported", "held_out", "resumed"      # of config.json, when a run goes on
-
-
-def about_run(cfg, model, readers, saved):
-    """What config.json says of a run: settings, sizes, versions, and which commits it ran under."""
-    now = {"commit": commit(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                                            "diffusers": version("diffusers")}}
-    about = {"train": dataclasses.asdict(cfg), "size": list(readers[0].size), "tasks": list(model.tasks),
-             "palette": cfg.palette, "seed": cfg.seed, **now, "stage1": None, "imported": None, "held_out": {},
-             "resumed": []}
-    if saved:
-        about |= {k: saved[k] for k in KEPT if k in saved}
-        steps = [saved["train"]["steps"], cfg.steps]
-        if now["commit"] != saved["commit"] or steps[0] != steps[1]:
-            about["resumed"].append({"step": saved["step"], "steps": steps, **now})
-        if now["commit"] != saved["commit"]:
-            print(f"notice: {cfg.out} was trained under commit {saved['commit']} so far, and goes on under "
-                  f"{now['commit']}; config.json keeps both", file=sys.stderr)
-    elif cfg.init or cfg.stage == 2:
-        about["stage1"] = stage1_settings(cfg.init or cfg.out)
-        about["imported"] = read_config(cfg.init or cfg.out).get("imported")
-    return about
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Settings: what stage 2 takes over from stage 1, flags that would do nothing, what is written beside the weights."""
 import dataclasses
 import json
+import os
+import re
 import shutil
 import sys
 
 import pytest
 import torch
 from kill import compare, log_lines
+from raw import own_folder
 from runs import THREE, TINY, saved, stop_at
 
 import baselines
@@ -15,7 +18,7 @@ import train
 from cli import run
 from model import StableMTL
 from tools import oracle
-from training import losses
+from training import about, losses
 
 
 def test_stage_two_keeps_what_stage_one_settled(go, tmp_path):
@@ -76,7 +79,7 @@ def test_settings_are_written_beside_the_weights(go, tmp_path, monkeypatch):
     assert set(config["train"]) == set(fields)
     assert config["train"]["lr"] == 0.003 and config["tasks"] == ["normal", "depth"] and config["size"] == [16, 24]
     assert {"python", "torch", "diffusers"} <= config["versions"].keys()
-    assert config["seed"] == 0 and config["commit"] == train.commit()
+    assert config["seed"] == 0 and config["commit"] == about.commit()
     with monkeypatch.context() as m:
         m.setenv("PATH", str(tmp_path))
         assert go("--steps 1 --tasks depth,normal --overwrite")[0] == 0 and saved(tmp_path / "out")["commit"] is None
@@ -251,9 +254,9 @@ def test_nan_never_is_the_best():
 
 def test_resuming_under_another_commit(go, tmp_path, monkeypatch):
     """A notice; config.json keeps the commit that the run began with, and the one it went on with, and from where."""
-    monkeypatch.setattr(train, "commit", lambda: "before")
+    monkeypatch.setattr(about, "commit", lambda: "before")
     assert go(f"--tasks {THREE} --steps 2")[0] == 0
-    monkeypatch.setattr(train, "commit", lambda: "after")
+    monkeypatch.setattr(about, "commit", lambda: "after")
     code, _, error = go("--resume")
     assert code == 0 and "trained under commit before so far, and goes on under after" in error
     config = saved(tmp_path / "out")
@@ -286,3 +289,33 @@ def test_help_and_the_list_agree():
     fields = {f.name: f for f in dataclasses.fields(settings.Config)}
     assert all(len(f.metadata["help"]) > 10 for f in fields.values())
     assert all(preset.keys() <= fields.keys() for preset in settings.PRESETS.values())
+
+
+def test_data_that_has_moved(go, tmp_path, monkeypatch):
+    """--resume goes on where it is now, as if it had never moved; tells of other files, refuses other datasets."""
+    data, moved, out = tmp_path / "my", tmp_path / "moved", tmp_path / "out"
+    own_folder(data, 4, 16, 24)
+    own, whole = TINY.replace("--scenes 2 ", ""), f"--stage 1 --data {data} --tasks depth,normal --steps 4"
+    assert go(f"{whole} --out {tmp_path / 'whole'}", own)[0] == 0
+    with monkeypatch.context() as m:
+        stop_at(m, "between", 2)
+        assert go(whole, own)[0] == 130
+    data.rename(moved)
+    code, _, error = go("--resume")
+    assert code == 2 and "my, which is no folder any more" in error and "--resume --data <folder>" in error
+    code, _, error = go(f"--resume --data {moved}")
+    assert code == 0 and "notice: the files" not in error and saved(out)["train"]["data"] == str(moved)
+    assert compare(tmp_path / "whole", out) == []
+    os.utime(moved / "depth/p0.npy", (1, 1))
+    code, _, error = go("--resume --steps 5")
+    assert code == 0 and "notice: the files of folder are not those" in error
+
+
+def test_other_data_is_no_continuation(go, stage1, tmp_path):
+    """Datasets of other names are refused before anything is written."""
+    out = shutil.copytree(stage1, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    own_folder(tmp_path / "my", 4, 32, 48)
+    code, _, error = go(f"--resume --steps 9 --data {tmp_path / 'my'}")
+    assert code == 2 and re.search("learns from rooms, streets, things, and .*my has folder: name the folder", error)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -39,7 +39,7 @@ from network.generalist import STABLEMTL
 from network.loading import grouped, mismatch, not_finite, reason
 from tasks import TASKS
 from tools.hub import push
-from train import commit
+from training.about import commit
 
 HEADS, PALETTE = 4, "cityscapes"    # the released weights' number of heads and class colours: no tensor shows them
 WRAPPERS = ("module.", "_orig_mod.")    # what distributed and compiled models put before every key

@@ -20,12 +20,13 @@ from cli import Parser, markdown, parse_device, parse_size, run, whole, writable
 import numpy as np
 import torch
 
+from checkpoint import stage1_settings
 from data import label_tensors, parse_drop, resize, tasks_with_labels, train_readers
 from evaluate import TrainingLabels
 from metrics import GUESSES, METRICS
 from model import StableMTL
 from readers.reader import some
-from settings import check_finished, stage1_settings, unusual
+from settings import check_finished, unusual
 from tasks import TASKS
 from training.cache import fingerprint
 from training.discovery import PseudoLabels, unlabelled

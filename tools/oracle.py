@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import settings
 import train
-from checkpoint import locked, write_json
+from checkpoint import locked, stage1_settings, write_json
 from data import Mixture, loader, parse_drop, tasks_with_labels, test_batches, test_readers, train_readers, whole_cells
 from evaluate import table
 from inference.infer import network_maps
@@ -53,6 +53,7 @@ from metrics import METRICS
 from model import StableMTL
 from network.attention import WATCHED, watched
 from tasks import TASKS, parse_tasks, registry
+from training.about import commit
 from training.cache import LatentCache, StreamCache, fingerprint
 from training.losses import LatentObjective
 
@@ -265,8 +266,8 @@ def main(argv=None):
             attention[reader.name] = watched(dict(zip(WATCHED, model.watch.tolist(), strict=True)))
         write_json(out / "results.json", {
             "checkpoint": args.ckpt, "stage": 2, "oracle": True, "tell": args.tell, "split": "test", "data": "toy",
-            "commit": train.commit(), "settings": dataclasses.asdict(cfg), "aux_steps": args.aux_steps,
-            "stage1": settings.stage1_settings(args.ckpt), "results": results, "trivial": {}, "skipped": [],
+            "commit": commit(), "settings": dataclasses.asdict(cfg), "aux_steps": args.aux_steps,
+            "stage1": stage1_settings(args.ckpt), "results": results, "trivial": {}, "skipped": [],
             "made_from": {}, "unfinished": [], "attention": attention})
         os.replace(work / "log.jsonl", out / "log.jsonl")
         shutil.rmtree(work)

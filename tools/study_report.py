@@ -5,7 +5,6 @@ from statistics import fmean, stdev
 import torch
 from PIL import Image
 
-import train
 from checkpoint import read_json, read_lines, write_json
 from cli import markdown, parse_device, parse_size
 from data import tensor_image, test_readers
@@ -18,6 +17,7 @@ from tools import study_cost
 from tools.bench import hardware
 from tools.study_cost import step as operations
 from tools.study_variants import WORLDS, runs, tasks_of
+from training.about import commit
 
 LOWER = {t: METRICS[TASKS[t].metric].lower for t in TASKS}
 PAPER = {"unseen": "paper Tables 2 and 4", "in-domain": "paper Table 10"}
@@ -160,7 +160,7 @@ def summary(args):
         rows[name] = {**about, "operations per step": step, "operations": total, "seeds": seeds}
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
     device = hardware(parse_device(args.settings["device"]))
-    return {**about, "hardware": device, "torch": torch.__version__, "commit": train.commit(),
+    return {**about, "hardware": device, "torch": torch.__version__, "commit": commit(),
             "trained under": versions(args), "variants": rows, "claims": judge(rows, suite, args.tasks)}
 
 

@@ -26,13 +26,12 @@ import torch.nn.functional as F
 import baselines
 from baselines.hitts import HiTTs, relevance
 from baselines.teacher import Discovery
-from checkpoint import write_json
+from checkpoint import stage1_settings, write_json
 from data import Mixture, parse_drop, picture, tasks_with_labels, tensor_image, test_batches, train_readers
 from draw import draw_maps, draw_matrix
 from metrics import METRICS
 from network.loading import read_model_json
 from sample import toy
-from settings import stage1_settings
 from tasks import CLASSES, TASKS
 
 WHO = "prediction", "likeliest bin", "sure"     # whose errors
