@@ -306,7 +306,9 @@ def ranked(rank, world_size, cfg, saved, tensors, meeting="env://"):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=meeting, rank=rank,
                             world_size=world_size, timeout=timedelta(days=30))
     try:
-        return train(rank, world_size, device, cfg, saved, tensors)
+        with open(os.devnull, "w") as nowhere:      # notices are told once; what is raised leaves this block first
+            with contextlib.redirect_stderr(nowhere) if rank else contextlib.nullcontext():
+                return train(rank, world_size, device, cfg, saved, tensors)
     finally:
         dist.destroy_process_group()
 
@@ -353,7 +355,7 @@ def train(rank, world_size, device, cfg, saved, tensors):
     sources, learned = readers + (pseudo.pairs if pseudo else []), model.tasks
     if (cfg.init or cfg.stage == 2) and not joint:      # whose tasks an earlier run has settled
         learned = not_dropped(model.tasks, sources, drop) or model.tasks
-        if chief and (left := [t for t in model.tasks if t not in learned]):
+        if left := [t for t in model.tasks if t not in learned]:
             print(f"no labels for {', '.join(left)}: the others are trained, and these may suffer", file=sys.stderr)
     mixture = Mixture(sources, learned, codecs, cfg.batch, cfg.micro, cfg.seed + 1000 * cfg.stage, drop, cfg.isolation,
                       joint, beside=beside, **options)

@@ -14,6 +14,7 @@ import kill
 import pytest
 import torch
 from kill import log_lines
+from raw import own_folder
 from runs import THREE, TINY, close, saved, state
 
 import cli
@@ -38,6 +39,16 @@ def ranks(monkeypatch, n, argv, log):
 
 def moments(tensors):
     return {k: v for k, v in tensors.items() if k.endswith("exp_avg")}
+
+
+def test_notices_are_told_once(tiny_base, tmp_path, monkeypatch):
+    """Each of the processes told what the data has labels for, and of another commit."""
+    log = tmp_path / "output.txt"
+    own_folder(tmp_path / "my", 8, 16, 24)
+    shutil.rmtree(tmp_path / "my/albedo")
+    flags = [*TINY.replace("--scenes 2 ", "").split(), "--data", str(tmp_path / "my"), "--out", str(tmp_path / "out")]
+    ranks(monkeypatch, 2, ["--stage", "1", "--base", str(tiny_base), *flags], log)
+    assert log.read_text().count("tasks with labels in") == 1 and "Traceback" not in log.read_text()
 
 
 def test_the_number_of_processes_changes_nothing(tiny_base, stage1, tmp_path, monkeypatch):
