@@ -396,14 +396,16 @@ def data_name(data):
     return "toy" if data in (None, "", "toy") else str(Path(str(data)).resolve())
 
 
-def choose(data, home, size, whose):
-    """--data in one word and (H, W), None for that of the images: by default the data and the size it was trained on
-    (home, size). FileNotFoundError if they are not here; whose: how to call it."""
+def choose(data, home, config, whose):
+    """--data in one word and (H, W), None for that of the images: by default the data it was trained on, `home`, and
+    the size, which also other images of one's own take if training was told a --size. config: checkpoint.read_config;
+    whose: how to call it. FileNotFoundError if the data is not here."""
     if not data and home != "toy" and not Path(home).is_dir():
         raise FileNotFoundError(f"{whose} was trained on {home}, which is not here: say where it is now (--data "
                                 "<root>), or take the toy worlds (--data toy)")
-    data = data_name(data or home)
-    size = size if data in ("toy", home) else None
+    data, size = data_name(data or home), config["size"]
+    told = (config["train"] or config).get("size")
+    size = size if data in ("toy", home) or home != "toy" and told else None
     return data, tuple(size or (32, 48)) if size or data == "toy" else None
 
 
@@ -493,7 +495,7 @@ def main(argv=None):
         config, stage = read_config(folder), 2 if model.multi else 1
         home = data_name((config["train"] or {}).get("data"))
     args.stage = stage      # whether or not it was said
-    args.data, size = choose(args.data, home, config["size"], whose)
+    args.data, size = choose(args.data, home, config, whose)
     root = args.data if args.data != "toy" else ""
     readers = test_sets(args.data, size, args.split, model.tasks, whose, args.kitti_baseline, args.limit)
     if args.predictions:

@@ -300,7 +300,7 @@ def predict_testset(args):
     forms, split = parse_formats(args.format, [TASKS[t] for t in asked]), args.split or "test"
     config, whose, output = read_config(args.ckpt), str(args.ckpt), Path(args.output or "predictions")
     home = data_name((config["train"] or {}).get("data"))
-    data, size = choose(args.testset, home, config["size"], whose)
+    data, size = choose(args.testset, home, config, whose)
     written = [t for t in asked if any(fits(TASKS[t], form) for form in forms)]
     readers = test_sets(data, size, split, written, whose, limit=args.limit)
     predictions.begin(output, {"data": data, "split": split, "size": size and list(size), "checkpoint": whose,

@@ -231,12 +231,12 @@ def test_own_folder_trains_and_evaluates(own_data, tiny_base, tmp_path, capsys):
 
 # ---- which data, and where results go ----
 
-def trained_on(data, checkpoint, folder):
-    """A copy of a checkpoint, that says it was trained on this data."""
+def trained_on(data, checkpoint, folder, size=(32, 48), told=None):
+    """A copy of a checkpoint, that says it was trained on this data, at this size, as --size told or not."""
     shutil.copytree(checkpoint, folder)
     stage = 2 if (folder / "main_unet").is_dir() else 1
-    settings = {"stage": stage, "steps": 1, "batch": 1, "seed": 0, "data": str(data)}
-    (folder / "config.json").write_text(json.dumps({"train": settings, "stage1": None, "size": [32, 48]}))
+    settings = {"stage": stage, "steps": 1, "batch": 1, "seed": 0, "data": str(data), "size": told}
+    (folder / "config.json").write_text(json.dumps({"train": settings, "stage1": None, "size": size}))
     return folder
 
 
@@ -254,6 +254,18 @@ def test_the_checkpoints_own_data_is_the_default(own_data, tiny_ckpt_1, tmp_path
     assert code == 2 and f"was trained on {tmp_path / own_data.name}, which is not here" in error
     code, said, error = go(f"--ckpt {out} --data {own_data}")
     assert code == 0 and (out / f"results_{own_data.name}.json").is_file()
+
+
+def test_the_size_of_training_goes_with_the_data(own_data, tiny_ckpt_1, tmp_path, go):
+    """A model that was told --size was evaluated at the images' own size where its data had moved."""
+    out = trained_on(own_data, tiny_ckpt_1, tmp_path / "out", (16, 24), "16x24")
+    moved = shutil.copytree(own_data, tmp_path / "moved")
+    assert go(f"--ckpt {out} --trivial 0")[0] == go(f"--ckpt {out} --data {moved} --trivial 0")[0] == 0
+    here, there = (json.loads((out / f"results{name}.json").read_text())["results"] for name in ("", "_moved"))
+    assert here == there
+    out = trained_on(own_data, tiny_ckpt_1, tmp_path / "untold", (16, 24))
+    assert go(f"--ckpt {out} --data {moved} --trivial 0")[0] == 0       # at the size of the images: not as above
+    assert json.loads((out / "results_moved.json").read_text())["results"] != here
 
 
 def test_results_lie_side_by_side(own_data, tiny_ckpt, tiny_ckpt_1, tmp_path, go):

@@ -260,7 +260,7 @@ def main(argv=None):
         raise ValueError(f"{whose} does not say what it was trained on: name training images by --data <root>, or the "
                          "toy worlds by --data toy")
     trained = config["train"] or {}
-    data, size = choose(args.data, data_name(trained.get("data")), config["size"], whose)
+    data, size = choose(args.data, data_name(trained.get("data")), config, whose)
     model = steady(StableMTL.load(folder, args.stage, device))
     if model.space != "latent":
         raise ValueError(f"{whose} predicts pixels, not latents: there is no decoder to make for it")
