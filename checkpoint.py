@@ -102,7 +102,8 @@ def read_lines(path, shape=dict):
 
 SETTINGS = {"stage": int, "steps": int, "batch": int, "seed": int}     # of a run, at least these
 CONFIG = {"train": (None, SETTINGS), "stage1": (None, SETTINGS), "size": (None, [int, int]), "held_out": (None, dict),
-          "imported": (None, {"base": str}), "tasks": (None, [str]), "palette": (None, str)}
+          "imported": (None, {"base": str}), "tasks": (None, [str]), "palette": (None, str), "step": (None, int),
+          "files": (None, dict)}
 SCALER = {"scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
           "_growth_tracker": int}       # of torch's GradScaler
 STATE = {"train": SETTINGS, "stage1": (None, SETTINGS), "step": int, "crc32": int, "scaler": (None, SCALER),

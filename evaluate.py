@@ -64,6 +64,7 @@ from model import from_base
 from network.loading import checkpoint_folder
 from readers import READERS
 from tasks import MOTION, PALETTES, TASKS, parse_tasks, registry
+from training.about import stages_of
 
 
 def _row(miou, normal, kitti, diode, uv, xyz, shading, albedo):
@@ -312,20 +313,6 @@ def decoders(results, before):
     return markdown(rows, ["test set", "task", "metric", "VAE's decoder", "small decoder", "change", "images"])
 
 
-TOLD_OF_2 = "heads", "shared_qkv", "main_init", "attention", "rho", "mask"     # of stage 2 alone
-TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "pseudo", "isolation", "loss",
-        *TOLD_OF_2)
-TOLD_OTHERS = "system", "options", "teacher", "discover", "tasks", "drop"      # of the other systems
-
-
-def trained(settings):
-    """How a stage was trained, in a line: what the paper varies."""
-    keys = TOLD if settings.get("system", "stablemtl") == "stablemtl" else TOLD_OTHERS
-    keys = [k for k in keys if settings["stage"] == 2 or k not in TOLD_OF_2]
-    told = ", ".join(f"{k} {settings[k]}" for k in keys if settings.get(k, "") != "")
-    return "stage {stage}, {steps} steps of {batch}, seed {seed}: ".format(**settings) + told
-
-
 # ---- the command ----
 
 OF_A_MODEL = ("ckpt", "stage", "streams", "one_frame", "batch", "rows", "processes", "codec", "palette", "confidence",
@@ -560,9 +547,8 @@ def main(argv=None):
     results, trivials, skipped = report["results"], report["trivial"], report["skipped"]
 
     # ---- what came out ----
-    stages = [trained(s) for s in (config["stage1"], config["train"]) if s]
     lines = decoders(results, before) if both else table(results, trivials, before)
-    print("\n".join([*stages, "", *lines]))
+    print("\n".join([*stages_of(config), "", *lines]))
     if args.decoder and (absent := [name for name in results if name not in before]):
         print(f"\nnot compared on {', '.join(absent)}: the same command without --decoder comes first")
     for lines in filter(None, (sparsification_table(results), photometric.table(results))):

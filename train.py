@@ -402,6 +402,7 @@ def train(rank, world_size, device, cfg, saved, tensors):
         frozen_from = out if cfg.stage == 2 else None       # has the files of what is not trained
 
         def save():
+            about["step"] = step
             if chief:
                 scaling = {"scaler": scaler.state_dict() if scaler else None}
                 save_state(out, about | scaling, step, parts, optimizer)    # first: from here --resume can do the rest

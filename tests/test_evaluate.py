@@ -17,6 +17,7 @@ from model import StableMTL
 from readers.folder import Folder
 from readers.toyworld import ToyWorld
 from tasks import TASKS
+from training import about
 
 
 @pytest.fixture(scope="session")
@@ -394,8 +395,19 @@ def test_a_script_beside_the_code_changes_no_key(tmp_path, monkeypatch):
 def test_how_a_stage_1_was_trained_says_nothing_of_stage_2():
     of_2 = {"heads": 4, "rho": 0.4, "mask": "score"}
     settings = {"steps": 5, "batch": 8, "seed": 0, "tasks": "depth", "isolation": True, **of_2}
-    assert evaluate.trained(settings | {"stage": 1}).endswith("tasks depth, isolation True")
-    assert evaluate.trained(settings | {"stage": 2}).endswith("isolation True, heads 4, rho 0.4, mask score")
+    assert about.trained(settings | {"stage": 1}).endswith("tasks depth, isolation True")
+    assert about.trained(settings | {"stage": 2}).endswith("isolation True, heads 4, rho 0.4, mask score")
+
+
+def test_a_checkpoint_in_mid_run_says_its_step(go, tiny_ckpt_1, tmp_path):
+    """It was reported as trained for all the steps that were planned."""
+    out = trained_on("", tiny_ckpt_1, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    for step, told in (None, "stage 1, 9 steps of 1"), (9, "stage 1, 9 steps of 1"), (4, "stage 1, 4 of 9 steps of 1"):
+        config["train"]["steps"], config["step"] = 9, step
+        (out / "config.json").write_text(json.dumps(config))
+        code, said, _ = go(f"--ckpt {out} --data toy --limit 1 --trivial 0")
+        assert code == 0 and told in said
 
 
 def test_other_code_is_evaluated_again(tiny_ckpt_1, tmp_path, monkeypatch, capsys):

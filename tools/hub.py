@@ -14,6 +14,7 @@ from inference.report import read_report, weights_of
 from network.generalist import STABLEMTL
 from network.loading import HUB_ID, SHARED, on_hub, read_checkpoint, reason
 from tasks import TASKS
+from training.about import stages_of
 
 # of an absolute path in a text, wherever it starts, all but its last name; a folder's name may have spaces inside
 NAME = r"""[^/\s:,;"'()]+"""
@@ -143,7 +144,7 @@ def card(folder, spec, repository):
     header = [f"license: {licence}", "pipeline_tag: image-to-image", f"tags: [{tags}]"]
     if licence != "apache-2.0" and on_hub(base):
         header.append(f"base_model: {base}")
-    stages = [f"- {evaluate.trained(settings)}" for settings in (config["stage1"], config["train"]) if settings]
+    stages = [f"- {stage}" for stage in stages_of(config)]
     size = "{} x {} (height x width)".format(*config["size"] or "??")
     training = [*stages, f"- data: {data_of(folder, config)}", f"- size of the images: {size}"]
     stage = 2 if spec["multi"] else 1
@@ -170,7 +171,7 @@ def licence_of(base):
 def data_of(folder, config):
     """What it was trained on, as far as its files tell."""
     lines = read_lines(folder / "log.jsonl", {"dataset": [str]})
-    names = ", ".join(sorted({name for line in lines for name in line["dataset"]}))
+    names = ", ".join(sorted({name for line in lines for name in line["dataset"]} or config.get("files") or ()))
     if config["train"] and not config["train"].get("data"):
         return f"the built-in procedural worlds{f' ({names})' if names else ''}"
     return names or ("that of the released weights" if config.get("imported") else "not recorded")

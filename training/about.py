@@ -61,3 +61,26 @@ def check_data(cfg, saved, readers):
     if changed := [name for name in now if now[name] != was[name]]:
         print(f"notice: the files of {', '.join(changed)} are not those that the run in {cfg.out} began with, or are "
               "copies; it goes on with them", file=sys.stderr)
+
+
+# ---- told in a line ----
+
+TOLD_OF_2 = "heads", "shared_qkv", "main_init", "attention", "rho", "mask"     # of stage 2 alone
+TOLD = ("tasks", "drop", "palette", "second_frame", "space", "objective", "condition", "pseudo", "isolation", "loss",
+        *TOLD_OF_2)
+TOLD_OTHERS = "system", "options", "teacher", "discover", "tasks", "drop"      # of the other systems
+
+
+def trained(settings, step=None):
+    """How a stage was trained, in a line: what the paper varies. step: where the checkpoint is of the run's middle."""
+    keys = TOLD if settings.get("system", "stablemtl") == "stablemtl" else TOLD_OTHERS
+    keys = [k for k in keys if settings["stage"] == 2 or k not in TOLD_OF_2]
+    told = ", ".join(f"{k} {settings[k]}" for k in keys if settings.get(k, "") != "")
+    done = "" if step in (None, settings["steps"]) else f"{step} of "
+    return f"stage {{stage}}, {done}{{steps}} steps of {{batch}}, seed {{seed}}: ".format(**settings) + told
+
+
+def stages_of(config):
+    """`trained` of each stage that a checkpoint.read_config knows of."""
+    known = (config["stage1"], None), (config["train"], config.get("step"))
+    return [trained(settings, step) for settings, step in known if settings]
