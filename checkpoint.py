@@ -320,7 +320,7 @@ def read_state(out):
             print(f"notice: {'; '.join(unusable)}; continuing from {folder}, step {about['step']}", file=sys.stderr)
         return about, tensors
     raise FileNotFoundError(f"nothing to resume in {out} ({'; '.join(unusable) or 'no state/'}): "
-                            f"start with python train.py --stage 1 --out {out}")
+                            "start a run by --stage 1 in its place")
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from shlex import quote
 
 from cli import Parser, number, parse_device, run, steady, whole, writable  # before torch, for Ctrl-C meanwhile
 
@@ -170,11 +171,19 @@ def toy(args, single=False):
 
 # ---- from frames to maps ----
 
-def read_frames(item):
-    """[image] or [image, next] of an Input, each (H,W,3) uint8. ValueError if one is unreadable or of another size."""
-    frames = [read() for read in (item.image, item.next) if read]
-    check_pair(frames, item.name, " (or --single)")
-    return frames
+def read_frames(item, skip_bad=False):
+    """(Input, its frames): [image] or [image, next], each (H,W,3) uint8. ValueError if one is unreadable or of another
+    size; with skip_bad an image whose next one is has none instead, and a line on stderr says why."""
+    try:
+        frames = [read() for read in (item.image, item.next) if read]
+        check_pair(frames, item.name, " (or --single)")
+    except (OSError, ValueError) as error:
+        if not (skip_bad and item.next):
+            raise
+        alone = read_frames(replace(item, next=None))
+        tqdm.write(f"{item.name} without its next frame: {error}", file=sys.stderr)
+        return alone
+    return item, frames
 
 
 def predict(model, frames, tasks, args):
@@ -320,7 +329,7 @@ def predict_testset(args):
     for sentence in skipped:
         print(f"skipped: {sentence}", file=sys.stderr)
     print(f"{tally['done']} samples of {', '.join(r.name for r in readers)} predicted, {tally['kept']} kept, "
-          f"{len(skipped)} skipped; in {output}, score them with: python evaluate.py --predictions {output}"
+          f"{len(skipped)} skipped; in {output}, score them with: python evaluate.py --predictions {quote(str(output))}"
           + f" --split {split}" * (split != "test"))
     return 0
 
@@ -356,19 +365,19 @@ def main(argv=None):
     try:
         for item in bar:
             places.append(Place(None, bool(item.next), item.source if item.frame else ""))
-            tasks, folder = [t for t in asked if TASKS[t].frames == 1 or item.next], own_folder(output, item, taken)
-            if not tasks:
-                tally["motionless"] += 1
-                continue
+            folder = own_folder(output, item, taken)
             try:
-                frames = read_frames(item)
+                item, frames = read_frames(item, args.skip_bad)
             except (OSError, ValueError) as error:
                 if not args.skip_bad:
-                    raise
+                    raise ValueError(f"{error} (--skip-bad goes on without it)") from error
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 tally["bad"] += 1
                 continue
+            tasks = [t for t in asked if TASKS[t].frames == 1 or item.next]
             tally["motionless"] += len(tasks) < len(asked)
+            if not tasks:
+                continue
             key = fingerprint(frames, common)
             files = ["panel.png", *array_files(tasks, forms), *["attention.json"] * args.attention,
                      *(f"confidence_{t}.npy" for t in tasks if args.confidence)]

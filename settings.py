@@ -361,8 +361,8 @@ def check_finished(folder, stage, who):
     about = read_json(state, "", STATE) if state else None
     if about and about["train"]["stage"] == stage and (step := about["step"]) < about["train"]["steps"]:
         raise ValueError(f"{who}, and the one in {folder} has done {step} of {about['train']['steps']} steps: finish "
-                         f"it first with python train.py --resume --out {folder} (--steps {max(1, step)} ends it "
-                         "there)")
+                         f"it first with python train.py --resume --out {shlex.quote(str(folder))} "
+                         f"(--steps {max(1, step)} ends it there)")
 
 
 def stages_in(cfg):

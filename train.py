@@ -26,6 +26,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 import cli  # before torch, for Ctrl-C meanwhile
@@ -364,7 +365,9 @@ def train(rank, world_size, device, cfg, saved, tensors):
         try:
             shown = train_readers(cfg.data, cli.parse_size(cfg.size), cfg.scenes, "val")
             known = not_dropped(mixture.tasks, shown, drop)
-            held_out = Mixture(shown, known or mixture.tasks, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
+            if not known:
+                raise ValueError(f"none has a label of {', '.join(mixture.tasks)} (val.txt may list some of one's own)")
+            held_out = Mixture(shown, known, codecs, cfg.val_samples, cfg.micro, 0, drop, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"held-out samples: {error}; or keep no best checkpoint: --val-samples 0") from error
     cache = LatentCache(place, readers, vae_hash, cfg.palette) if place else None
@@ -483,7 +486,8 @@ def train(rank, world_size, device, cfg, saved, tensors):
             dist.all_gather_object(everybodys, skipped)
             skipped = sum(everybodys, [])
     if chief and step < cfg.steps:
-        print(f"stopped at step {step} of {cfg.steps}; continue with: python train.py --resume --out {cfg.out}",
+        print(f"stopped at step {step} of {cfg.steps}; continue with: python train.py --resume --out "
+              f"{quote(cfg.out)}",
               file=sys.stderr)
     elif chief:
         minutes = (time.time() - start) / 60
@@ -514,8 +518,8 @@ def done_already(cfg, model):
     saved anything, of which nothing tells."""
     told = f"stage {cfg.stage} in {cfg.out} was done already, all {cfg.steps} steps"
     if cfg.stage == 1 and cfg.system == "stablemtl" and not axes(cfg) and len(model.tasks) > 1:
-        told += (f", and no stage 2 is saved there: python train.py --stage 2 --out {cfg.out}, with what other flags "
-                 "you want, starts one")
+        told += (f", and no stage 2 is saved there: python train.py --stage 2 --out {quote(cfg.out)}, with what other "
+                 "flags you want, starts one")
     return f"{told}; to lengthen stage {cfg.stage}, give --resume more --steps"
 
 
@@ -556,7 +560,7 @@ def labelled_tasks(cfg, readers):
     found = tuple(not_dropped(tasks, readers, {}))
     if not found:
         raise ValueError(f"--data {cfg.data} has no training label of any task: "
-                         f"python data.py --data {cfg.data} --check says what is there")
+                         f"python data.py --data {quote(cfg.data)} --check says what is there")
     if found != tasks:
         print(f"tasks with labels in {cfg.data}: {', '.join(found)}", file=sys.stderr)
     return found

@@ -63,8 +63,8 @@ def _claim(folder, item):
 def _tell_replaced(output):
     """Say, once for all inputs, that maps in this folder make room for others."""
     tqdm.write(f"notice: maps in {output} were made by other settings or another checkpoint, or of other frames; new "
-               "ones replace them, and all that came with them (confidence, scales, attention) goes: another --output "
-               "keeps both", file=sys.stderr)
+               "ones replace them, and all that came with them (confidence, scales, attention, a video's films) goes: "
+               "another --output keeps both", file=sys.stderr)
 
 
 def fingerprint(frames, settings):
@@ -124,6 +124,8 @@ def write(folder, item, key, frames, result, forms=("npy",)):
     _claim(folder, item)
     if before not in (None, key):
         _tell_replaced(folder.parent.parent if item.frame else folder.parent)
+        for name in (*TASKS, "panel") if item.frame else ():
+            (folder.parent / f"{name}.mp4").unlink(missing_ok=True)
     for name in ours - files:
         (folder / name).unlink(missing_ok=True)
     cells = [(name, cell(f)) for name, f in zip(("image", "second frame"), frames, strict=False)]

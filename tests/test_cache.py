@@ -153,7 +153,7 @@ def test_cache_of_something_else_is_refused(place, toys, model, tiny_base):
                                       (r"size of rooms \[16, 24\], now \[32, 24\]", larger, model, "cityscapes"),
                                       ("samples of things 3, now 4", more, model, "cityscapes"),
                                       ("vae ", toys, other, "cityscapes")):
-        with pytest.raises(ValueError, match=f"made for something else .*{what}.*: name another folder or delete"):
+        with pytest.raises(ValueError, match=f"made for something else .*{what}.*: delete it, then it is built"):
             cached(place, readers, m, palette)
     assert contents(place) == before
 

@@ -247,6 +247,7 @@ def test_the_checkpoints_own_data_is_the_default(own_data, tiny_ckpt_1, tmp_path
     out = trained_on(own_data.name, tiny_ckpt_1, tmp_path / "out")
     code, said, _ = go(f"--ckpt {out}")
     assert code == 0 and f"test split of {own_data.resolve()}" in said and "| folder | depth |" in said
+    assert "not scored, for lack of test labels: normal\n" in said and "not under" not in said
     code, said, _ = go(f"--ckpt {out} --data toy")
     assert code == 0 and "test split of the toy worlds" in said and "| real | depth |" in said
     assert {p.name for p in out.glob("*.json")} == {"config.json", "model.json", "results.json", "results_toy.json"}
@@ -399,6 +400,18 @@ def test_how_a_stage_1_was_trained_says_nothing_of_stage_2():
     assert about.trained(settings | {"stage": 2}).endswith("isolation True, heads 4, rho 0.4, mask score")
 
 
+def test_a_baseline_of_other_samples_costs_no_results(go, tiny_ckpt_1, tmp_path):
+    """After the whole evaluation it ended in an error, before it said where the results are."""
+    out, other = trained_on("", tiny_ckpt_1, tmp_path / "out"), tmp_path / "other.json"
+    assert go(f"--ckpt {out} --data toy")[0] == 0
+    report = json.loads((out / "results.json").read_text())
+    report["results"]["real"]["depth"]["images"] = 9
+    other.write_text(json.dumps(report))
+    code, said, error = go(f"--ckpt {out} --data toy --baseline {other}")
+    assert code == 2 and "no Delta_m" in error and "Delta_m" not in said
+    assert f"written to {out / 'results.json'}" in said
+
+
 def test_a_checkpoint_in_mid_run_says_its_step(go, tiny_ckpt_1, tmp_path):
     """It was reported as trained for all the steps that were planned."""
     out = trained_on("", tiny_ckpt_1, tmp_path / "out")
@@ -406,7 +419,7 @@ def test_a_checkpoint_in_mid_run_says_its_step(go, tiny_ckpt_1, tmp_path):
     for step, told in (None, "stage 1, 9 steps of 1"), (9, "stage 1, 9 steps of 1"), (4, "stage 1, 4 of 9 steps of 1"):
         config["train"]["steps"], config["step"] = 9, step
         (out / "config.json").write_text(json.dumps(config))
-        code, said, _ = go(f"--ckpt {out} --data toy --limit 1 --trivial 0")
+        code, said, _ = go(f"--ckpt {out} --data toy")
         assert code == 0 and told in said
 
 

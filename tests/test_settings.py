@@ -319,3 +319,15 @@ def test_other_data_is_no_continuation(go, stage1, tmp_path):
     code, _, error = go(f"--resume --steps 9 --data {tmp_path / 'my'}")
     assert code == 2 and re.search("learns from rooms, streets, things, and .*my has folder: name the folder", error)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_no_held_out_label_is_told_as_such(go, tmp_path):
+    """It was said that there are no training labels."""
+    own_folder(tmp_path / "my", 4, 16, 24)
+    for split, names in ("train", "p0 p1"), ("val", "p2"), ("test", "p3"):
+        (tmp_path / f"my/{split}.txt").write_text(names.replace(" ", "\n"))
+    (tmp_path / "my/depth/p2.npy").unlink()
+    own = TINY.replace("--scenes 2 ", "").replace("--val-samples 0", "--val-samples 1")
+    code, _, error = go(f"--data {tmp_path / 'my'} --tasks depth", own)
+    assert code == 2 and "--val-samples 0" in error
+    assert "held-out samples: none has a label of depth (val.txt may" in error

@@ -21,7 +21,7 @@ from data import Mixture, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
 from tasks import TASKS, registry
 from training import losses
-from training.pictures import save_picture
+from training.pictures import samples, save_picture
 
 pytestmark = pytest.mark.usefixtures("quick")
 CPU, PLAIN = torch.device("cpu"), (nullcontext, None)       # device and (autocast, scaler) of float32 training
@@ -60,6 +60,13 @@ def test_a_picture_of_what_can_be_read(tiny_model, tmp_path):
     save_picture(tiny_model, [bad], path, skip_bad=True)
     assert path.is_file() and 1 in bad.loads and 2 not in bad.loads
     tiny_model.eval()
+
+
+def test_a_picture_shows_every_task_that_has_labels(tiny_model):
+    """Of partial labels it showed those of the first sample alone, and explained the others below."""
+    made = Made(labelled={"normal": [1], "depth": [2], "optical_flow": [2, 3]})
+    found = samples([made], tiny_model, False)
+    assert [tasks for _, tasks, _ in found] == [("normal",), ("depth", "optical_flow")]
 
 
 def test_labels_left_out_are_not_held_out_either(go, monkeypatch):

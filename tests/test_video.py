@@ -103,7 +103,7 @@ def test_gaps_divide_clips(go, shots, tmp_path):
         shutil.copy(shots / "f0.png", shots / f"f{i}.png")
     code, said, _ = go(shots, "--tasks", "depth", "--stage", 1, "--video", "--skip-bad")
     filmed = sorted(p.parent.name for p in (tmp_path / "out").rglob("panel.mp4"))
-    assert code == 0 and filmed == ["f3_to_f4", "f7_to_f8"] and said.count("flicker") == 2
+    assert code == 0 and filmed == ["f0_to_f1", "f3_to_f4", "f7_to_f8"] and said.count("flicker") == 3
 
 
 @pytest.mark.parametrize("flags, why", [
@@ -197,7 +197,9 @@ def test_maps_of_other_settings_go_with_a_notice(go, shots, clip, tmp_path):
     for flags in (("--pixels",), ("--pixels", "--confidence"), ("--pixels", "--overwrite")):
         code, _, told = go(*inputs, *FLOWS, *flags)
         assert code == 0 and "notice" not in told
-    lost = [tmp_path / "out" / name for name in ("f0/scales.json", "clip/000001/confidence_depth.npy")]
+    assert go(clip, *FLOWS, "--pixels", "--video")[0] == 0
+    names = "f0/scales.json", "clip/000001/confidence_depth.npy", "clip/depth.mp4"
+    lost = [tmp_path / "out" / name for name in names]
     assert all(path.exists() for path in lost)
     _, said, told = go(*inputs, *FLOWS)
     assert said.startswith("10 predicted") and not any(path.exists() for path in lost)

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 import evaluate
 import toy
@@ -185,8 +186,8 @@ def results_of(folder, stage):
     if not why and report.get("stage") != stage:
         why = f"{path} is of stage {report.get('stage')}"
     if why:
-        print(f"notice: {why}, so the card has no results: python evaluate.py --ckpt {folder}, then push again",
-              file=sys.stderr)
+        print(f"notice: {why}, so the card has no results: python evaluate.py --ckpt {quote(str(folder))}, then push "
+              "again", file=sys.stderr)
         return "Not evaluated yet."
     limit = (report.get("flags") or {}).get("limit")
     told = ["", f"At most {limit} samples of each test set."] if limit else []

@@ -29,7 +29,7 @@ class LatentCache:
     """
 
     kind, anew, room = "latent cache", "it is built again", "make room, or in training --cache none"
-    otherwise = "name another folder or delete this one"
+    otherwise = "delete it, then it is built again, or name another folder"
 
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays, self.places = Path(folder), {}, {r.name: r.folder for r in readers}
