@@ -6,8 +6,17 @@ import pytest
 
 from evaluate import change
 from tools import study
-from tools.study_report import attended, claim_table, draw_isolation, draw_losses, seeds_needed, spread, verdict
-from tools.study_variants import runs
+from tools.study_report import (
+    attended,
+    claim_table,
+    draw_isolation,
+    draw_losses,
+    seeds_needed,
+    spread,
+    verdict,
+    world_table,
+)
+from tools.study_variants import STABLEMTL, runs
 
 
 def test_verdict():
@@ -31,6 +40,16 @@ def test_what_rounds_to_zero_has_no_sign():
     told = [spread([x], "+.2f") for x in (-0.004, 0.0, 0.004, -0.006, 0.006)]
     assert told == ["0.00", "0.00", "0.00", "-0.01", "+0.01"] and spread([-0.0]) == "0"
     assert [change(now, 2) for now in (1.99999, 2, 2.00001, 1.98)] == ["+0.00%", "+0.00%", "+0.00%", "-1.00%"]
+
+
+def test_a_gain_over_fewer_seeds_says_so():
+    """Where the zero line lacks a seed, Delta_m is over fewer than the metrics beside it."""
+    seeds = {n: {"delta_m": gain, "results": {"depth": {"real": 9.0}}, "delta_m of further steps": {}}
+             for n, gain in enumerate(({"unseen": 1.0}, {"unseen": 3.0}, {}))}
+    result = {"tasks": ["depth"], "variants": {"single": {"title": "single", "seeds": seeds}}}
+    assert world_table(result, STABLEMTL, "unseen")[-1] == "| single | +2.00 ± 1.4, 2 of the seeds | 9 ± 0 | 3 |"
+    del seeds[2]
+    assert world_table(result, STABLEMTL, "unseen")[-1] == "| single | +2.00 ± 1.4 | 9 ± 0 | 2 |"
 
 
 def test_what_the_attention_does_at_the_end():

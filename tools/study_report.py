@@ -195,7 +195,9 @@ def world_table(result, suite, where):
         seeds, own = v["seeds"].values(), suite.against(name)
         row = {"variant": v["title"], "seeds": str(len(seeds))}
         for zero in suite.zeros:
-            row[zero.column] = spread((s[zero.key][where] for s in seeds if zero in own and s[zero.key]), "+.2f")
+            gains = [s[zero.key][where] for s in seeds if zero in own and s[zero.key]]
+            fewer = f", {len(gains)} of the seeds" if 0 < len(gains) < len(seeds) else ""
+            row[zero.column] = spread(gains, "+.2f") + fewer
         for column, (t, w) in headlines.items():
             row[column] = spread(s["results"][t][w] for s in seeds if w in s["results"].get(t, ()))
         rows.append(row)
