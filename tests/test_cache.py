@@ -18,7 +18,7 @@ import cli
 from data import loader, prepare, train_readers, whole_cells
 from model import StableMTL, from_base
 from readers.folder import Folder
-from tasks import TASKS
+from tasks import CLASSES, PALETTES, TASKS
 from training import cache
 from training.cache import LatentCache, fingerprint
 
@@ -118,6 +118,9 @@ def test_a_changed_code_or_reader_is_noticed(place, toys, model, monkeypatch):
     before, shading, load = contents(place), TASKS["shading"], type(toys[0]).load
     with monkeypatch.context() as m:
         m.setitem(TASKS, "shading", replace(shading, encode=lambda label, valid: -shading.encode(label, valid)))
+        with pytest.raises(ValueError, match="made for something else .another code of shading.: delete it, then"):
+            cached(place, toys, model)
+        monkeypatch.setattr(cache, "codes", lambda palette: {})
         with pytest.raises(ValueError, match="another label of shading for rooms sample 0 .*: delete .*rooms, it is"):
             cached(place, toys, model)
 
@@ -139,6 +142,16 @@ def test_a_changed_code_or_reader_is_noticed(place, toys, model, monkeypatch):
                 cached(place, toys, model)
         m.setattr(type(toys[0]), "load", gone)
         assert cached(place, toys, model)[1] == []
+    assert contents(place) == before
+
+
+def test_a_colour_that_the_first_sample_lacks_is_noticed(place, toys, model, monkeypatch):
+    """One class alone: a cache was trained from, with the old colour, if the first sample does not show it."""
+    before, sign = contents(place), CLASSES.index("sign")
+    colours = [(9, 9, 9) if k == sign else c for k, c in enumerate(PALETTES["cityscapes"])]
+    monkeypatch.setitem(PALETTES, "cityscapes", colours)
+    with pytest.raises(ValueError, match="another code of semantic.: delete it"):
+        cached(place, toys, model)
     assert contents(place) == before
 
 

@@ -61,7 +61,9 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
     again = StreamCache(tmp_path, toys, multi, 1e9)
     computed.clear()        # it looks once at the shapes
     assert same(fetch(again), first)
-    assert computed == []
+    assert computed == [1, 1]       # of each dataset the first, to see whether the code has changed
+    computed.clear()
+    assert same(fetch(again), first) and computed == []
 
     (path,) = tmp_path.glob("streams-*/streets.f16")
     content = bytearray(path.read_bytes())
@@ -78,6 +80,22 @@ def test_streams_are_computed_once(tmp_path, toys, multi, monkeypatch):
         multi.unet.conv_in.bias += 1
     fetch(StreamCache(tmp_path, toys, multi, 1e9))
     assert len(list(tmp_path.glob("streams-*"))) == 2
+
+
+def test_streams_of_other_code_are_refused(tmp_path, toys, multi, monkeypatch):
+    """Stage 2 was trained on the old ones, and evaluated with the new. What was just computed does not count as
+    compared."""
+    z, streams = tiny.latents(1, (8, 12)), multi.streams
+
+    def fetch(store, index):
+        return store.fetch([("rooms", index, False)], ("depth",), *z)
+    fetch(StreamCache(tmp_path, toys, multi, 1e9), 0)
+    monkeypatch.setattr(multi, "streams", lambda *args: {block: {t: 0.9 * x for t, x in f.items()}
+                                                         for block, f in streams(*args).items()})
+    changed = StreamCache(tmp_path, toys, multi, 1e9)
+    assert fetch(changed, 1) and fetch(changed, 1)
+    with pytest.raises(ValueError, match=r"rooms.f16 has other streams of sample 0 than the code makes now: delete "):
+        fetch(changed, 0)
 
 
 def test_a_full_disk_leaves_the_streams_that_are_kept(tmp_path, toys, multi, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from checkpoint import Records, hold, in_turn, read_json, remove_unheld, write_json
 from data import fetch, mirror, prepare, unreadable, views, whole_cells
-from tasks import TASKS
+from tasks import CLASSES, PALETTES, TASKS, registry
 
 # ---- latents of images and labels ----
 
@@ -33,7 +33,8 @@ class LatentCache:
 
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays, self.places = Path(folder), {}, {r.name: r.folder for r in readers}
-        self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers}}
+        self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers},
+                      "codes": codes(palette) if palette in PALETTES else {}}
         self.join()
 
     def join(self):
@@ -43,17 +44,19 @@ class LatentCache:
         if not path.is_file():
             self.refuse(others)
             return
-        shape = {"vae": str, "palette": str, "datasets": {str: dict}}
+        shape = {"vae": str, "palette": str, "datasets": {str: dict}, "codes": (None, {str: [float]})}
         old, new = read_json(path, "", shape, f"delete {folder}, {self.anew}"), self.about["datasets"]
         self.refuse([(name, place) for name, place in others if name not in old["datasets"]])
         differs = [f"{k} {old[k]}, now {self.about[k]}" for k in ("vae", "palette") if old[k] != self.about[k]]
         for name, facts in new.items():     # runs of few tasks need few datasets, and share the folder
             was = old["datasets"].get(name, facts)
             differs += [f"{k} of {name} {was.get(k)}, now {facts[k]}" for k in facts if facts[k] != was.get(k)]
+        known, now = old.get("codes") or {}, self.about["codes"]
+        differs += [f"another code of {t}" for t in now if t in known and not np.allclose(known[t], now[t], atol=1e-3)]
         if differs:
             raise ValueError(f"the {self.kind} {folder} was made for something else ({'; '.join(differs)}): "
                              + self.otherwise)
-        self.about["datasets"] = {**old["datasets"], **new}
+        self.about |= {"datasets": {**old["datasets"], **new}, "codes": {**known, **now}}
 
     def others(self):
         """[(dataset, folder with files where its arrays would be)]: they are of a cache, or of the dataset itself."""
@@ -205,6 +208,22 @@ class LatentCache:
                              f"the code makes now: delete {self.folder / reader.name}, {self.anew}")
 
 
+def codes(palette):
+    """{task: eight numbers that tell its code from another: what it makes of a made-up label, weighted in eight ways}.
+    """
+    def scattered(count):       # in [0,1), the same whatever the version of torch
+        return torch.arange(1, count + 1).double().sin().mul(43758.5453).frac().abs()
+
+    told = {}
+    for t, codec in registry(palette).items():
+        label = scattered(codec.channels * 16 * 24)
+        label = (len(CLASSES) * label).floor() if codec.categorical else label
+        code = codec.encode(label.float().view(1, -1, 16, 24), torch.ones(1, 1, 16, 24, dtype=torch.bool)).flatten()
+        weights = scattered(8 * len(code)).view(8, -1) - 0.5
+        told[t] = [round(x, 4) for x in (weights @ code.double() / len(code) ** 0.5).tolist()]
+    return told
+
+
 def differ(now, stored):
     """Whether two latents differ by more than float16 and another device's rounding."""
     return (now.float().cpu() - stored).abs().mean() > 0.02 * stored.abs().mean()
@@ -301,6 +320,7 @@ class StreamCache:
 
     def __init__(self, folder, readers, model, limit, autocast=contextlib.nullcontext, own=False):
         self.model, self.shapes, self.records, self.kept = model, {}, {}, {}
+        self.compared, self.written = set(), set()      # datasets; records of this process
         self.cropped = {reader.name: reader.train_crop for reader in readers}
         tokens = {t: getattr(model, f"token_{t}") for t in model.tasks}
         weight, known = next(model.unet.parameters()), {}
@@ -338,11 +358,20 @@ class StreamCache:
                 for (block, shape), part in blocks}
 
     def one(self, name, index, flip, z_i, z_j):
-        """The record of one image, a vector of float16's values, in float32: autocast on a CPU stacks no others."""
-        record = self.records[name].read(2 * index + flip)
-        if record is None:
+        """The record of one image, a vector of float16's values, in float32: autocast on a CPU stacks no others.
+        ValueError if the first one that is read of a dataset is not what the code makes now."""
+        records, number = self.records[name], 2 * index + flip
+        record = records.read(number)
+        if record is None or not (name in self.compared or (name, number) in self.written):
             feats = self.model.streams(z_i, z_j, self.model.tasks)
-            record = torch.cat([torch.stack(list(f.values())).flatten() for f in feats.values()]).half().cpu().numpy()
-            if z_i.any():       # else --skip-bad left it out of the latents, to be tried again next time
-                self.records[name].write(2 * index + flip, record)
+            now = torch.cat([torch.stack(list(f.values())).flatten() for f in feats.values()]).half().cpu()
+            if record is not None and differ(now, torch.from_numpy(record).float()):
+                raise ValueError(f"{records.path} has other streams of sample {index} than the code makes now: delete "
+                                 f"{records.path.parent}, they are computed again")
+            if record is not None:
+                self.compared.add(name)
+            elif z_i.any():     # else --skip-bad left it out of the latents, to be tried again next time
+                records.write(number, now.numpy())
+                self.written.add((name, number))
+            record = now.numpy() if record is None else record
         return torch.from_numpy(record).to(z_i.device).float()
