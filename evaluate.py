@@ -56,6 +56,7 @@ from inference.report import (
     read_report,
     result_dependencies,
     results_file,
+    scoring,
     weights_of,
     write_report,
 )
@@ -247,15 +248,17 @@ class TrainingLabels:
 # ---- tables ----
 
 def headline(task, result):
+    """The value of the task's first metric, None where it is undefined."""
     metric = METRICS[TASKS[task].metric].headline
-    if metric not in result:
+    if metric not in result and "images" not in result:
         raise ValueError(f"expected {metric} among the results of {task}, found {', '.join(result)}: is it ours?")
-    return result[metric]
+    return result.get(metric)
 
 
 def by_task(results):
-    """{dataset: {task: metrics}} -> {task: {dataset: headline}}, extra masks left out."""
+    """{dataset: {task: metrics}} -> {task: {dataset: headline}}, extra masks and what is undefined left out."""
     rows = {t: {d: headline(t, tasks[t]) for d, tasks in results.items() if t in tasks} for t in TASKS}
+    rows = {t: {d: x for d, x in row.items() if x is not None} for t, row in rows.items()}
     return {t: row for t, row in rows.items() if row}
 
 
@@ -267,11 +270,13 @@ def table(results, trivials, before=None):
             key = task.split(":")[0]
             metric = METRICS[TASKS[key].metric]
             guesses = {who: headline(key, r[task]) for who, r in trivials.get(name, {}).items() if task in r}
+            guesses, mine = {who: x for who, x in guesses.items() if x is not None}, headline(key, result)
             better = (min if metric.lower else max)(guesses.values(), default=math.nan)
             what = "codec alone" if "PSNR" in result else "model"
             row = {"test set": name, "task": task, "metric": metric.titled,
-                   what: f"{result[metric.headline]:.4g}", **{who: f"{g:.4g}" for who, g in guesses.items()},
-                   "model / better trivial": f"{result[metric.headline] / better:.2f}x" if better > 0 else "",
+                   what: "undefined" if mine is None else f"{mine:.4g}",
+                   **{who: f"{g:.4g}" for who, g in guesses.items()},
+                   "model / better trivial": f"{mine / better:.2f}x" if better > 0 and mine is not None else "",
                    **compared(key, result, (before or {}).get(name, {}).get(task)),
                    "paper": str(PAPER["StableMTL"].get(task, {}).get(name, "")), "images": str(result["images"])}
             if "PSNR" in result:
@@ -284,9 +289,9 @@ def table(results, trivials, before=None):
 
 def compared(task, result, before):
     """The cells that set a small decoder beside the VAE's own."""
-    if before is None:
+    now, was = headline(task, result), before and headline(task, before)
+    if now is None or was is None:
         return {}
-    now, was = headline(task, result), headline(task, before)
     return {"VAE's decoder": f"{was:.4g}", "change": change(now, was)}
 
 
@@ -422,6 +427,9 @@ def read_baseline(names, planned):
         report = read_json(path, absent, {"results": METRIC_VALUES}, "name the results.json of an evaluated checkpoint")
         if report.get("unfinished"):
             raise ValueError(f"{path} is unfinished: evaluate that run again, which does the rest")
+        if report.get("scoring", scoring()) != scoring():
+            print(f"notice: metrics, tasks or readers have changed since {path} was made: evaluate that run again",
+                  file=sys.stderr)
         for task, row in by_task(report["results"]).items():
             table.setdefault(task, {}).update(row)
         counts |= {(d, t): x.get("images") for d, tasks in report["results"].items() for t, x in tasks.items()}
@@ -512,7 +520,7 @@ def main(argv=None):
     report = {"checkpoint": whose, "stage": stage, "codec": args.codec, "split": args.split, "data": args.data,
               "decoder": args.decoder, "commit": config.get("commit"), "settings": config["train"],
               "flags": flags_of(args), "weights": weights, "stage1": config["stage1"],
-              "precision": precision(args.device)}
+              "precision": precision(args.device), "scoring": scoring()}
     if args.predictions:
         report |= model.told | {"missing": [name for r in readers for name in model.missing(r, args.limit)]}
     before, both = {}, args.codec and args.decoder

@@ -58,7 +58,7 @@ class Task:
     colour: Callable
     hflip: tuple = (1, 1, 1)   # signs of the code's channels under a horizontal flip, its first C those of the label's
     vflip: tuple = (1, 1, 1)   # and under a vertical flip
-    categorical: bool = False
+    categorical: bool = False  # labels are ids of CLASSES
     span: tuple = (-math.inf, math.inf)     # least and largest value of a label: what files store it in follows
     dense_loss: str = "l1"     # on the decoded map (train.py --loss task): l1, cosine, cross-entropy or scale-shift
     geometry: str = ""         # MOTION, MOTION_3D or DISTANCE: what a second frame can check (inference/photometric.py)

@@ -3,6 +3,7 @@ it makes room for another without being lost."""
 import os
 import re
 import sys
+from functools import cache
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,8 @@ from network.loading import read_model_json
 
 METRIC_VALUES = {str: {str: {str: float}}}      # {dataset: {task: {metric: value}}}
 REPORT = {"results": METRIC_VALUES, "trivial": {str: METRIC_VALUES}, "skipped": [str], "made_from": {str: str},
-          "vae": (None, METRIC_VALUES), "flags": (None, dict), "weights": (None, str), "unfinished": (None, [str])}
+          "vae": (None, METRIC_VALUES), "flags": (None, dict), "weights": (None, str), "unfinished": (None, [str]),
+          "scoring": (None, str)}
 
 
 def read_report(path, remedy="delete it, or restore it from a copy"):
@@ -77,7 +79,17 @@ def source_files():
     """The files of this project that numbers may depend on: what is imported, whole rooms of it, no scripts beside."""
     top, rooms = Path(__file__).parents[1], ("readers", "network", "inference", "training", "baselines", "toy")
     imported = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    return [*imported & {*top.glob("*.py")}, *(path for room in rooms for path in top.joinpath(room).glob("*.py"))]
+    within = {p for p in imported if p.is_relative_to(top) and not {"tests", "tools", "site-packages"} & {*p.parts}}
+    return [*within | {path for room in rooms for path in top.joinpath(room).glob("*.py")}]
+
+
+@cache
+def scoring():
+    """Eight hexadecimal digits for the code that turns maps and labels into metrics: numbers of other code do not
+    compare."""
+    top = Path(__file__).parents[1]
+    files = [top / f"{name}.py" for name in ("tasks", "metrics", "data", "evaluate")] + [*top.glob("readers/*.py")]
+    return digest([crc(path) for path in sorted(files)])
 
 
 def result_dependencies(args, folder, size, weights):

@@ -165,7 +165,8 @@ def watch(weights, a, y):
 
     weights: (T,B,N,heads); a, y: (B,N,C)
     """
-    evenness = torch.special.entr(weights.float()).sum(0) / math.log(max(2, len(weights)))      # (B,N,heads)
+    most = math.log(len(weights)) if len(weights) > 1 else math.nan     # a single one is neither even nor not
+    evenness = torch.special.entr(weights.float()).sum(0) / most        # (B,N,heads)
     largest = weights.float().amax(0)
     sums = [x.mean((1, 2)).sum() for x in (torch.ones_like(largest), evenness, largest)]
     return torch.stack(sums + [x.detach().float().square().sum() for x in (y, a)])

@@ -138,8 +138,10 @@ class Reader:
 
     def identity(self):
         """A digest of which samples these are, found without opening a file: what was made of others is refused, or
-        made anew. The files of a public dataset do not change, so its keys are enough."""
-        return digest([self.split, self.samples])
+        made anew. The files of a public dataset do not change, so its keys and which of them have labels are enough."""
+        known = {t: [*self.labelled(t)] for t in self.tasks}
+        partial = {t: numbers for t, numbers in known.items() if numbers != [*Reader.labelled(self, t)]}
+        return digest([self.split, self.samples, *[partial] * bool(partial)])
 
     def indices(self, task):
         """Numbers of the samples to use for the task: `labelled`, less what a dataset leaves out."""

@@ -33,7 +33,7 @@ from readers.raycast import (
     rotation,
     trace,
 )
-from tasks import CLASSES, IGNORE
+from tasks import CLASSES, IGNORE, TASKS
 
 ROAD, BUILDING, POLE, LIGHT, SIGN, VEGETATION, SKY, VEHICLE = range(len(CLASSES))
 ALL = ("semantic", "normal", "depth", "optical_flow", "scene_flow", "shading", "albedo")
@@ -377,7 +377,7 @@ class ToyWorld:
                              f"it has {', '.join(self.tasks)}")
         if not 0 <= i < self.n:
             raise IndexError(f"{self.name}/{self.split} has {self.n} samples, asked for number {i}")
-        second = self.paired and (with_next or any(t in FLOWS for t in tasks))
+        second = self.paired and (with_next or any(TASKS[t].frames == 2 for t in tasks))
         whole = render(self.name, self.split, i, self.size, seed=self.seed, second=second)
         sample = {key: whole[key] for key in ("name", "image", "next") if key in whole}
         return sample | {key: {t: whole[key][t] for t in tasks} for key in ("labels", "valid")}

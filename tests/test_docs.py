@@ -176,6 +176,14 @@ def test_the_new_dataset_of_the_pages_reads(tmp_path):
     assert len(reader) == 1 and sample["labels"]["depth"][0, 1, 0] == pytest.approx(1.5)
     assert sample["valid"]["depth"][0].tolist() == [False] + [True] * 5
 
+    exec(next(block for block in blocks("docs/extending.md", "python") if "class Partial" in block), space)
+    partial, before = space["Partial"](tmp_path, "train"), space["Partial"](tmp_path, "train").identity()
+    label = tmp_path / "mine/labels/depth/0.png"
+    label.parent.mkdir(parents=True)
+    assert partial.labelled("depth") == [] and before != reader.identity()
+    label.touch()
+    assert partial.labelled("depth") == [0] and partial.identity() == reader.identity()
+
 
 def test_the_new_task_of_the_pages_codes():
     """docs/extending.md: near is bright, far is dark, what is invalid has no influence."""

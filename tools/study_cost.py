@@ -29,9 +29,10 @@ def joint(spec):
 
 def alike(folder):
     """What the operations of a training step depend on, as text."""
-    spec = read_model_json(folder)
-    lora = (read_config(folder)["train"] or {}).get("lora", 0)
-    facts = [spec["kind"], spec["multi"], spec["options"], spec.get("generalist"), lora]
+    spec, about = read_model_json(folder), read_config(folder)
+    facts = [spec["kind"], spec["multi"], spec["options"], spec.get("generalist"), about["size"], len(spec["tasks"])]
+    facts.append((about["train"] or {}).get("lora", 0))
+    facts += [path.read_text() for path in sorted(folder.glob("*unet/config.json"))]
     if joint(spec):
         cfg, _ = config(folder)
         facts += [spec["tasks"], bool(cfg.teacher), cfg.discover]

@@ -1,4 +1,5 @@
 """What a study has found: tables, verdicts on the paper's claims, pictures, from the models that are finished."""
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -70,13 +71,15 @@ def collect(args):
 
 
 def versions(args):
-    """{"commits", "torch": [those that the finished models were trained under, as far as their config.json tells]}; a
-    study goes on whatever code it finds."""
+    """{"commits", "torch": [those that the finished models were trained under, as far as their config.json tells],
+    "scorings": [report.scoring of their results]}; a study goes on whatever code it finds."""
     paths = [job.out / "config.json" for job in runs(args) if job.finished]
     told = [read_json(path, "", MADE | {"resumed": (None, [MADE])}) for path in paths if path.is_file()]
     parts = [part for about in told for part in (about, *(about.get("resumed") or ()))]
     found = {"commits": {part.get("commit") for part in parts},
              "torch": {(part.get("versions") or {}).get("torch") for part in parts}}
+    results = [read_json(job.out / "results.json", "", {"scoring": (None, str)}) for job in runs(args) if job.finished]
+    found["scorings"] = {report.get("scoring") for report in results}
     return {what: sorted(names - {None}) for what, names in found.items()}
 
 
@@ -84,6 +87,15 @@ def gain(mine, baseline, worlds):
     """Delta_m in percent of {task: {world: headline}}, on some of the worlds, over the tasks of `mine`."""
     tables = [{t: {w: x for w, x in table[t].items() if w in worlds} for t in mine} for table in (mine, baseline)]
     return delta_m(*tables, LOWER)
+
+
+def gains(mine, baseline, whose):
+    """{where: gain}; none, with a notice, where a metric is zero or undefined."""
+    try:
+        return {where: gain(mine["results"], baseline["results"], worlds) for where, worlds in WORLDS.items()}
+    except ValueError as error:
+        print(f"notice: {whose}: no Delta_m: {error}", file=sys.stderr)
+        return {}
 
 
 def verdict(differences):
@@ -152,10 +164,7 @@ def summary(args):
         for seed, row in seeds.items():
             for zero in suite.against(name):
                 baseline = seen.get(zero.variant, {}).get(seed)
-                row[zero.key] = {}
-                if baseline:
-                    row[zero.key] = {where: gain(row["results"], baseline["results"], worlds)
-                                     for where, worlds in WORLDS.items()}
+                row[zero.key] = gains(row, baseline, f"{name}, seed {seed}") if baseline else {}
         about = dict(zip(("title", "flags", "parent", "program"), variant, strict=False))
         rows[name] = {**about, "operations per step": step, "operations": total, "seeds": seeds}
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
@@ -180,8 +189,12 @@ def spread(values, form=".4g"):
 def made(result):
     """Where this page was made and, where that is more than one, under what the models were trained, in a sentence."""
     under = result["trained under"]
-    several = [f"{what} {', '.join(name[:10] for name in names)}" for what, names in under.items() if len(names) > 1]
+    several = [f"{what} {', '.join(name[:10] for name in under[what])}" for what in ("commits", "torch")
+               if len(under[what]) > 1]
     mixed = f" Models were trained under {' and '.join(several)}: rows may differ by that." if several else ""
+    if len(under["scorings"]) > 1:
+        mixed += (" Metrics, tasks or readers were changed between evaluations: evaluate.py --ckpt with the folder of "
+                  "each row makes them alike.")
     return f"{result['hardware']}, torch {', '.join(under['torch']) or result['torch']}.{mixed}"
 
 
@@ -206,9 +219,10 @@ def world_table(result, suite, where):
 
 def cost_table(result):
     """A row per variant that train.py trains: flags, operations, minutes."""
-    base = result["variants"].get("single", {"operations": float("nan")})["operations"]
+    base = result["variants"].get("single", {}).get("operations")
     rows = [{"variant": v["title"], "flags of train.py": f"`{v['flags']}`",
-             "G per step": f"{v['operations per step'] / 1e9:.3g}", "in all": f"{v['operations'] / base:.2f}x",
+             "G per step": f"{v['operations per step'] / 1e9:.3g}",
+             "in all": f"{v['operations'] / base:.2f}x" if base else "",
              "minutes of training": spread((s["minutes"] for s in v["seeds"].values()), ".3g")}
             for v in result["variants"].values() if v["operations"]]
     return markdown(rows, ("variant", "flags of train.py", "G per step", "in all", "minutes of training"))
