@@ -14,7 +14,7 @@ import pickle
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -308,6 +308,14 @@ def spread(work, world_size):
         for process in others:
             process.kill()
             process.join()
+
+
+@contextmanager
+def one_voice(rank):
+    """While the block runs, only the first of several processes tells notices; what it raises is told by whoever
+    catches it."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if rank else nullcontext():
+        yield
 
 
 def _report(process, pipe, patience):

@@ -381,7 +381,7 @@ def main(argv=None):
             key = fingerprint(frames, common)
             files = ["panel.png", *array_files(tasks, forms), *["attention.json"] * args.attention,
                      *(f"confidence_{t}.npy" for t in tasks if args.confidence)]
-            places[-1] = replace(places[-1], folder=folder)
+            places[-1] = replace(places[-1], folder=folder, linked=bool(item.next))
             if not args.overwrite and finished(folder, key, files):
                 tally["kept"] += 1
                 continue

@@ -288,8 +288,6 @@ def idle_flags(cfg):
         (("widths",), not (cfg.stage == 0 or fresh or cfg.main_init == "base") and
          "it makes a fresh UNet, in a stage 1 without --init or with --main-init base"),
         (("lora",), cfg.main_init == "base" and "a low rank starts from stage 1: leave --main-init out"),
-        (("rho", "mask", "rho_after", "heads", "query_init"), len(parse_tasks(cfg.tasks)) == 2 and
-         "each of two tasks has but one other to attend to"),
         (("mask", "rho_after"), cfg.rho == 0 and "with --rho 0 nothing is left out"),
         (("rho", "mask", "rho_after"), cfg.rho_after >= cfg.steps and "--rho-after lasts to the last step"),
         (("main_lr",), cfg.freeze_main >= cfg.steps and "--freeze-main lasts to the last step"),

@@ -253,6 +253,12 @@ def compile_blocks(model):
 # ---- the run ----
 
 def main(argv=None):
+    with cli.one_voice(int(os.environ.get("RANK", 0))):     # of torchrun's processes
+        return begin(argv)
+
+
+def begin(argv):
+    """What the command line asks for -> exit code."""
     cfg = parse_args(argv, __doc__)
     if cfg.stage == 0:
         cli.writable(cfg.out, folder=True)
@@ -307,9 +313,8 @@ def ranked(rank, world_size, cfg, saved, tensors, meeting="env://"):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=meeting, rank=rank,
                             world_size=world_size, timeout=timedelta(days=30))
     try:
-        with open(os.devnull, "w") as nowhere:      # notices are told once; what is raised leaves this block first
-            with contextlib.redirect_stderr(nowhere) if rank else contextlib.nullcontext():
-                return train(rank, world_size, device, cfg, saved, tensors)
+        with cli.one_voice(rank):
+            return train(rank, world_size, device, cfg, saved, tensors)
     finally:
         dist.destroy_process_group()
 

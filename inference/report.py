@@ -79,8 +79,9 @@ def source_files():
     """The files of this project that numbers may depend on: what is imported, whole rooms of it, no scripts beside."""
     top, rooms = Path(__file__).parents[1], ("readers", "network", "inference", "training", "baselines", "toy")
     imported = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    within = {p for p in imported if p.is_relative_to(top) and not {"tests", "tools", "site-packages"} & {*p.parts}}
-    return [*within | {path for room in rooms for path in top.joinpath(room).glob("*.py")}]
+    ours = {p for p in imported if p.is_relative_to(top)}
+    others = {p for p in ours if {"tests", "tools", "site-packages"} & {*p.relative_to(top).parts}}
+    return [*ours - others | {path for room in rooms for path in top.joinpath(room).glob("*.py")}]
 
 
 @cache

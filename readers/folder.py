@@ -18,8 +18,9 @@ with another "scale" and "offset" (exports.py): so what sample.py --format write
 Axes are OpenCV's: x right, y down, z forward. NaN and infinity are invalid in every array.
 
 Splits: train.txt, val.txt and test.txt list the stems of a split, one a line; a split without a list is everything.
-Without any list, a hash of the stem decides: about 80% train, 10% val, 10% test, always the same (for frames of a
-video, which resemble each other, lists are better). Fewer than three images are not split: all are in every split.
+Without any list, a hash of the stem decides: about 80% train, 10% val, 10% test, the same as long as the images are
+(for frames of a video, which resemble each other, lists are better). Fewer than three images are not split: all are in
+every split.
 
 Size: all samples are resized to one (H,W), the caller's or that of the first image, reduced until its shorter side has
 at most 384 pixels. Images of another aspect ratio are refused unless the caller names a size.
@@ -181,7 +182,7 @@ class Folder(Reader):
         groups = self.images, self.second, *self.labels.values()
         paths = [files[stem] for (stem,) in self.samples for files in groups if stem in files]
         notes = [note for path in paths if (note := note_of(path)).is_file()]
-        return digest([super().identity(), stamps({*paths, *notes}, self.folder)])
+        return digest([digest([self.split, self.samples]), stamps({*paths, *notes}, self.folder)])
 
     def indices(self, task):
         """Numbers of the samples with a label of the task. ValueError if none of these labels has a valid pixel: then

@@ -120,7 +120,7 @@ def test_a_changed_code_or_reader_is_noticed(place, toys, model, monkeypatch):
         m.setitem(TASKS, "shading", replace(shading, encode=lambda label, valid: -shading.encode(label, valid)))
         with pytest.raises(ValueError, match="made for something else .another code of shading.: delete it, then"):
             cached(place, toys, model)
-        monkeypatch.setattr(cache, "codes", lambda palette: {})
+        m.setattr(cache, "codes", lambda tasks, palette: {})
         with pytest.raises(ValueError, match="another label of shading for rooms sample 0 .*: delete .*rooms, it is"):
             cached(place, toys, model)
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import TINY
 
 import evaluate
 import metrics
@@ -16,7 +15,8 @@ from readers.reader import Frame, Reader
 from readers.toyworld import ToyWorld
 from tasks import TASKS
 from tools.study_cost import alike
-from tools.study_report import gains, made
+from tools.study_report import advances, gain, made
+from tools.study_variants import STABLEMTL
 
 
 class Some(Reader):
@@ -87,9 +87,12 @@ def test_an_undefined_headline_is_a_cell(evaluated, monkeypatch, capsys):
     results, said, _ = evaluated("one")
     assert "AbsRel" not in results["results"]["real"]["depth"] and said.count("| undefined |") == 3
     assert "| real | normal | " in said and "depth" not in evaluate.by_task(results["results"])
-    rows = [{"results": {"depth": {"rooms": x, "real": x}}} for x in (1.0, 0.0)]
-    assert gains(*rows, "multi, seed 0") == {}
-    assert "notice: multi, seed 0: no Delta_m: expected a baseline above zero" in capsys.readouterr().err
+    assert gain({"depth": {"real": 1.0}}, {"depth": {"real": 0.0}}, ("real",)) is None
+    assert "notice: a Delta_m is left out: expected a baseline above zero" in capsys.readouterr().err
+    rows = {name: {"seeds": {0: {"results": {"depth": {"real": x}}, "delta_m": {}}}}
+            for name, x in (("single", 1.0), ("single-task", 0.0))}
+    assert advances(rows, STABLEMTL.zeros[0], ("depth",), "single", "unseen") == {}
+    assert advances(rows, STABLEMTL.zeros[0], (), "single", "unseen") == {}
 
 
 def test_code_in_a_new_folder_counts(tmp_path, monkeypatch):
@@ -116,13 +119,8 @@ def test_what_a_step_costs_depends_on_the_unet(tiny_ckpt_1, tmp_path):
     assert alike(wide) != alike(tiny_ckpt_1)
 
 
-def test_two_tasks_have_nothing_to_choose(go, capsys):
-    """With one other task, masks and heads do nothing: refused; its attention is neither even nor sharp."""
-    assert go("--tasks depth,normal")[0] == 0
-    for flags in ("--rho 0.4", "--mask argmax", "--heads 2", "--query-init unit"):
-        code, _, error = go(f"--stage 2 {flags}")
-        assert code == 2 and "would do nothing here: each of two tasks has but one other to attend to" in error
-    assert go("--stage 2", TINY)[0] == 0
+def test_attention_to_a_single_stream_has_no_entropy():
+    """Of two tasks it is neither even nor sharp; it was said to be sharp."""
     a = torch.ones(1, 3, 4)
     for others, entropy in (1, None), (2, 1.0):
         sums = watch(torch.full((others, 1, 3, 2), 1 / others), a, a)

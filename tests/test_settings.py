@@ -312,13 +312,19 @@ def test_data_that_has_moved(go, tmp_path, monkeypatch):
 
 
 def test_other_data_is_no_continuation(go, stage1, tmp_path):
-    """Datasets of other names are refused before anything is written."""
+    """Datasets of other names are refused before anything is written; so is --data for the toy worlds of a run of an
+    earlier version, which did not note its datasets."""
     out = shutil.copytree(stage1, tmp_path / "out")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     own_folder(tmp_path / "my", 4, 32, 48)
     code, _, error = go(f"--resume --steps 9 --data {tmp_path / 'my'}")
     assert code == 2 and re.search("learns from rooms, streets, things, and .*my has folder: name the folder", error)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    about = json.loads((out / "state/state.json").read_text())
+    del about["files"]
+    (out / "state/state.json").write_text(json.dumps(about))
+    assert go(f"--resume --steps 9 --data {tmp_path / 'my'}")[0] == 2
+    assert go("--resume --steps 2")[0] == 0
 
 
 def test_no_held_out_label_is_told_as_such(go, tmp_path):

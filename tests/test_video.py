@@ -106,6 +106,16 @@ def test_gaps_divide_clips(go, shots, tmp_path):
     assert code == 0 and filmed == ["f0_to_f1", "f3_to_f4", "f7_to_f8"] and said.count("flicker") == 3
 
 
+def test_another_size_divides_clips(go, shots, tmp_path):
+    """With --skip-bad a frame before one of another size is predicted alone, and its film ends there."""
+    for i in (3, 4):
+        Image.open(shots / f"f{i}.png").resize((32, 24)).save(shots / f"f{i}.png")
+    code, said, error = go(shots, "--tasks", "depth", "--stage", 1, "--video", "--skip-bad")
+    filmed = sorted(p.parent.name for p in (tmp_path / "out").rglob("panel.mp4"))
+    assert code == 0 and filmed == ["f0_to_f2", "f3_to_f4"] and said.startswith("5 predicted")
+    assert "f2 without its next frame: f2 has " in error
+
+
 @pytest.mark.parametrize("flags, why", [
     (["--video", "--single"], "--video films a sequence"), (["--toy", "real:3", "--video"], "--video films a sequence"),
     (["--fps", "5"], "--fps would do nothing here: it goes with --video"),
@@ -134,7 +144,7 @@ def test_what_turns_out_to_be_alone_is_kept(go, shots):
     """Where the next frame cannot be read, what is predicted stays; that there is nothing to film is said."""
     (shots / "f1.png").write_bytes(b"no image")
     code, said, error = go(shots, "--limit", 2, "--tasks", "depth", "--stage", 1, "--video", "--skip-bad")
-    assert code == 2 and "nothing to film" in error and said.startswith("0 predicted")
+    assert code == 2 and "nothing to film" in error and said.startswith("1 predicted")
 
 
 def test_memory_does_not_grow(go, shots, monkeypatch):

@@ -49,6 +49,7 @@ from checkpoint import locked, stage1_settings, write_json
 from data import Mixture, loader, parse_drop, tasks_with_labels, test_batches, test_readers, train_readers, whole_cells
 from evaluate import table
 from inference.infer import network_maps
+from inference.report import scoring
 from metrics import METRICS
 from model import StableMTL
 from network.attention import WATCHED, watched
@@ -268,7 +269,7 @@ def main(argv=None):
             "checkpoint": args.ckpt, "stage": 2, "oracle": True, "tell": args.tell, "split": "test", "data": "toy",
             "commit": commit(), "settings": dataclasses.asdict(cfg), "aux_steps": args.aux_steps,
             "stage1": stage1_settings(args.ckpt), "results": results, "trivial": {}, "skipped": [],
-            "made_from": {}, "unfinished": [], "attention": attention})
+            "made_from": {}, "unfinished": [], "attention": attention, "scoring": scoring()})
         os.replace(work / "log.jsonl", out / "log.jsonl")
         shutil.rmtree(work)
     named = {"entropy": "attention_entropy", "largest weight": "attention_largest", "term": "attention_term"}

@@ -58,7 +58,9 @@ def collect(args):
         if job.finished:
             row = out.setdefault(job.variant, {}).setdefault(
                 job.seed, {"results": {}, "steps": 0, "minutes": 0.0, "attention": {}})
-            row["results"] |= results(job.out)
+            row["results"] |= (found := results(job.out))
+            if undefined := [t for t in job.tasks if t not in found]:
+                print(f"notice: {job.name} is left out: {', '.join(undefined)} is undefined there", file=sys.stderr)
             row["steps"] += job.steps
             if job.steps:
                 entries = log(job.out)
@@ -84,18 +86,19 @@ def versions(args):
 
 
 def gain(mine, baseline, worlds):
-    """Delta_m in percent of {task: {world: headline}}, on some of the worlds, over the tasks of `mine`."""
+    """Delta_m in percent of {task: {world: headline}}, on some of the worlds, over the tasks of `mine`; None, with a
+    notice, where a metric of the baseline is zero or one is undefined."""
     tables = [{t: {w: x for w, x in table[t].items() if w in worlds} for t in mine} for table in (mine, baseline)]
-    return delta_m(*tables, LOWER)
-
-
-def gains(mine, baseline, whose):
-    """{where: gain}; none, with a notice, where a metric is zero or undefined."""
     try:
-        return {where: gain(mine["results"], baseline["results"], worlds) for where, worlds in WORLDS.items()}
+        return delta_m(*tables, LOWER)
     except ValueError as error:
-        print(f"notice: {whose}: no Delta_m: {error}", file=sys.stderr)
-        return {}
+        print(f"notice: a Delta_m is left out: {error}", file=sys.stderr)
+        return None
+
+
+def known(values):
+    """A {key: value} without those that are None."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def verdict(differences):
@@ -124,10 +127,10 @@ def advances(rows, zero, tasks, variant, where):
     """{seed: Delta_m of a variant against a zero line}, over its tasks or over some of them."""
     seeds = rows[variant]["seeds"]
     if not tasks:
-        return {seed: row[zero.key][where] for seed, row in seeds.items() if row[zero.key]}
+        return known({seed: row[zero.key].get(where) for seed, row in seeds.items()})
     zeros = rows.get(zero.variant, {"seeds": {}})["seeds"]
-    return {seed: gain({t: row["results"][t] for t in tasks}, zeros[seed]["results"], WORLDS[where])
-            for seed, row in seeds.items() if seed in zeros}
+    return known({seed: gain({t: row["results"][t] for t in tasks}, zeros[seed]["results"], WORLDS[where])
+                  for seed, row in seeds.items() if seed in zeros})
 
 
 def judge(rows, suite, tasks):
@@ -164,7 +167,10 @@ def summary(args):
         for seed, row in seeds.items():
             for zero in suite.against(name):
                 baseline = seen.get(zero.variant, {}).get(seed)
-                row[zero.key] = gains(row, baseline, f"{name}, seed {seed}") if baseline else {}
+                row[zero.key] = {}
+                if baseline:
+                    row[zero.key] = known({where: gain(row["results"], baseline["results"], worlds)
+                                           for where, worlds in WORLDS.items()})
         about = dict(zip(("title", "flags", "parent", "program"), variant, strict=False))
         rows[name] = {**about, "operations per step": step, "operations": total, "seeds": seeds}
     about = {k: getattr(args, k) for k in ("tasks", "steps", "steps2", "single_steps", "limit", "settings")}
@@ -193,8 +199,7 @@ def made(result):
                if len(under[what]) > 1]
     mixed = f" Models were trained under {' and '.join(several)}: rows may differ by that." if several else ""
     if len(under["scorings"]) > 1:
-        mixed += (" Metrics, tasks or readers were changed between evaluations: evaluate.py --ckpt with the folder of "
-                  "each row makes them alike.")
+        mixed += " Metrics, tasks or readers were changed between evaluations: rows may differ by that, too."
     return f"{result['hardware']}, torch {', '.join(under['torch']) or result['torch']}.{mixed}"
 
 
@@ -208,7 +213,7 @@ def world_table(result, suite, where):
         seeds, own = v["seeds"].values(), suite.against(name)
         row = {"variant": v["title"], "seeds": str(len(seeds))}
         for zero in suite.zeros:
-            gains = [s[zero.key][where] for s in seeds if zero in own and s[zero.key]]
+            gains = [s[zero.key][where] for s in seeds if zero in own and where in s[zero.key]]
             fewer = f", {len(gains)} of the seeds" if 0 < len(gains) < len(seeds) else ""
             row[zero.column] = spread(gains, "+.2f") + fewer
         for column, (t, w) in headlines.items():
@@ -337,8 +342,10 @@ def draw_isolation(args, result):
                 norms[e["task"][0]].append(e["grad_norm"])
     points = {}
     for t in (t for t in args.tasks if norms[t]):
-        gains = [gain({t: with_[s]["results"][t]}, {t: without[s]["results"][t]}, WORLDS["unseen"]) for s in both]
-        points[t] = fmean(norms[t]), fmean(gains)
+        gains = known({s: gain({t: with_[s]["results"][t]}, {t: without[s]["results"][t]}, WORLDS["unseen"])
+                       for s in both})
+        if gains:
+            points[t] = fmean(norms[t]), fmean(gains.values())
     return draw_scatter("what task-gradient isolation gives, unseen world", points, "mean gradient norm of the task",
                         "gain from isolation, %")
 

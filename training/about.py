@@ -52,15 +52,16 @@ def identities(readers):
 def check_data(cfg, saved, readers):
     """What --resume does where the data differs from what the run has learned from so far: ValueError for other
     datasets, a notice for other files in the same ones (or the same files copied: their times of change tell)."""
-    was, now = saved.get("files"), identities(readers)
-    if was is None:     # a run of an earlier version
-        return
+    now = identities(readers)
+    was = saved.get("files")
+    if was is None:     # a run of an earlier version, which says no more than whether it was the toy worlds
+        was = now if bool(saved["train"].get("data")) == bool(cfg.data) else {"other data": None}
     if was.keys() != now.keys():
         raise ValueError(f"the run in {cfg.out} learns from {', '.join(was)}, and {cfg.data or 'the toy worlds'} has "
                          f"{', '.join(now)}: name the folder where its data is now, --resume --data <folder>")
     if changed := [name for name in now if now[name] != was[name]]:
-        print(f"notice: the files of {', '.join(changed)} are not those that the run in {cfg.out} began with, or are "
-              "copies; it goes on with them", file=sys.stderr)
+        print(f"notice: the files of {', '.join(changed)} are not those that the run in {cfg.out} has had so far, or "
+              "are copies; it goes on with them", file=sys.stderr)
 
 
 # ---- told in a line ----

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from checkpoint import Records, hold, in_turn, read_json, remove_unheld, write_json
 from data import fetch, mirror, prepare, unreadable, views, whole_cells
-from tasks import CLASSES, PALETTES, TASKS, registry
+from tasks import CLASSES, TASKS, registry
 
 # ---- latents of images and labels ----
 
@@ -34,8 +34,12 @@ class LatentCache:
     def __init__(self, folder, readers, vae_hash, palette):
         self.folder, self.arrays, self.places = Path(folder), {}, {r.name: r.folder for r in readers}
         self.about = {"vae": vae_hash, "palette": palette, "datasets": {r.name: self.facts(r) for r in readers},
-                      "codes": codes(palette) if palette in PALETTES else {}}
+                      "codes": self.codes(readers, palette)}
         self.join()
+
+    def codes(self, readers, palette):
+        """`codes` of the tasks whose labels are kept."""
+        return codes({t for r in readers for t in r.tasks}, palette)
 
     def join(self):
         """Add the datasets that are in the folder to `about`; ValueError if it was made for something else."""
@@ -52,7 +56,7 @@ class LatentCache:
             was = old["datasets"].get(name, facts)
             differs += [f"{k} of {name} {was.get(k)}, now {facts[k]}" for k in facts if facts[k] != was.get(k)]
         known, now = old.get("codes") or {}, self.about["codes"]
-        differs += [f"another code of {t}" for t in now if t in known and not np.allclose(known[t], now[t], atol=1e-3)]
+        differs += [f"another code of {t}" for t in now if t in known and not alike(known[t], now[t])]
         if differs:
             raise ValueError(f"the {self.kind} {folder} was made for something else ({'; '.join(differs)}): "
                              + self.otherwise)
@@ -208,20 +212,25 @@ class LatentCache:
                              f"the code makes now: delete {self.folder / reader.name}, {self.anew}")
 
 
-def codes(palette):
+def codes(tasks, palette):
     """{task: eight numbers that tell its code from another: what it makes of a made-up label, weighted in eight ways}.
     """
     def scattered(count):       # in [0,1), the same whatever the version of torch
         return torch.arange(1, count + 1).double().sin().mul(43758.5453).frac().abs()
 
     told = {}
-    for t, codec in registry(palette).items():
+    for t, codec in ((t, codec) for t, codec in registry(palette).items() if t in tasks):
         label = scattered(codec.channels * 16 * 24)
         label = (len(CLASSES) * label).floor() if codec.categorical else label
         code = codec.encode(label.float().view(1, -1, 16, 24), torch.ones(1, 1, 16, 24, dtype=torch.bool)).flatten()
         weights = scattered(8 * len(code)).view(8, -1) - 0.5
         told[t] = [round(x, 4) for x in (weights @ code.double() / len(code) ** 0.5).tolist()]
     return told
+
+
+def alike(one, other):
+    """Whether two of `codes` are the same but for another machine's rounding."""
+    return np.allclose(one, other, atol=1e-3, equal_nan=True)
 
 
 def differ(now, stored):

@@ -18,7 +18,7 @@ from data import mirror, prepare, tasks_with_labels, unreadable, whole_cells
 from inference.confidence import agreement, turned
 from network.generalist import seeded
 from tasks import TASKS
-from training.cache import LatentCache
+from training.cache import LatentCache, codes
 
 MASKS = ("half", "none", "weighted")
 JITTER = (0.2, 0.2, 0.2, 0.0)       # of a student's images; no hue: the labels of albedo follow it
@@ -70,10 +70,10 @@ class PseudoLabels(LatentCache):
     """
 
     kind, anew, room = "folder of pseudo labels", "and run the same python -m tools.discover again", "make room"
-    otherwise = "name another folder, or work with the base, data, size and number of scenes that its teacher had"
+    otherwise = "name another folder, or work with the code, base, data, size and number of scenes that its teacher had"
 
     def __init__(self, folder, readers, vae_hash, pairs, teacher):
-        self.readers = [r for r in readers if r.name in pairs]
+        self.readers, self.cells = [r for r in readers if r.name in pairs], pairs
         super().__init__(folder, self.readers, vae_hash, "any")
         old = read_json(self.folder / "cache.json", "", ABOUT) if (self.folder / "cache.json").is_file() else {}
         for what, key, now in (("pairs", "cells", pairs), ("teacher", "teacher", teacher)):
@@ -81,6 +81,9 @@ class PseudoLabels(LatentCache):
                 raise ValueError(f"{folder} holds pseudo labels of other {what} ({old[key]}, now {now}): name another "
                                  "folder or delete this one")
         self.about |= {"cells": pairs, "teacher": teacher}
+
+    def codes(self, readers, palette):
+        return codes({t for tasks in self.cells.values() for t in tasks}, "cityscapes")     # none is of classes
 
     def layout(self, reader, model):
         h, w = (s // model.factor for s in reader.size)
