@@ -17,6 +17,7 @@ from tasks import TASKS
 from tools.study_cost import alike
 from tools.study_report import advances, gain, made
 from tools.study_variants import STABLEMTL
+from training.discovery import PseudoLabels
 
 
 class Some(Reader):
@@ -96,11 +97,13 @@ def test_an_undefined_headline_is_a_cell(evaluated, monkeypatch, capsys):
 
 
 def test_code_in_a_new_folder_counts(tmp_path, monkeypatch):
-    """Results were kept when a metric in a folder of its own had changed."""
+    """Results were kept when a metric in a folder of its own had changed; and where the whole code lies makes no
+    difference."""
+    top = tmp_path / "tools/code"
     names = "own/metric.py", "tests/test_it.py", "tools/it.py", "inference/report.py"
-    files = {name: tmp_path / name for name in names}
+    files = {name: top / name for name in names}
     for path in files.values():
-        path.parent.mkdir()
+        path.parent.mkdir(parents=True)
         path.touch()
     monkeypatch.setattr(report, "__file__", str(files["inference/report.py"]))
     for name, path in files.items():
@@ -108,6 +111,19 @@ def test_code_in_a_new_folder_counts(tmp_path, monkeypatch):
         module.__file__ = str(path)
         monkeypatch.setitem(report.sys.modules, name, module)
     assert {*report.source_files()} == {files["own/metric.py"], files["inference/report.py"]}
+
+
+def test_pseudo_labels_know_the_code_they_are_in(tiny_model, tmp_path, monkeypatch):
+    """Beside a latent cache that was built anew, they stayed in the old one."""
+    worlds, albedo = [ToyWorld("streets", "train", 2, (16, 24))], TASKS["albedo"]
+
+    def labels():
+        return PseudoLabels(tmp_path / "pseudo", worlds, "vae", {"streets": ["albedo"]}, "teacher")
+    labels().create(worlds, tiny_model)
+    labels()
+    monkeypatch.setitem(TASKS, "albedo", replace(albedo, encode=lambda label, valid: -albedo.encode(label, valid)))
+    with pytest.raises(ValueError, match="another code of albedo.: name another folder, or work with the code, base"):
+        labels()
 
 
 def test_what_a_step_costs_depends_on_the_unet(tiny_ckpt_1, tmp_path):
