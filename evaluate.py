@@ -255,10 +255,14 @@ def headline(task, result):
     return result.get(metric)
 
 
+def known(values):
+    """A {key: value} without those that are None."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def by_task(results):
     """{dataset: {task: metrics}} -> {task: {dataset: headline}}, extra masks and what is undefined left out."""
-    rows = {t: {d: headline(t, tasks[t]) for d, tasks in results.items() if t in tasks} for t in TASKS}
-    rows = {t: {d: x for d, x in row.items() if x is not None} for t, row in rows.items()}
+    rows = {t: known({d: headline(t, tasks[t]) for d, tasks in results.items() if t in tasks}) for t in TASKS}
     return {t: row for t, row in rows.items() if row}
 
 
@@ -269,8 +273,8 @@ def table(results, trivials, before=None):
         for task, result in tasks.items():
             key = task.split(":")[0]
             metric = METRICS[TASKS[key].metric]
-            guesses = {who: headline(key, r[task]) for who, r in trivials.get(name, {}).items() if task in r}
-            guesses, mine = {who: x for who, x in guesses.items() if x is not None}, headline(key, result)
+            guesses = known({who: headline(key, r[task]) for who, r in trivials.get(name, {}).items() if task in r})
+            mine = headline(key, result)
             better = (min if metric.lower else max)(guesses.values(), default=math.nan)
             what = "codec alone" if "PSNR" in result else "model"
             row = {"test set": name, "task": task, "metric": metric.titled,
@@ -579,7 +583,8 @@ def main(argv=None):
     print(f"\n{whose}, {args.split} split of {root or 'the toy worlds'}, "
           f"{len(skipped)} samples skipped, {time.time() - start:.0f} s on {args.device}"
           + (f"; written to {where}" if where else ""))
-    for d, t in differ[:1]:
+    if differ:
+        d, t = differ[0]
         raise ValueError(f"no Delta_m: {args.baseline} has {counts[d, t]} images of {d}, {t}, and this "
                          f"{results[d][t]['images']}: evaluate both with the same --limit and --split")
     return 0

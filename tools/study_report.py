@@ -10,7 +10,7 @@ from checkpoint import read_json, read_lines, write_json
 from cli import markdown, parse_device, parse_size
 from data import tensor_image, test_readers
 from draw import attention_table, draw_attention, draw_curves, draw_intervals, draw_scatter
-from evaluate import METRIC_VALUES, by_task
+from evaluate import METRIC_VALUES, by_task, known
 from metrics import METRICS, delta_m
 from model import StableMTL
 from tasks import TASKS, parse_tasks
@@ -94,11 +94,6 @@ def gain(mine, baseline, worlds):
     except ValueError as error:
         print(f"notice: a Delta_m is left out: {error}", file=sys.stderr)
         return None
-
-
-def known(values):
-    """A {key: value} without those that are None."""
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def verdict(differences):
