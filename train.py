@@ -162,7 +162,7 @@ def build_model(cfg, tasks, stages):
         return Generalist.fit(model, **axes(cfg)) if axes(cfg) else model
     if not stages:
         raise FileNotFoundError(f"--stage 2 starts from a finished stage 1, and there is none in {cfg.out}: "
-                                f"run python train.py --stage 1 --out {cfg.out} first")
+                                f"run python train.py --stage 1 --out {quote(cfg.out)} first")
     model = StableMTL.load(cfg.out, stage=1)
     torch.manual_seed(cfg.seed)     # of a fresh UNet
     if cfg.main_init == "stage1":

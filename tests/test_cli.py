@@ -5,6 +5,8 @@ import contextlib
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from runs import TINY, unfinished
 
 import cli
 import evaluate
@@ -356,3 +359,22 @@ def test_a_lack_of_memory_names_the_flags_of_the_command(capsys, read, remedy):
         np.empty(1 << 55)
     assert cli.run(command) == 2
     assert remedy in capsys.readouterr().err
+
+
+def test_what_is_printed_can_be_pasted(tiny_base, stage1, tmp_path, monkeypatch, capsys):
+    """Commands that a sentence names say a folder with a space so that a shell reads one word."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stage1, "stage 1")
+    unfinished(Path("stage 1"), Path("stopped run"))
+    short = f"--base {tiny_base} {TINY}".split()
+    for command, code, words in [
+            (lambda: train.main([*short, "--stage", "2", "--out", "no run"]), 2, ["--stage", "1", "--out", "no run"]),
+            (lambda: train.main(["--resume", "--out", "stage 1"]), 0, ["--stage", "2", "--out", "stage 1,"]),
+            (lambda: train.main([*short, "--stage", "1", "--init", "stopped run"]), 2,
+             ["--resume", "--out", "stopped run"]),
+            (lambda: sample.main(["--ckpt", "stage 1", *"--testset toy --limit 1 --tasks depth --output".split(),
+                                  "my maps"]), 0, ["--predictions", "my maps"])]:
+        assert cli.run(command) == code
+        said = "".join(capsys.readouterr())
+        pasted = shlex.split(said[said.index("python "):])
+        assert [word.replace(f"{tmp_path}/", "") for word in pasted[2:2 + len(words)]] == words, said
