@@ -26,7 +26,7 @@ KINDS = {"unseen": "The unseen world", "in-domain": "Held-out scenes of the trai
 ATTENDED = {"attention_entropy": "entropy", "attention_largest": "largest weight", "attention_term": "size"}
 MADE = {"commit": (None, str), "versions": (None, {"torch": str})}      # of config.json; again of each resumption
 # Student's t for 95% confidence, two-sided, of 2, 3, ... seeds; more than ten count as ten
-T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26
+T95 = 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622
 
 
 # ---- from files to numbers ----
