@@ -81,6 +81,7 @@ PAPER = {"single-task": _row(48.17, 22.27, 14.21, 32.56, 10.36, 0.2735, 0.2551, 
          "DiffusionMTL*": _row(45.92, 44.56, 24.83, 58.17, 36.60, 0.3502, 0.3004, 0.3660),
          "StableMTL-S": _row(52.57, 23.94, 15.64, 33.36, 12.76, 0.2618, 0.2310, 0.2077),
          "StableMTL": _row(55.79, 23.27, 14.98, 33.03, 10.76, 0.2313, 0.2346, 0.2016)}
+PAPER_TASKS = tuple(PAPER["StableMTL"])     # also of the released weights; TASKS may have more
 
 
 # ---- one test set ----

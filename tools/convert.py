@@ -34,6 +34,7 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint import RELEASED_SIZE, not_ours, save_model, write_json
+from evaluate import PAPER_TASKS
 from model import StableMTL, from_base
 from network.generalist import STABLEMTL
 from network.loading import grouped, mismatch, not_finite, reason
@@ -83,11 +84,11 @@ def check(state, expected, path):
 def attention_tasks(state):
     """The tasks that a multi-stream state dict attends over, in registry order.
 
-    All known ones if it names none: `check` then reports what is missing.
+    The paper's if it names none: `check` then reports what is missing.
     """
     parts = [k.split(".") for k in state]    # by whole names: "normal" must not match "task_norm"
     named = {p[p.index("task_to_q") + 1] for p in parts if "task_to_q" in p[:-1]}
-    return tuple(t for t in TASKS if t in named) or tuple(TASKS)
+    return tuple(t for t in TASKS if t in named) or PAPER_TASKS
 
 
 def multi_state(model):
@@ -101,7 +102,7 @@ def import_released(base, single, multi=None):
     Strict: ValueError says what does not fit.
     """
     main_state = read_state(multi) if multi else None
-    model = from_base(base, attention_tasks(main_state) if multi else tuple(TASKS), PALETTE)
+    model = from_base(base, attention_tasks(main_state) if multi else PAPER_TASKS, PALETTE)
     state = read_state(single)
     check(state, model.unet.state_dict(), single)
     model.unet.load_state_dict(state)
@@ -126,8 +127,8 @@ def export(ckpt, folder):
                 **STABLEMTL}
     differs = [f"{k} {own[k]} (released: {v})" for k, v in released.items() if own.get(k, v) != v]
     differs += [f"{k} {v}" for k, v in (facts["multi"] or {}).items() if k not in released]     # of somebody's fork
-    if not model.multi and len(model.tasks) < len(TASKS):   # only multi.pth names its tasks
-        differs.append(f"a stage 1 of {', '.join(model.tasks)} alone (released: all {len(TASKS)} tasks)")
+    if not model.multi and set(model.tasks) != set(PAPER_TASKS):    # only multi.pth names its tasks
+        differs.append(f"a stage 1 of {', '.join(model.tasks)} (released: {', '.join(PAPER_TASKS)})")
     if differs:
         raise ValueError(f"{ckpt} cannot be exported: the released format has no room for {', '.join(differs)}")
     if there := [name for name in ("single.pth", "multi.pth") if (folder / name).exists()]:
