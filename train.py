@@ -558,16 +558,16 @@ def in_order(names):
 
 
 def labelled_tasks(cfg, readers):
-    """The tasks to train: those asked for, or with --data and no --tasks all that the data has labels for."""
+    """The tasks to train: those asked for, or without --tasks all that the data has labels for."""
     tasks = parse_tasks(cfg.tasks)
-    if not cfg.data or cfg.tasks != "all":
+    if cfg.tasks != "all":
         return tasks
     found = tuple(not_dropped(tasks, readers, {}))
     if not found:
         raise ValueError(f"--data {cfg.data} has no training label of any task: "
                          f"python data.py --data {quote(cfg.data)} --check says what is there")
     if found != tasks:
-        print(f"tasks with labels in {cfg.data}: {', '.join(found)}", file=sys.stderr)
+        print(f"tasks with labels in {cfg.data or 'the toy worlds'}: {', '.join(found)}", file=sys.stderr)
     return found
 
 
