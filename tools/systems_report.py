@@ -97,8 +97,8 @@ All systems but StableMTL are our adaptations at toy scale. UNets start from a b
 they say "from scratch", and trunks from random weights: part of any difference is that.
 
 There are two zero lines. Against the single-task UNets all rows can be compared; against the STL trunk only what is
-built on the trunk. A row of 3 tasks has a Delta_m over these and the same number of images: 7/3 as many steps of each
-task for a UNet, whose steps have one task; hardly more labels for a trunk, whose steps take all that an image has."""
+built on the trunk. A row of 3 tasks has a Delta_m over these and the same number of images: more steps of each task for
+a UNet, whose steps have one task; hardly more labels for a trunk, whose steps take all that an image has."""
 
 COST = """\
 Images and labels, with those of what a row starts from (a teacher, a single stream) behind a plus. A step of a UNet
