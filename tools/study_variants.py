@@ -172,7 +172,6 @@ CLAIMS = [
           "continued-batch-4", zero=CONTROL),
     Claim("the multi stream beats the single stream trained for as many steps, twice of them", "longer",
           "continued-longer", zero=CONTROL),
-    Claim("twice the steps let it beat that by more", "longer + continued", "continued-longer + multi", zero=CONTROL),
     Claim("what the multi stream has learned in twice the steps needs its streams", "longer", "longer-off",
           zero=CONTROL),
     Claim("Adam's moments in float32 beat those in bfloat16", "multi", "adam-bf16", zero=CONTROL),
