@@ -140,8 +140,10 @@ def write(folder, item, key, frames, result, forms=("npy",)):
         for form in (form for form in forms if fits(task, form)):
             save(folder / array_name(t, form), as_array(x, task), task, form)
         if item.truth:
-            label = torch.from_numpy(item.truth["labels"][t]).permute(2, 0, 1)
-            valid = torch.from_numpy(item.truth["valid"][t])
+            label, valid = torch.zeros_like(x), ~everywhere     # a task that the toy worlds lack
+            if t in item.truth["labels"]:
+                label = torch.from_numpy(item.truth["labels"][t]).permute(2, 0, 1)
+                valid = torch.from_numpy(item.truth["valid"][t])
             cells += compare(task, label, valid, aligned(task, x, label, valid))
         else:
             cells.append((f"{t}, {task.tell(x, everywhere)}" if scaled else t, cell(picture)))
