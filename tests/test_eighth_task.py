@@ -21,6 +21,7 @@ from readers.folder import Folder
 from readers.formats import read_exr, read_npy
 from readers.toyworld import ALL, ToyWorld
 from tasks import TASKS, Task, registry
+from tools import study
 
 TINY = "--batch 2 --micro 2 --save-every 9 --picture-every 3 --workers 0 --warmup 1 --threads 1 --val-samples 0"
 
@@ -121,7 +122,7 @@ def test_a_task_without_labels_is_left_out_or_refused(tiny_base, tmp_path, monke
     flags = f"--base {tiny_base} --out {tmp_path / 'out'} --scenes 1 --size 16x24 {TINY} --cache none --steps 1".split()
     assert train.main(flags) == 0
     assert f"tasks with labels in the toy worlds: {', '.join(known)}\n" in capsys.readouterr().err
-    assert StableMTL.load(tmp_path / "out").tasks == known
+    assert StableMTL.load(tmp_path / "out").tasks == known == study.parse(["--out", str(tmp_path / "study")]).tasks
     with pytest.raises(ValueError, match="no training labels for unlabelled: choose other --tasks"):
         train.main([*flags, "--overwrite", "--tasks", "depth,unlabelled"])
 

@@ -47,6 +47,7 @@ import evaluate
 import train
 from checkpoint import read_json, state_file, write_json
 from model import StableMTL
+from readers.toyworld import ALL
 from settings import PRESETS
 from tasks import parse_tasks
 from tools import discover, oracle, study_report, systems_report
@@ -252,7 +253,7 @@ def parse(argv):
     (args.suite, _), args.flags = SUITES[args.suite], flags
     if taken := OURS & {f.split("=")[0] for f in flags}:
         raise ValueError(f"{', '.join(sorted(taken))} after --: the study sets this itself, or cannot use it")
-    args.tasks = parse_tasks(args.tasks)
+    args.tasks = parse_tasks(",".join(ALL) if args.tasks == "all" else args.tasks)      # all of the toy worlds
     if len(args.tasks) < 2:
         raise ValueError(f"--tasks {args.tasks[0]}: expected at least two tasks, for a multi stream needs another one "
                          "to attend to")

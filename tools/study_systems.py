@@ -6,14 +6,15 @@ before; each row says how many that is, and how many labels: a step of another s
 There are two zero lines, which nothing mixes: the UNet's single-task models for all rows, and the trunk's for what is
 built on it (what each paper claims of its own method).
 """
+from readers.toyworld import ALL
 from tasks import TASKS
 from tools.study_variants import Claim, Suite, Variant, Zero
 
 THREE = "semantic,normal,depth"         # all that the original JTR and DiffusionMTL know
 GEOMETRY, INTRINSIC = "normal,depth", "shading,albedo"
-STILL = ",".join(t for t in TASKS if TASKS[t].frames == 1)      # learned whether or not motion has left its plateau
-CLASSES = ",".join(t for t in TASKS if TASKS[t].categorical)
-DEPTH = ",".join(t for t in TASKS if TASKS[t].dense_loss == "scale-shift")
+STILL = ",".join(t for t in ALL if TASKS[t].frames == 1)      # learned whether or not motion has left its plateau
+CLASSES = ",".join(t for t in ALL if TASKS[t].categorical)
+DEPTH = ",".join(t for t in ALL if TASKS[t].dense_loss == "scale-shift")
 DDIM_STEPS = 10     # of a prediction; each costs what a prediction of the others costs
 PIXEL, DIFFUSE = "--stage 1 --space pixel", f"--objective diffuse --ddim-steps {DDIM_STEPS}"
 SCRATCH = "--widths 32,32,48,64"        # a UNet as wide as the toy base's, with random weights
