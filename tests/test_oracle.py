@@ -16,27 +16,26 @@ from cli import run
 from data import Mixture, prepare, train_readers
 from inference.report import REPORT
 from model import StableMTL
-from readers.toyworld import ToyWorld
-from tasks import TASKS, registry
+from readers.toyworld import ALL, ToyWorld
+from tasks import registry
 from tools import oracle
 from training import losses
 from training.cache import LatentCache, fingerprint
 
 pytestmark = pytest.mark.usefixtures("quick")
-ALL = tuple(TASKS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [None, 2])
 def test_the_truth_of_others_alone_reaches_a_task(tiny_model, monkeypatch, rows):
     """Another truth of its own changes no prediction of a task, alone or among all; that of any other does."""
-    z, truth = tiny.latents(), {t: torch.randn(2, 4, 8, 8) for t in ALL}
+    z, truth = tiny.latents(), {t: torch.randn(2, 4, 8, 8) for t in tiny_model.tasks}
     monkeypatch.setattr(tiny_model, "truth", truth)
     before = tiny_model(*z, ["depth"], rows)["depth"]
-    among = tiny_model(*z, list(ALL), rows)["depth"]
+    among = tiny_model(*z, tiny_model.tasks, rows)["depth"]
     for t in ("optical_flow", "depth", "shading"):
         monkeypatch.setitem(truth, t, truth[t] + 1)
-        changed = [tiny_model(*z, ["depth"], rows)["depth"], tiny_model(*z, list(ALL), rows)["depth"]]
+        changed = [tiny_model(*z, ["depth"], rows)["depth"], tiny_model(*z, tiny_model.tasks, rows)["depth"]]
         assert [torch.equal(a, b) for a, b in zip(changed, (before, among), strict=True)] == [t == "depth"] * 2
         before, among = changed
 
@@ -60,7 +59,7 @@ def test_without_truth_it_measures_what_evaluate_does(tiny_model, monkeypatch):
 def test_what_the_streams_are_told(tmp_path):
     """In training and in evaluation the latents of the labels' codes, flipped as the image; zeros where there is no
     label, as for classes in rooms."""
-    m = tiny.model()
+    m = tiny.model(tasks=ALL)
     readers = [r.complete() for r in train_readers(size=(16, 24), scenes=1)]
     cache = LatentCache(tmp_path, readers, fingerprint(m.vae.state_dict()), "cityscapes")
     cache.create(readers, m)
@@ -83,7 +82,7 @@ def test_what_the_streams_are_told(tmp_path):
 def test_what_the_streams_are_told_of_predictions(tmp_path, monkeypatch):
     """--tell predictions: of a training image what stage 1 predicts from its cached frames, everywhere, computed once;
     of a test image what it predicts there."""
-    m, stage1 = tiny.model(multi=True), tiny.model()
+    m, stage1 = tiny.model(multi=True, tasks=ALL), tiny.model(tasks=ALL)
     readers = [r.complete() for r in train_readers(size=(16, 24), scenes=1)]
     cache = LatentCache(tmp_path, readers, fingerprint(m.vae.state_dict()), "cityscapes")
     cache.create(readers, m)
@@ -110,7 +109,7 @@ def test_what_the_streams_are_told_of_predictions(tmp_path, monkeypatch):
 def test_streams_that_are_not_kept_see_the_truth_too(tmp_path):
     """A cache with room for the first of two scenes gives for the second what the model computes from its truth, as
     without a cache, whatever truth was told before; for both together the streams of both."""
-    m = tiny.model(multi=True, unet=tiny.thin_unet)
+    m = tiny.model(multi=True, tasks=ALL, unet=tiny.thin_unet)
     readers = [r.complete() for r in train_readers(size=(16, 24), scenes=2)]
     cache = LatentCache(tmp_path, readers, fingerprint(m.vae.state_dict()), "cityscapes")
     cache.create(readers, m)
@@ -120,12 +119,13 @@ def test_streams_that_are_not_kept_see_the_truth_too(tmp_path):
     one = sum(x.numel() for features in m.streams(*z, ALL).values() for x in features.values())
     streams = oracle.TrueStreams(truth, tmp_path, readers, m, len(readers) * 4 * one)
     assert set(streams.kept.values()) == {1}
+    pair = tiny.latents(2, (4, 6))
     for numbers in ((0,), (1,), (0, 1), (1,)):
         keys = [("streets", n, False) for n in numbers]
-        z_i, z_j = tiny.latents(len(keys), (4, 6))
+        z_i, z_j = (z[list(numbers)] for z in pair)
         found = m(z_i, z_j, ["depth"], streams=streams.fetch(keys, ["depth"], z_i, z_j))["depth"]
         assert truth.fetch(keys, ["depth"], z_i, z_j) is None
-        assert torch.allclose(found, m(z_i, z_j, ["depth"])["depth"], atol=2e-2), numbers
+        assert torch.allclose(found, m(z_i, z_j, ["depth"])["depth"], atol=1e-3), numbers
 
 
 @pytest.fixture
