@@ -2,6 +2,7 @@
 import numpy as np
 
 from data import Mixture
+from readers.toyworld import ALL
 from tasks import TASKS
 
 SIZE = (16, 24)
@@ -49,6 +50,6 @@ class Made:
         return sample
 
 
-def mixture(readers, tasks=tuple(TASKS), **options):
+def mixture(readers, tasks=ALL, **options):
     """A Mixture of four samples a step, in one micro-batch, unless the options say otherwise."""
     return Mixture(readers, tasks, TASKS, **{"batch": 4, "micro": 4, **options})

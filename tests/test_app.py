@@ -19,6 +19,7 @@ from model import StableMTL
 from tasks import TASKS
 from tools import app
 
+MOTION = [t for t in TASKS if TASKS[t].frames == 2]
 rng = np.random.default_rng(0)
 
 
@@ -59,7 +60,7 @@ def test_one_image_has_no_motion(model, pair):
     """What is left out is said; the size of the network's input is that of --size."""
     shown = app.show(model, pair[:1], size=64, rows=2)
     assert shown.frames[0].tasks == [t for t in TASKS if TASKS[t].frames == 1]
-    assert app.note(model, shown.frames) == "Without a second frame there is no optical_flow, scene_flow."
+    assert app.note(model, shown.frames) == f"Without a second frame there is no {', '.join(MOTION)}."
     expected = model.infer(pair[0], size=64, rows=2)
     assert all((x == expected[Path(name).stem]).all() for name, x in arrays(shown.archive).items())
 
@@ -238,5 +239,5 @@ def test_a_call_to_the_page(page, model, pair, tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(AppError, match="notes.txt cannot be read as an image"):
         page.predict([handle_file(str(tmp_path / "notes.txt"))], api_name="/predict")
-    assert "no optical_flow, scene_flow" in page.predict(files[:1], api_name="/predict")[0]
+    assert f"no {', '.join(MOTION)}" in page.predict(files[:1], api_name="/predict")[0]
     assert not page.asked

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from cli import run
+from evaluate import PAPER_TASKS
 from model import StableMTL
 from settings import parse_args
 from tasks import TASKS
@@ -54,14 +55,14 @@ def test_cost_at_the_papers_size():
     """Stable Diffusion 2 at 256x256: the three parts known from the paper's size and the main UNet with six streams;
     seven single-stream tasks are 2 encodes, 7 UNets, 7 decodes; the multi stream needs at most 7.8 T."""
     nets, image = bench.networks("sd2", "meta"), meta(1, 3, 256, 256)
-    single = bench.assemble(nets, ALL, multi=False)
-    encode, decode, unet = bench.part_operations(single, image, ALL).values()
+    single = bench.assemble(nets, PAPER_TASKS, multi=False)
+    encode, decode, unet = bench.part_operations(single, image, PAPER_TASKS).values()
     assert [round(v / 1e12, 3) for v in (encode, decode, unet)] == [0.273, 0.622, 0.177]
     seven = bench.operations(single.predict, image, image)
     assert seven == pytest.approx(2 * encode + 7 * unet + 7 * decode, rel=1e-3)      # rel: tokens are 3 or 4 long
     assert seven < 6.15e12
-    multi = bench.assemble(nets, ALL)
-    (name, six), = bench.part_operations(multi, image, ALL).items()
+    multi = bench.assemble(nets, PAPER_TASKS)
+    (name, six), = bench.part_operations(multi, image, PAPER_TASKS).items()
     assert name == "main UNet with 6 streams" and six == pytest.approx(0.237e12, rel=5e-3)
     assert seven < bench.operations(multi.predict, image, image) < 7.8e12
 
@@ -210,10 +211,10 @@ def test_a_folder_is_counted_only(tiny_base, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--graph --device cpu", "--graph records CUDA kernels"), ("--base nowhere", "no vae/config.json"),
-    ("--tasks 8", "--tasks: '8' is not a whole number from 1"), ("--batch 0", "--batch: '0'"), ("--micro x", "--micro"),
+    ("--tasks 99", "--tasks: '99' is not a whole number from 1"), ("--batch 0", "--batch: '0'"),
     ("--size big", "--size big: expected HEIGHTxWIDTH"), ("--json nowhere/x.json", "nowhere/x.json cannot be written"),
     ("--plot nowhere/x.png", "nowhere/x.png cannot be written"), ("--plot x.gif", "x.gif does not end in .png"),
-    ("--json .", "it is a folder")])
+    ("--json .", "it is a folder"), ("--micro x", "--micro")])
 def test_mistakes_end_in_a_sentence_before_the_work(flags, sentence, monkeypatch, capsys, tmp_path):
     """Each names flag or file and what was expected; an output that cannot be written was found out after minutes."""
     if "--base" not in flags:
@@ -230,7 +231,7 @@ def test_mistakes_end_in_a_sentence_before_the_work(flags, sentence, monkeypatch
 def test_the_plain_program_predicts_the_same(multi):
     """What the report compares with encodes 2 x 7 + 7 x 7 = 63 frames (single stream: 9) where predict encodes 2, and
     gives the same maps."""
-    model, encodes = tiny.model(multi=multi), []
+    model, encodes = tiny.model(multi, PAPER_TASKS), []
     image, following = (torch.rand(1, 3, 16, 24) * 2 - 1 for _ in range(2))
     expected = model.predict(image, following)
     encode = model.encode

@@ -308,7 +308,7 @@ def test_what_the_format_cannot_hold_is_not_exported(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"heads 2 \(released: 4\), shared True"):
         convert.export(tmp_path / "out", tmp_path / "back")
     axes = {"space": "latent", "objective": "diffuse", "condition": "latent", "input_scale": 0.5, "ddim_steps": 2}
-    Generalist.fit(tiny.model(unet=tiny.thin_unet), **axes).save(tmp_path / "noise")
+    Generalist.fit(tiny.model(tasks=PAPER_TASKS, unet=tiny.thin_unet), **axes).save(tmp_path / "noise")
     with pytest.raises(ValueError, match=r"no room for objective diffuse \(released: regress\)$"):
         convert.export(tmp_path / "noise", tmp_path / "back")
     tiny.model(tasks=("normal", "depth"), unet=tiny.thin_unet).save(tmp_path / "two")

@@ -9,7 +9,8 @@ from made import SIZE, Made, mixture
 
 import data
 from data import jitter, loader, mirror, parse_drop, prepare, train_readers, whole_cells
-from readers.toyworld import ToyWorld
+from evaluate import PAPER_TASKS
+from readers.toyworld import ALL, ToyWorld
 from tasks import TASKS
 from toy import make as toybase
 
@@ -93,20 +94,21 @@ def test_ranks_partition_the_batch(toys):
 
 
 def test_each_task_once_per_cycle_and_alone_in_its_step(toys):
-    """Isolation: a step holds one task, every cycle of seven steps holds each task once, and cycles differ in order."""
-    m = mixture(toys)
-    drawn = [{tasks for tasks, *_ in m.plan(s)} for s in range(70)]
+    """Isolation: a step holds one task, every cycle of as many steps as tasks holds each once, and cycles differ in
+    order."""
+    m, n = mixture(toys), len(ALL)
+    drawn = [{tasks for tasks, *_ in m.plan(s)} for s in range(10 * n)]
     assert all(len(d) == 1 for d in drawn)
-    cycles = [tuple(next(iter(d))[0] for d in drawn[c:c + 7]) for c in range(0, 70, 7)]
-    assert all(sorted(c) == sorted(TASKS) for c in cycles)
+    cycles = [tuple(next(iter(d))[0] for d in drawn[c:c + n]) for c in range(0, 10 * n, n)]
+    assert all(sorted(c) == sorted(ALL) for c in cycles)
     assert len(set(cycles)) > 5
 
 
 def test_without_isolation_a_step_mixes_tasks(toys):
     """--no-isolation: tasks are drawn per sample, evenly, and the micro-batches hold one task each."""
-    m = mixture(toys, isolation=False, batch=14)
+    m = mixture(toys, isolation=False, batch=2 * len(ALL))
     counts = Counter(tasks[0] for s in range(50) for tasks, *_ in m.plan(s))
-    assert len(counts) == 7
+    assert counts.keys() == set(ALL)
     assert all(abs(n - 100) < 40 for n in counts.values())
     batches = m[0]["batches"]
     assert len({b["tasks"] for b in batches}) > 1
@@ -181,6 +183,8 @@ def mirrored(label, task, axis):
     label = np.flip(label, axis).astype(np.float32)
     if task in ("normal", "optical_flow", "scene_flow"):
         label[..., 1 - axis] *= -1
+    elif task not in PAPER_TASKS:
+        label *= (TASKS[task].vflip, TASKS[task].hflip)[axis][:label.shape[-1]]
     return label
 
 

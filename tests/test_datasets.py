@@ -10,6 +10,7 @@ from made import mixture
 
 import data
 from data import picture, prepare
+from evaluate import PAPER_TASKS
 from readers import found
 from readers.cityscapes import Cityscapes
 from readers.diode import Diode
@@ -123,8 +124,8 @@ def test_colour_jitter(root, drawn, monkeypatch):
 def test_how_often_a_dataset_is_drawn(root):
     """Normals and depth 0.9 from Hypersim and 0.1 from Virtual KITTI 2, both flows half and half, by the names of the
     datasets; the other tasks have one dataset."""
-    mixed, counts = mixture(found(root, "train"), batch=300), {t: Counter() for t in TASKS}
-    for step in range(7 * 8):
+    mixed, counts = mixture(found(root, "train"), PAPER_TASKS, batch=300), {t: Counter() for t in PAPER_TASKS}
+    for step in range(8 * len(PAPER_TASKS)):
         for (t,), reader, *_ in mixed.draw(step):
             counts[t][reader.name] += 1 / (300 * 8)
     indoors, flows = {"hypersim": 0.9, "virtual_kitti_2": 0.1}, {"virtual_kitti_2": 0.5, "flyingthings3d": 0.5}

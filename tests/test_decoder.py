@@ -240,7 +240,7 @@ def test_distil_learns(tiny_ckpt_1, tmp_path):
     assert not skipped
     (size, (z, images, kinds)), = seen.items()
     assert size == (4, 6) and len(z) == len(images) == len(kinds) and images.shape[1:] == (3, 16, 24)
-    labels = 2 * 4 + 5 + 2      # of two rooms, of a street, of things: what the toy worlds say they have
+    labels = sum(n * len(w.tasks) for n, w in zip((2, 1, 1), worlds, strict=True))      # two rooms, a street, things
     assert len(z) == 4 * len(TASKS) + labels and all((kinds == k).sum() >= 4 for k in range(len(TASKS)))
     with torch.no_grad():
         assert torch.allclose(model.decode(z[:3].float()), images[:3].float(), atol=5e-2)
@@ -422,7 +422,7 @@ def test_cost_at_the_papers_size():
     """Seven tasks at 256x256 with the decoder that tools.distil makes by default: at most 3.4 T, the paper's 7.73 over
     2.2. Seven decodes are less than half of one by the VAE."""
     nets, image = bench.networks("sd2", "meta"), torch.empty(1, 3, 256, 256, device="meta")
-    model = bench.assemble(nets, tuple(TASKS), decoder="new")
+    model = bench.assemble(nets, evaluate.PAPER_TASKS, decoder="new")
     assert bench.operations(model.predict, image, image) <= 3.4e12 < 7.73e12 / 2.2
     with torch.no_grad():
         z = model.encode(image)

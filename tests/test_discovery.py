@@ -17,6 +17,7 @@ import evaluate
 import train
 from cli import run
 from data import Mixture, label_tensors, prepare, train_readers
+from evaluate import PAPER_TASKS
 from inference.confidence import agreement, turned
 from metrics import METRICS, code_sums
 from metrics import trivial as trivial_of
@@ -64,9 +65,9 @@ def test_pairs_are_what_the_toy_worlds_lack():
     """The six of the toy worlds, as of the real datasets they stand for; dropped labels count as missing; flows and
     classes are never discovered."""
     six = {"streets": ["shading", "albedo"], "things": ["normal", "depth", "shading", "albedo"]}
-    assert unlabelled(readers(), tuple(TASKS), {}) == six
+    assert unlabelled(readers(), PAPER_TASKS, {}) == six
     assert unlabelled(readers(), ("semantic", "optical_flow", "depth"), {}) == {"things": ["depth"]}
-    dropped = unlabelled(readers(), tuple(TASKS), {"rooms": {"depth", "semantic"}})
+    dropped = unlabelled(readers(), PAPER_TASKS, {"rooms": {"depth", "semantic"}})
     assert dropped == {"rooms": ["depth"], **six}
     some = Made("some", tasks=("normal", "depth"), labelled={"depth": [1], "normal": []})
     assert unlabelled([some], ("normal", "depth"), {}) == {"some": ["normal"]}, "one label is enough to be labelled"

@@ -12,17 +12,19 @@ import evaluate
 import toy
 import train
 from cli import run
+from evaluate import PAPER_TASKS
 from inference import report
 from model import StableMTL
 from readers.folder import Folder
-from readers.toyworld import ToyWorld
+from readers.toyworld import ALL, WORLDS, ToyWorld
 from tasks import TASKS
 from training import about
 
 
 @pytest.fixture(scope="session")
 def own_data(tmp_path_factory):
-    """Three toy scenes written as files, all of them in every split: images/, next/, and every label but normals."""
+    """Three toy scenes written as files, all of them in every split: images/, next/, and every label of a Folder but
+    normals."""
     root = tmp_path_factory.mktemp("own")
     world = ToyWorld("streets", "train", 3, (32, 48), all_labels=True)
     for i in range(3):
@@ -30,7 +32,7 @@ def own_data(tmp_path_factory):
         for folder, key in (("images", "image"), ("next", "next")):
             (root / folder).mkdir(exist_ok=True)
             Image.fromarray(s[key]).save(root / folder / f"s{i}.png")
-        for task in set(TASKS) - {"normal"}:
+        for task in {*world.tasks} & {*Folder.suffixes} - {"normal"}:
             (root / task).mkdir(exist_ok=True)
             label = s["labels"][task]
             if task == "semantic":
@@ -56,10 +58,8 @@ def test_toy_results_are_complete(tiny_ckpt, tmp_path, capsys):
     assert evaluate.main(flags) == 0
     report = json.loads((tmp_path / "a").read_text())
     results = report["results"]
-    assert {w: set(r) for w, r in results.items()} == {
-        "rooms": {"normal", "depth", "shading", "albedo"}, "things": {"optical_flow", "scene_flow"},
-        "streets": {"semantic", "normal", "depth", "optical_flow", "scene_flow"}, "real": set(TASKS)}
-    assert set(report["trivial"]["real"]["constant"]) == set(TASKS) and report["unfinished"] == []
+    assert {w: set(r) for w, r in results.items()} == {w: set(tasks) for w, tasks in WORLDS.items()}
+    assert set(report["trivial"]["real"]["constant"]) == set(ALL) and report["unfinished"] == []
     assert evaluate.main([*flags, "--baseline", str(tmp_path / "a")]) == 0
     assert json.loads((tmp_path / "a").read_text()) == report | {"delta_m": 0}
     assert "Delta_m" in capsys.readouterr().out
@@ -194,7 +194,8 @@ def test_memory_stays_level(tiny_ckpt_1):
             Counted.most = max(self.most, sum(r() is not None for r in self.seen))
             return sample
     evaluate.evaluate(StableMTL.load(tiny_ckpt_1), Counted("things", "test", 16, (16, 24)), batch=2, workers=0)
-    assert len(Counted.seen) == 32 and Counted.most <= 2 * 3 * 2      # two labels of three batches of two
+    labels = len(WORLDS["things"])
+    assert len(Counted.seen) == 16 * labels and Counted.most <= labels * 3 * 2      # of three batches of two
 
 
 def test_batches_and_rows_change_nothing(tiny_ckpt, tmp_path):
@@ -220,14 +221,14 @@ def test_the_round_trip_with_a_perfect_codec(tiny_model, monkeypatch):
 
 def test_own_folder_trains_and_evaluates(own_data, tiny_base, tmp_path, capsys):
     """Images plus a subset of label folders go through both stages and the evaluation; unlabelled tasks are absent."""
-    out = tmp_path / "out"
+    out, labelled = tmp_path / "out", [t for t in PAPER_TASKS if t != "normal"]
     common = (f"--data {own_data} --base {tiny_base} --out {out} --steps 2 --batch 2 --micro 2 --val-samples 1 "
-              "--workers 0 --picture-every 0 --tasks semantic,depth,optical_flow,scene_flow,shading,albedo").split()
+              f"--workers 0 --picture-every 0 --tasks {','.join(labelled)}").split()
     assert train.main(["--stage", "1", *common]) == 0
     assert train.main(["--stage", "2", *common, "--cache", str(tmp_path / "cache")]) == 0
     assert evaluate.main(["--ckpt", str(out), "--data", str(own_data), "--workers", "0"]) == 0
     results = json.loads((out / "results.json").read_text())["results"]["folder"]
-    assert set(results) == set(TASKS) - {"normal"} and all(r["images"] == 3 for r in results.values())
+    assert set(results) == set(labelled) and all(r["images"] == 3 for r in results.values())
 
 
 # ---- which data, and where results go ----
@@ -247,7 +248,8 @@ def test_the_checkpoints_own_data_is_the_default(own_data, tiny_ckpt_1, tmp_path
     out = trained_on(own_data.name, tiny_ckpt_1, tmp_path / "out")
     code, said, _ = go(f"--ckpt {out}")
     assert code == 0 and f"test split of {own_data.resolve()}" in said and "| folder | depth |" in said
-    assert "not scored, for lack of test labels: normal\n" in said and "not under" not in said
+    without = ", ".join(t for t in TASKS if not (own_data / t).is_dir())
+    assert f"not scored, for lack of test labels: {without}\n" in said and "not under" not in said
     code, said, _ = go(f"--ckpt {out} --data toy")
     assert code == 0 and "test split of the toy worlds" in said and "| real | depth |" in said
     assert {p.name for p in out.glob("*.json")} == {"config.json", "model.json", "results.json", "results_toy.json"}

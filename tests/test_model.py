@@ -9,6 +9,7 @@ import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
+from evaluate import PAPER_TASKS
 from model import StableMTL, TaskAttention, transformer_blocks, widen_input
 from tasks import TASKS
 from tools import bench
@@ -158,7 +159,7 @@ def test_task_attention_equals_a_naive_loop(heads, shared):
     layer, a, feats = attention_layer(heads, shared)
     y, weights = layer(a, "shading", layer.keys_values(feats))
     close(y, naive(layer, a, "shading", feats))
-    assert weights.shape == (6, 2, 3, heads)
+    assert weights.shape == (len(ALL) - 1, 2, 3, heads)
     close(weights.sum(0), torch.ones(2, 3, heads), 1e-6)
 
 
@@ -172,7 +173,7 @@ def test_masked_task_is_as_good_as_absent():
 
     def out_of_depth(scores):
         seen.append(scores)
-        return torch.tensor([[t == "depth", False] for t in ALL[1:]])
+        return torch.tensor([[t == "depth", False] for t in ALL if t != "semantic"])
 
     masked, _ = layer(a, "semantic", kv, out_of_depth)
     whole, _ = layer(a, "semantic", kv)
@@ -191,7 +192,7 @@ def test_heads_must_divide_the_width():
 
 @torch.no_grad()
 def test_attention_log(multi):
-    """The log names every block, in the order they run, with the mean attention to the six other tasks."""
+    """The log names every block, in the order they run, with the mean attention to the other tasks."""
     multi.attention_log = []
     multi(*tiny.latents(1), ["depth"])
     log, multi.attention_log = multi.attention_log, None
@@ -217,16 +218,16 @@ def test_batched_equals_one_by_one(request, stage, batch, size):
 
 @torch.no_grad()
 def test_a_task_alone_equals_the_task_among_all(multi):
-    """Asking for one task of stage 2 gives the same map as asking for all seven."""
+    """Asking for one task of stage 2 gives the same map as asking for all."""
     z = tiny.latents(2, (11, 13))
     close(multi(*z, ["albedo"])["albedo"], multi(*z, ALL)["albedo"])
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_predict_computes_nothing_twice(rows):
-    """Stage 2, seven tasks, one pair: 2 encodes, 7 auxiliary and 7 main rows, 7 decodes, each projection once per
-    stream, no text encoder."""
-    m, pair = tiny.model(multi=True), torch.rand(2, 1, 3, 32, 32)
+    """Stage 2, n tasks, one pair: 2 encodes, n auxiliary and n main rows, n decodes, each projection once per stream,
+    no text encoder."""
+    m, pair, n = tiny.model(multi=True), torch.rand(2, 1, 3, 32, 32), len(ALL)
     layer = m.attention["mid_block/attentions/0/transformer_blocks/0"]
     queries, streams, keys_values = {f"q {t}": layer.task_to_q[t] for t in ALL}, [], layer.keys_values
     layer.keys_values = lambda feats: streams.append(tuple(feats)) or keys_values(feats)
@@ -234,21 +235,21 @@ def test_predict_computes_nothing_twice(rows):
                        "auxiliary": m.unet.conv_in, "main": m.main.conv_in,
                        "auxiliary end": m.unet.conv_out, "main end": m.main.conv_out, **queries})
     out = m.predict(*pair, rows=rows)
-    assert {n: c["rows"] for n, c in counts.items() if n not in queries} == {
-        "encode": 2, "decode": 7, "auxiliary": 7, "main": 7, "auxiliary end": 0, "main end": 7}
-    assert counts["auxiliary"]["calls"] == {None: 1, 1: 7, 3: 3}[rows]
+    assert {part: c["rows"] for part, c in counts.items() if part not in queries} == {
+        "encode": 2, "decode": n, "auxiliary": n, "main": n, "auxiliary end": 0, "main end": n}
+    assert counts["auxiliary"]["calls"] == {None: 1, 1: n, 3: math.ceil(n / 3)}[rows]
     assert all(counts[q]["calls"] == 1 for q in queries) and streams == [ALL]
     assert not any("CLIP" in type(module).__name__ for module in m.modules())
     assert {t: x.shape[1] for t, x in out.items()} == {t: TASKS[t].channels for t in ALL}
 
 
 def test_predict_leaves_out_what_nobody_asks_for():
-    """One task of stage 2 needs six auxiliary rows and one main row; a still-image task of stage 1 does not encode the
-    second frame."""
+    """One task of stage 2 needs an auxiliary row of each other and one main row; a still-image task of stage 1 does not
+    encode the second frame."""
     m, s, pair = tiny.model(multi=True), tiny.model(), torch.rand(2, 1, 3, 32, 32)
     counts = counting({"auxiliary": m.unet.conv_in, "main": m.main.conv_in, "encode": s.vae.encoder})
     m.predict(*pair, ["depth"])
-    assert (counts["auxiliary"]["rows"], counts["main"]["rows"]) == (6, 1)
+    assert (counts["auxiliary"]["rows"], counts["main"]["rows"]) == (len(ALL) - 1, 1)
     s.predict(*pair, ["depth"])
     assert counts["encode"]["rows"] == 1
     assert set(s.predict(pair[0])) == set(ALL) - set(FLOWS)
@@ -304,7 +305,7 @@ def test_n_to_n_attends_to_the_other_main_streams():
     m, z = tiny.model(multi=True, attention="n-to-n"), tiny.latents()
     counts = counting({"auxiliary": m.unet.conv_in, "main": m.main.conv_in})
     before = m(*z, ["depth"])
-    assert set(before) == {"depth"} and counts["auxiliary"]["rows"] == 0 and counts["main"]["rows"] == 2 * 7
+    assert set(before) == {"depth"} and counts["auxiliary"]["rows"] == 0 and counts["main"]["rows"] == 2 * len(ALL)
     close(before["depth"], m(*z, ALL)["depth"])
     m.token_albedo += 1
     assert (m(*z, ["depth"])["depth"] - before["depth"]).abs().max() > 1e-4
@@ -384,7 +385,7 @@ def test_parameter_counts_of_stable_diffusion_2():
     390,528,320."""
     with torch.device("meta"):
         unet = widen_input(UNet2DConditionModel(**bench.SD2_UNET))
-        layers = [TaskAttention(block.attn1.to_q.in_features, ALL, heads=4, hidden=640)
+        layers = [TaskAttention(block.attn1.to_q.in_features, PAPER_TASKS, heads=4, hidden=640)
                   for block in transformer_blocks(unet).values()]
 
     def count(module):

@@ -20,7 +20,7 @@ from inference.predictions import Predictions
 from readers.diode import Diode
 from readers.exports import FORMATS, decode, fits
 from readers.kitti import Kitti2015
-from readers.toyworld import ToyWorld
+from readers.toyworld import ALL, ToyWorld
 from tasks import TASKS
 
 FEW = "--limit 2 --trivial 2 --workers 0"
@@ -38,7 +38,7 @@ def predicted(tiny_ckpt, tmp_path_factory):
 @pytest.fixture
 def some(predicted, tmp_path):
     """A copy with the arrays of `real` alone, of nobody in particular."""
-    for task in TASKS:
+    for task in ALL:
         (tmp_path / "p/real" / task).mkdir(parents=True)
         for path in (predicted / "real" / task).glob("*.npy"):
             shutil.copy(path, tmp_path / "p/real" / task)
@@ -110,7 +110,7 @@ def test_predictions_of_ones_own_data_score_as_the_model_does(own, tiny_ckpt, tm
 def test_every_format_scores_alike(predicted, tmp_path, go, form):
     """The same predictions in another format, where it fits, give the same numbers within its quantisation."""
     folder = tmp_path / "p"
-    for name, ending in ((t, FORMATS[form] if fits(TASKS[t], form) else ".npy") for t in TASKS):
+    for name, ending in ((t, FORMATS[form] if fits(TASKS[t], form) else ".npy") for t in ALL):
         (folder / "real" / name).mkdir(parents=True)
         for path in (predicted / "real" / name).glob(f"*{ending}*"):
             shutil.copy(path, folder / "real" / name)
@@ -118,7 +118,7 @@ def test_every_format_scores_alike(predicted, tmp_path, go, form):
     for flags in (f"--predictions {folder}", f"--predictions {other.parent}"):      # npy comes first where all are
         assert go(f"{flags} --data toy --limit 2 --trivial 0 --workers 0")[0] == 0
     a, b = (report(f)["results"]["real"] for f in (folder, other.parent))
-    assert a.keys() == b.keys() == set(TASKS)
+    assert a.keys() == b.keys() == set(ALL)
     for task in a:
         assert a[task] == pytest.approx(b[task], rel=2e-3, abs=1e-4)
         assert (a[task] == b[task]) or form == "png16"
@@ -134,12 +134,12 @@ def test_missing_predictions_are_counted_and_named(some, go):
     assert code == 0 and "\n1 predictions are missing, and their samples not scored: real/depth/1\n" in said
     r = report(some)
     assert r["missing"] == ["real/depth/1"] and set(r["results"]) == {"real"}
-    assert set(r["results"]["real"]) == set(TASKS) - {"albedo"}
+    assert set(r["results"]["real"]) == set(ALL) - {"albedo"}
     assert r["results"]["real"]["depth"]["images"] == r["trivial"]["real"]["constant"]["depth"]["images"] == 1
     assert r["results"]["real"]["normal"]["images"] == 2
     code, said, _ = go(f"--predictions {some} --data toy --trivial 0 --workers 0 --limit 6")
     assert code == 0 and "predictions are missing, and their samples not scored: real/semantic/2, real/" in said
-    assert len(report(some)["missing"]) == 4 * 6 - 1 + 1    # of samples 2 to 5; 3 is a room, without classes
+    assert len(report(some)["missing"]) == 4 * (len(ALL) - 1) - 1 + 1     # 2 to 5; 3 is a room, without classes
 
 
 def test_a_limit_asks_for_what_is_written(some):
@@ -148,7 +148,7 @@ def test_a_limit_asks_for_what_is_written(some):
     reader.independent = False
     written = [number for group in samples(reader, TASKS, 4, 0, 2) for *_, number, _ in group]
     asked = Predictions(some).wanted(reader, 2)
-    assert written == [0, 3] and asked == {t: ["0", "3"] if t != "semantic" else ["0"] for t in TASKS}
+    assert written == [0, 3] and asked == {t: ["0", "3"] if t != "semantic" else ["0"] for t in ALL}
 
 
 def test_finished_predictions_are_not_scored_again(some, go):
@@ -175,10 +175,10 @@ def test_predictions_of_another_size(some, go):
     after = report(some)["results"]["real"]
     assert after["semantic"] == before["semantic"] and after["normal"] != before["normal"]
     files, reader, valid = Predictions(some), ToyWorld("real", "test"), torch.ones(32, 48, dtype=torch.bool)
-    for t, task in TASKS.items():
-        large = torch.from_numpy(decode(some / f"real/{t}/0.npy", task)).permute(2, 0, 1)
-        x = files.read(some / f"real/{t}/0.npy", task, reader, valid)
-        assert large.shape[1:] == (64, 96) and torch.equal(x, restore(large[None], task, (32, 48))[0])
+    for t in ALL:
+        large = torch.from_numpy(decode(some / f"real/{t}/0.npy", TASKS[t])).permute(2, 0, 1)
+        x = files.read(some / f"real/{t}/0.npy", TASKS[t], reader, valid)
+        assert large.shape[1:] == (64, 96) and torch.equal(x, restore(large[None], TASKS[t], (32, 48))[0])
     assert torch.allclose(files.read(some / "real/normal/0.npy", TASKS["normal"], reader, valid).norm(dim=0),
                           torch.ones(()), atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_mistakes_end_in_a_sentence(some, predicted, tiny_ckpt, tmp_path, go):
     (some / "real").rename(some / "reel")
     code, _, error = go(f"--predictions {some} --data toy")
     assert code == 2 and "of rooms, streets, things, real: expected" in error
-    for task in TASKS:
+    for task in ALL:
         shutil.rmtree(some / "reel" / task) if task != "depth" else None
     (some / "reel").rename(some / "real")
     for path in (some / "real/depth").iterdir():

@@ -15,6 +15,7 @@ from PIL import Image
 
 import sample
 from cli import run
+from evaluate import PAPER_TASKS
 from inference import results
 from model import StableMTL
 from tasks import TASKS
@@ -152,7 +153,8 @@ def test_pair_writes_every_task(go, tmp_path, tiny_model):
         else:
             expected = expected[..., 0] if task.channels == 1 else expected
             assert array.dtype == np.float32 and array.shape == expected.shape
-            np.testing.assert_allclose(array, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+            large = 1 if t in PAPER_TASKS else max(1, np.abs(expected).max())       # of a fork's own task
+            np.testing.assert_allclose(array, expected, atol=1e-4 * large)
         assert Image.open(folder / f"{t}.png").size == (48, 32)
     assert np.allclose(np.linalg.norm(np.load(folder / "normal.npy"), axis=2), 1, atol=1e-4)
     for t in ("depth", "shading", "albedo"):

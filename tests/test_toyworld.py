@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from data import TOY_TEST, TOY_TRAIN
+from evaluate import PAPER_TASKS
 from readers import toyworld
 from readers.raycast import look, pixel_rays
 from readers.toyworld import WORLDS, ToyWorld
-from tasks import CLASSES, IGNORE
+from tasks import CLASSES, IGNORE, TASKS
 
 EVERY = pytest.mark.parametrize("world", WORLDS)
 scene = lru_cache(toyworld.render)  # renders each scene once for all tests
@@ -43,12 +44,13 @@ def warp(image, u, v):
 
 def test_world_table():
     """Rooms, streets and things carry only their own labels, and `real`, the test world, is no training world."""
-    assert {len(t) for t in WORLDS.values()} == {4, 5, 2, 7} and set(WORLDS["real"]) == set(toyworld.ALL)
+    counts = {world: len({*tasks} & {*PAPER_TASKS}) for world, tasks in WORLDS.items()}
+    assert counts == {"rooms": 4, "streets": 5, "things": 2, "real": 7} and set(WORLDS["real"]) == set(toyworld.ALL)
     assert "real" not in TOY_TRAIN and {*TOY_TRAIN, "real"} == set(TOY_TEST) == set(WORLDS)
 
 
 # What scenes looked like when ToyWorld.version was last changed: brightness of six parts of the picture, contrast of
-# these parts, and of each label in the order of ALL the mean absolute value of its valid pixels.
+# these parts, and of each label in the order of PAPER_TASKS the mean absolute value of its valid pixels.
 RECORDED = {
     ("rooms", "train", 0): ([104.2, 96.8, 94.3, 108.9, 138.0, 119.4],
                             [24.8, 26.0, 19.0, 23.3, 39.1, 45.2],
@@ -75,7 +77,7 @@ def summary(world, split, index):
     """Numbers that hardly depend on the last bit of the arithmetic, and on everything else."""
     s = toyworld.render(world, split, index, (32, 48))
     parts = s["image"].astype(float).reshape(2, 16, 3, 16, 3)
-    labels = [abs(s["labels"][t][s["valid"][t]].astype(float)) for t in toyworld.ALL]
+    labels = [abs(s["labels"][t][s["valid"][t]].astype(float)) for t in PAPER_TASKS]
     return (parts.mean((1, 3, 4)).ravel().round(1).tolist(), parts.std((1, 3, 4)).ravel().round(1).tolist(),
             [round(float(x.mean()), 3) if x.size else 0 for x in labels])
 
@@ -212,7 +214,7 @@ def test_label_ranges(world):
 
 @EVERY
 def test_reader_protocol(world):
-    """The reader yields exactly the tasks asked for, with the promised types, and a second frame only for flows or on
+    """The reader yields exactly the tasks asked for, with the promised types, and a second frame only for motion or on
     request; rooms have none, as Hypersim has none, unless all labels are asked for."""
     data = ToyWorld(world, "val", n=5, size=(64, 96))
     assert (data.name, data.split, data.size, len(data), data.tasks) == (world, "val", (64, 96), 5, WORLDS[world])
@@ -220,9 +222,10 @@ def test_reader_protocol(world):
         i = data.indices(task)[-1]
         s = data.load(i, [task])
         assert s["name"] == f"{world}/val/{i}" and set(s["labels"]) == set(s["valid"]) == {task}
-        assert s["image"].shape == (64, 96, 3) and s["image"].dtype == np.uint8 and ("next" in s) == ("flow" in task)
+        assert s["image"].shape == (64, 96, 3) and s["image"].dtype == np.uint8
+        assert ("next" in s) == (TASKS[task].frames == 2)
         assert s["valid"][task].shape == (64, 96) and s["valid"][task].dtype == bool and s["valid"][task].any()
-        assert s["labels"][task].dtype == (np.uint8 if task == "semantic" else np.float32)
+        assert s["labels"][task].dtype == (np.uint8 if TASKS[task].categorical else np.float32)
         assert s["labels"][task].ndim == 3
     assert ("next" in data.load(0, [], with_next=True)) == (world != "rooms") and "next" not in data.load(0, [])
     assert "next" in ToyWorld(world, "val", n=5, all_labels=True).load(0, [], with_next=True)

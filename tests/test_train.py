@@ -19,6 +19,7 @@ import settings
 import train
 from data import Mixture, train_readers, whole_cells
 from model import StableMTL, from_base, load_base
+from readers.toyworld import ALL
 from tasks import TASKS, registry
 from training import losses
 from training.pictures import samples, save_picture
@@ -114,13 +115,13 @@ def test_a_step_leaves_other_tasks_alone(go, second, tmp_path, monkeypatch):
 
 
 def test_log_of_one_cycle(go, tmp_path):
-    """Seven steps train each task once, one per step; the log says which, on which datasets, with a finite loss and the
-    learning rate."""
-    assert go("--steps 7 --lr 0.001")[0] == 0
+    """As many steps as tasks train each once, one per step; the log says which, on which datasets, with a finite loss
+    and the learning rate."""
+    assert go(f"--steps {len(ALL)} --lr 0.001")[0] == 0
     lines = log_lines(tmp_path / "out")
-    assert sorted(e["task"][0] for e in lines) == sorted(TASKS)
+    assert sorted(e["task"][0] for e in lines) == sorted(ALL)
     assert all(len(e["task"]) == 1 for e in lines)
-    assert [e["step"] for e in lines] == list(range(7))
+    assert [e["step"] for e in lines] == list(range(len(ALL)))
     assert [e["lr"] for e in lines[:3]] == [0.0005, 0.001, 0.001]
     assert all(set(e["dataset"]) <= {"rooms", "streets", "things"} for e in lines)
     assert all(0 < e["loss"] < 1e3 and e["grad_norm"] > 0 for e in lines)
@@ -245,7 +246,7 @@ def test_nan_outside_the_masks_is_harmless(model, readers, kinds):
     assert same(plain, poisoned)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ALL)
 def test_every_loss_of_every_task(model, readers, task):
     """latent, pixel and task are positive, finite and differ in their gradients; decoding the label itself costs
     nothing (cross-entropy: little)."""
