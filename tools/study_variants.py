@@ -117,6 +117,15 @@ VARIANTS = {
                           "longer", "evaluate.py"),
     "continued-longer": Variant("single stream, continued for twice the steps", "--stage 1 --init {parent}", "single",
                                 length="longer"),
+    "longest": Variant("multi stream, rho 0.4, as many steps as stage 1", "--stage 2 --rho 0.4", "single",
+                       length="whole"),
+    "longest-off": Variant("multi stream, rho 0.4, as many steps as stage 1, evaluated without its streams",
+                           "--streams off", "longest", "evaluate.py"),
+    "continued-longest": Variant("single stream, continued for as many steps as stage 1", "--stage 1 --init {parent}",
+                                 "single", length="whole"),
+    # a step without isolation takes nearly twice the time
+    "no-isolation-half": Variant("single stream w/o task-gradient isolation, half the steps",
+                                 "--stage 1 --no-isolation", length="half"),
     # what saves memory (docs/cost.md)
     "adam-bf16": Variant("multi stream, rho 0.4, Adam's moments in bfloat16",
                          "--stage 2 --rho 0.4 --optimizer adam-bf16", "single"),
@@ -145,6 +154,7 @@ CLAIMS = [
     Claim("the multi stream beats the single stream trained for as many steps", "multi", "continued", zero=CONTROL),
     Claim("the single stream stays behind the single-task models", "single-task", "single", 1.57),
     Claim("task-gradient isolation helps", "single", "no-isolation", -1.57 + 4.11),
+    Claim("task-gradient isolation helps, without it half the steps", "single", "no-isolation-half"),
     Claim("attention-guided masking helps", "multi", "rho-0", 4.14 - 3.41),
     Claim("separate projections help", "rho-0", "shared-qkv", 3.41 - 0.85),
     Claim("single-stream initialisation helps", "rho-0", "base-init", 3.41 + 3.11),
@@ -173,6 +183,13 @@ CLAIMS = [
     Claim("the multi stream beats the single stream trained for as many steps, twice of them", "longer",
           "continued-longer", zero=CONTROL),
     Claim("what the multi stream has learned in twice the steps needs its streams", "longer", "longer-off",
+          zero=CONTROL),
+    Claim("in twice the steps the streams gain more", "longer + continued", "continued-longer + multi", zero=CONTROL),
+    Claim("the multi stream beats the single stream trained for as many steps, as many as stage 1", "longest",
+          "continued-longest", zero=CONTROL),
+    Claim("what the multi stream has learned in as many steps as stage 1 needs its streams", "longest", "longest-off",
+          zero=CONTROL),
+    Claim("in as many steps as stage 1 the streams gain more", "longest + continued", "continued-longest + multi",
           zero=CONTROL),
     Claim("Adam's moments in float32 beat those in bfloat16", "multi", "adam-bf16", zero=CONTROL),
     Claim("frozen weights in float32 beat those in bfloat16", "multi", "frozen-bf16", zero=CONTROL),
@@ -238,10 +255,10 @@ class Run(NamedTuple):
 
 
 def lengths(args):
-    """{what a variant's length may be: steps}: of a single stream, of what goes on from one, of a single-task model, of
-    two single streams, of twice what goes on from one, of what trains nothing."""
-    return {"whole": args.steps, "further": args.steps2, "share": args.single_steps, "twice": 2 * args.steps,
-            "longer": 2 * args.steps2, "none": 0}
+    """{what a variant's length may be: steps}: of a single stream, of half of one, of two, of what goes on from one, of
+    twice that, of a single-task model, of what trains nothing."""
+    return {"whole": args.steps, "half": max(1, args.steps // 2), "twice": 2 * args.steps, "further": args.steps2,
+            "longer": 2 * args.steps2, "share": args.single_steps, "none": 0}
 
 
 def usual_length(variant):
