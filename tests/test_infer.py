@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 import sample
 from cli import Parser
-from evaluate import PAPER_TASKS
 from inference import infer
 from model import StableMTL
 from tasks import MOTION, MOTION_3D, TASKS
@@ -32,11 +32,6 @@ def same(a, b):
     """Equal names, types, shapes and bits."""
     facts = [{t: (x.dtype, x.shape, x.tobytes()) for t, x in maps.items()} for maps in (a, b)]
     return facts[0] == facts[1]
-
-
-def close(task, x, expected):
-    """To 1e-4; a task of a fork's own may have larger numbers, then in proportion."""
-    np.testing.assert_allclose(x, expected, atol=1e-4 * (1 if task in PAPER_TASKS else max(1, np.abs(x).max())))
 
 
 # ---- sizes ----
@@ -96,7 +91,7 @@ def test_infer_equals_predict_by_hand(tiny_model):
     frames = [torch.from_numpy(x).permute(2, 0, 1)[None] / 127.5 - 1 for x in (a, b)]
     expected = tiny_model.predict(*frames)
     for t, x in tiny_model.infer(a, b, size=0).items():
-        close(t, x, expected[t][0].permute(1, 2, 0).squeeze(-1 if x.ndim == 2 else ()))
+        tiny.close(t, x, expected[t][0].permute(1, 2, 0).squeeze(-1 if x.ndim == 2 else ()))
 
 
 def test_kinds_of_image_are_one(tiny_model, tmp_path):
@@ -132,7 +127,7 @@ def test_a_list_is_a_batch(tiny_model, monkeypatch):
             if TASKS[t].categorical:
                 assert (x == other[t]).mean() > 0.999       # a tie between two colours may fall either way
             else:
-                close(t, x, other[t])
+                tiny.close(t, x, other[t])
     assert tiny_model.infer([]) == [] and isinstance(tiny_model.infer(images[:1]), list)
 
 
