@@ -11,6 +11,7 @@ from tools.study_report import (
     claim_table,
     draw_isolation,
     draw_losses,
+    interval,
     seeds_needed,
     spread,
     verdict,
@@ -29,14 +30,16 @@ def test_verdict():
     stats, rng = pytest.importorskip("scipy.stats"), random.Random(0)
     for n in [k for k in range(2, 11) for _ in range(20)]:
         d = [rng.gauss(0.7, 0.5) for _ in range(n)]
-        assert (verdict(d) != "undecided") == (stats.ttest_1samp(d, 0).pvalue < 0.05)
+        trusted = stats.ttest_1samp(d, 0)
+        assert (verdict(d) != "undecided") == (trusted.pvalue < 0.05)
+        assert interval(d) == pytest.approx([*trusted.confidence_interval()], rel=1e-4, abs=1e-4)
 
 
 def test_what_rounds_to_zero_has_no_sign():
     """A tiny loss was printed as -0.00, a tiny gain as +0.00."""
     claim = {"claim": "it helps", "where": "unseen", "paper": 1.5, "verdict": "not reproduced"}
     *_, row = claim_table({"claims": [claim | {"differences": [-0.001, -0.002], "seeds needed": 3}]})
-    assert row == "| it helps | unseen | 0.00 ± 0.00071 | +1.50 | not reproduced |"
+    assert row == "| it helps | unseen | 0.00 ± 0.00071 | -0.00785 to 0.00485 | +1.50 | not reproduced |"
     told = [spread([x], "+.2f") for x in (-0.004, 0.0, 0.004, -0.006, 0.006)]
     assert told == ["0.00", "0.00", "0.00", "-0.01", "+0.01"] and spread([-0.0]) == "0"
     assert [change(now, 2) for now in (1.99999, 2, 2.00001, 1.98)] == ["+0.00%", "+0.00%", "+0.00%", "-1.00%"]

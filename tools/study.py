@@ -330,10 +330,12 @@ def keep(args):
 
 
 def all_rows(args):
-    """args, with the rows of earlier calls beside those of --only: a page has whatever its folder has."""
+    """args, with the rows and the seeds of earlier calls beside those of this one: a page has whatever its folder
+    has."""
     kept, variants = read_json(Path(args.out) / "study.json", ""), args.suite.variants
     names = [name for name, row in variants.items() if name in args.only or kept.get(f"variant {name}") == row.told()]
-    return argparse.Namespace(**{**vars(args), "only": names})
+    seeds = [int(n) + 1 for folder in Path(args.out).glob("seed*") if (n := folder.name[len("seed"):]).isdecimal()]
+    return argparse.Namespace(**{**vars(args), "only": names, "seeds": max([args.seeds, *seeds])})
 
 
 def forget_streams(args):
