@@ -102,7 +102,7 @@ def test_an_eighth_task_trains_evaluates_and_samples(registered, data, tiny_base
     assert b["delta_m"] == 0 and "| folder | inverse_depth | MAE ↓ |" in capsys.readouterr().out
 
     assert sample.main(f"--toy streets:1 --ckpt {out} --output {tmp_path}".split()) == 0      # without such a label
-    assert Image.open(tmp_path / "streets-1/panel.png").width > 4 * 24
+    assert Image.open(tmp_path / "streets-1/panel.png").width > 4 * 288   # of 3: 904
     argv = [str(data / "images/0.png"), "--ckpt", str(out), "--output", str(tmp_path / "maps"), "--attention",
             "--format", "npy,exr"]
     assert sample.main(argv) == 0

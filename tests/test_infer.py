@@ -91,7 +91,7 @@ def test_infer_equals_predict_by_hand(tiny_model):
     frames = [torch.from_numpy(x).permute(2, 0, 1)[None] / 127.5 - 1 for x in (a, b)]
     expected = tiny_model.predict(*frames)
     for t, x in tiny_model.infer(a, b, size=0).items():
-        tiny.close(t, x, expected[t][0].permute(1, 2, 0).squeeze(-1 if x.ndim == 2 else ()))
+        tiny.close(x, expected[t][0].permute(1, 2, 0).squeeze(-1 if x.ndim == 2 else ()))
 
 
 def test_kinds_of_image_are_one(tiny_model, tmp_path):
@@ -127,7 +127,7 @@ def test_a_list_is_a_batch(tiny_model, monkeypatch):
             if TASKS[t].categorical:
                 assert (x == other[t]).mean() > 0.999       # a tie between two colours may fall either way
             else:
-                tiny.close(t, x, other[t])
+                tiny.close(x, other[t])
     assert tiny_model.infer([]) == [] and isinstance(tiny_model.infer(images[:1]), list)
 
 

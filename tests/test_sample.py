@@ -152,7 +152,7 @@ def test_pair_writes_every_task(go, tmp_path, tiny_model):
         else:
             expected = expected[..., 0] if task.channels == 1 else expected
             assert array.dtype == np.float32 and array.shape == expected.shape
-            tiny.close(t, array, expected)
+            tiny.close(array, expected)
         assert Image.open(folder / f"{t}.png").size == (48, 32)
     assert np.allclose(np.linalg.norm(np.load(folder / "normal.npy"), axis=2), 1, atol=1e-4)
     for t in ("depth", "shading", "albedo"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+import tiny
 from PIL import Image
 
 import evaluate
@@ -119,12 +120,12 @@ def test_it_writes_tables_and_pictures(finished):
     assert set(pictures) == {"losses.png", "delta_m.png", "attention_multi.png"}    # isolation.png needs another run
     for name in pictures:
         with Image.open(out / name) as picture:
-            picture.load()
             assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 5
     variants = read(out / "results.json")["variants"]
     assert list(variants) == ["single-task", "single", "multi", "streams-off"]
-    alone, single, multi, off = variants.values()   # prompts may differ in tokens
-    assert single["operations"] == 4 * single["operations per step"] == pytest.approx(alone["operations"], rel=0.01)
+    alone, single, multi, off = variants.values()
+    same = pytest.approx(alone["operations"], rel=0.01 if tiny.OWN else 0, abs=0)      # longer prompts
+    assert single["operations"] == 4 * single["operations per step"] == same
     assert multi["operations per step"] > single["operations per step"] > 0
     assert off["operations"] is None and off["seeds"]["0"]["results"] != multi["seeds"]["0"]["results"]
     assert text.count(VARIANTS["streams-off"].title) == 2 and "1.00 if even" in text    # it trained nothing: no cost
@@ -380,7 +381,6 @@ def test_a_stop_reaches_every_process_once(made_up, monkeypatch, capsys):
             f.write("once\n")
         return True
     wait = multiprocessing.connection.wait
-
     def stopped(pipes, timeout):
         if len(list(made_up.out.rglob("begun"))) == 3:
             raise KeyboardInterrupt

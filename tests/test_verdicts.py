@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from evaluate import change
+from evaluate import PAPER_TASKS, change
 from tools import study
 from tools.study_report import (
+    LOWER,
     attended,
     claim_table,
     draw_isolation,
@@ -17,7 +18,7 @@ from tools.study_report import (
     verdict,
     world_table,
 )
-from tools.study_variants import STABLEMTL, runs
+from tools.study_variants import STABLEMTL, VARIANTS, runs
 
 
 def test_verdict():
@@ -33,6 +34,22 @@ def test_verdict():
         trusted = stats.ttest_1samp(d, 0)
         assert (verdict(d) != "undecided") == (trusted.pvalue < 0.05)
         assert interval(d) == pytest.approx([*trusted.confidence_interval()], rel=1e-4, abs=1e-4)
+
+
+def test_which_metrics_count_as_errors():
+    """Of the seven tasks' only mIoU is better when higher."""
+    assert [t for t in PAPER_TASKS if not LOWER[t]] == ["semantic"]
+
+
+def test_steps_that_titles_promise(tmp_path):
+    """A stage 2 and its control of as many steps as stage 1, of twice the usual ones; a stage 1 of half; of none."""
+    args = study.parse(f"--out {tmp_path} --seeds 1 --steps 14 --steps2 5 --only all".split())
+    steps = {job.variant: job.steps for job in runs(args)}
+    assert steps.keys() == VARIANTS.keys()
+    expected = {"single": 14, "continued": 5, "multi": 5, "longer": 10, "continued-longer": 10, "longest": 14,
+                "continued-longest": 14, "no-isolation": 14, "no-isolation-half": 7, "batch-4": 10, "oracle": 5,
+                "streams-off": 0, "longer-off": 0, "longest-off": 0}
+    assert {name: steps[name] for name in expected} == expected
 
 
 def test_what_rounds_to_zero_has_no_sign():

@@ -49,7 +49,8 @@ def new_unet(widths=WIDTHS, tokens=32, in_channels=12, groups=8):
 
 
 def new_text(width=32):
-    """(tokenizer, text encoder): every word of the task prompts is one token, anything else is spelt out."""
+    """(tokenizer, text encoder): every word of the seven tasks' prompts is one token; what a fork adds may share pieces
+    with one and split it; anything else is spelt out."""
     letters = [chr(c) for c in range(33, 127)]
     vocab, merges = letters + [c + "</w>" for c in letters], []
     for word in sorted({w for t in TASKS.values() for w in t.prompt.split()}):
