@@ -96,11 +96,15 @@ def gain(mine, baseline, worlds):
         return None
 
 
+def half_width(deviation, seeds):
+    """Of the 95% confidence interval of a mean over so many seeds, of that standard deviation."""
+    return T95[min(seeds, 10) - 2] * deviation / seeds ** 0.5
+
+
 def interval(differences):
     """(low, high): the 95% confidence interval of the mean of paired differences, one per seed, of two or more. (Two
     standard errors would be wrong for 3 seeds in 18% of cases without any effect.)"""
-    n, mean = len(differences), fmean(differences)
-    half = T95[min(n, 10) - 2] * stdev(differences) / n ** 0.5
+    mean, half = fmean(differences), half_width(stdev(differences), len(differences))
     return mean - half, mean + half
 
 
@@ -119,7 +123,7 @@ def seeds_needed(differences):
     if len(differences) < 2:
         return None
     mean, deviation = abs(fmean(differences)), stdev(differences)
-    return next((n for n in range(2, 1001) if mean > T95[min(n, 10) - 2] * deviation / n ** 0.5), None)
+    return next((n for n in range(2, 1001) if mean > half_width(deviation, n)), None)
 
 
 def advances(rows, zero, tasks, variant, where):
